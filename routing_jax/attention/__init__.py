@@ -1,0 +1,26 @@
+"""What runs: the mixers that obey a router, and the dense ones they are compared with."""
+
+from routing_jax.attention.cache import LayerCache, push_history, write_kv
+from routing_jax.attention.conv import CausalConv
+from routing_jax.attention.full import FullAttention
+from routing_jax.attention.mixer import LayerReport, Mode, attention_work, visible_pairs
+from routing_jax.attention.projections import HeadsConfig
+from routing_jax.attention.rope import apply_rope
+from routing_jax.attention.routed_conv import RoutedConv, attend_routed, routed_conv_cost
+
+__all__ = [
+    "CausalConv",
+    "FullAttention",
+    "HeadsConfig",
+    "LayerCache",
+    "LayerReport",
+    "Mode",
+    "RoutedConv",
+    "apply_rope",
+    "attend_routed",
+    "attention_work",
+    "push_history",
+    "routed_conv_cost",
+    "visible_pairs",
+    "write_kv",
+]

@@ -1,0 +1,72 @@
+"""The interface of everything that mixes tokens: modes, the report, and the unit of cost.
+
+A mixer is called as `(x, positions, segment_ids, cache, rng, mode) -> (y, cache, LayerReport)`.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Mode = Literal["train", "eval", "masked", "prefill", "decode"]
+"""How a mixer runs.
+
+train: both branches, noisy gates, gradients. masked: both branches, no noise (the reference that
+skipping is tested against). eval: no noise, unrouted work skipped. prefill: eval, and fills the
+cache. decode: one token a sequence, from the cache.
+"""
+
+
+class LayerReport(NamedTuple):
+    """What a layer spent, on average over the batch. Values are hard, gradients soft.
+
+    Attributes:
+      cost: scalar, multiply-adds for mixing ÷ those of full causal attention.
+      kv_cost: scalar, key/value bytes read ÷ those that dense multi-head attention reads.
+      usage: scalar, the fraction of tokens that attended.
+      choice: [B,T] bool, which tokens attended.
+    """
+
+    cost: jax.Array
+    kv_cost: jax.Array
+    usage: jax.Array
+    choice: jax.Array
+
+
+def visible_pairs(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """How many keys each query may see causally: its own segment's tokens so far, itself included.
+
+    Args:
+      positions: [B,T] int32, −1 for padding, which sees nothing.
+      segment_ids: [B,T] int32 or None; segments are contiguous runs.
+
+    Returns:
+      [B,T] float32.
+
+    >>> visible_pairs(jnp.array([[0, 1, 2, -1]]), jnp.array([[0, 0, 1, 1]])).tolist()
+    [[1.0, 2.0, 1.0, 0.0]]
+    """
+    seen = positions + 1
+    if segment_ids is not None:
+        index = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
+        starts = jnp.concatenate(
+            [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]],
+            axis=1,
+        )
+        first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+        seen = jnp.where(positions >= 0, index - first + 1, 0)
+    return seen.astype(jnp.float32)
+
+
+def attention_work(pairs: jax.Array, num_heads: int, head_dim: int) -> jax.Array:
+    """Multiply-adds of scores and weighted values over so many query–key pairs.
+
+    Args:
+      pairs: visible pairs, any shape.
+      num_heads: N.
+      head_dim: H.
+
+    >>> float(attention_work(jnp.float32(10), 2, 8))
+    320.0
+    """
+    return pairs * (2 * num_heads * head_dim)

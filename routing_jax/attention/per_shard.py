@@ -1,0 +1,61 @@
+"""Running a mixer's work on each device's own part of the batch and of the heads."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from routing_jax.attention.projections import AttentionWeights, HeadsConfig
+
+# The axes of the one mesh this library uses (DESIGN: `data`, `fsdp`, `tensor`).
+_BATCH_AXES = ("data", "fsdp")
+_HEAD_AXIS = "tensor"
+
+
+def over_batch_and_heads(
+    fn: Callable[..., Any],
+    x: jax.Array,
+    positions: jax.Array,
+    choice: jax.Array,
+    segment_ids: jax.Array | None,
+    weights: AttentionWeights,
+    heads: HeadsConfig,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Calls `fn` under `shard_map` when a mesh is set (`jax.set_mesh`), plainly when none is.
+
+    Data-dependent branches must be taken device by device; the partitioner alone would make them
+    global. Heads are split where the mesh's tensor axis divides the key/value heads.
+
+    Args:
+      fn: (x, positions, choice, segment_ids, weights, total) -> (y [B,T,D], (k, v) [B,T,K,H]);
+        `total` sums a per-device part of y over the devices that hold other heads.
+      x: [B,T,D].
+      positions: [B,T].
+      choice: [B,T].
+      segment_ids: [B,T] or None.
+      weights: the projections.
+      heads: head counts and sizes.
+
+    Returns:
+      What `fn` returns, for the whole batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return fn(x, positions, choice, segment_ids, weights, lambda y: y)
+    split = mesh.shape[_HEAD_AXIS] > 1 and heads.num_kv_heads % mesh.shape[_HEAD_AXIS] == 0
+    head = _HEAD_AXIS if split else None
+    batch_devices = mesh.shape[_BATCH_AXES[0]] * mesh.shape[_BATCH_AXES[1]]
+    batch = _BATCH_AXES if x.shape[0] % batch_devices == 0 else None
+    into, out = P(None, head, None), P(head, None, None)
+
+    def total(y: jax.Array) -> jax.Array:
+        return jax.lax.psum(y, _HEAD_AXIS) if split else y
+
+    return jax.shard_map(
+        lambda x, p, c, s, w: fn(x, p, c, s, w, total),
+        mesh=mesh,
+        in_specs=(P(batch), P(batch), P(batch), P(batch), AttentionWeights(into, into, into, out)),
+        out_specs=(P(batch), (P(batch, None, head), P(batch, None, head))),
+        check_vma=False,  # the branches of lax.switch mix constants with per-device values
+    )(x, positions, choice, segment_ids, weights)

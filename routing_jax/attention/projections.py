@@ -1,0 +1,83 @@
+"""Query, key, value and output projections, shared by every mixer that attends."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from routing_jax.attention.rope import apply_rope
+from routing_jax.kernels import AttentionImplementation
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """The heads of an attention layer: MHA when N = K, MQA when K = 1, GQA between.
+
+    Attributes:
+      num_heads: N, query heads.
+      num_kv_heads: K, key/value heads; divides N.
+      head_dim: H.
+      rope_theta: base of the rotary embedding; 0 for no positions.
+      implementation: 'cudnn', 'xla', or None for the best one here.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    implementation: AttentionImplementation | None = None
+
+
+class AttentionWeights(NamedTuple):
+    """query [D,N,H], key [D,K,H], value [D,K,H], out [N,H,D]."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    out: jax.Array
+
+
+def make_attention_weights(
+    module: nn.Module, heads: HeadsConfig, width: int, dtype: jnp.dtype
+) -> AttentionWeights:
+    """Declares the projections as float32 parameters of `module`, cast to the compute dtype.
+
+    Args:
+      module: the Linen module in whose compact method this is called.
+      heads: head counts and sizes.
+      width: D.
+      dtype: compute dtype.
+    """
+    N, K, H = heads.num_heads, heads.num_kv_heads, heads.head_dim
+    into = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
+    back = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=2)
+    return AttentionWeights(
+        query=module.param("query", into, (width, N, H)).astype(dtype),
+        key=module.param("key", into, (width, K, H)).astype(dtype),
+        value=module.param("value", into, (width, K, H)).astype(dtype),
+        out=module.param("out", back, (N, H, width)).astype(dtype),
+    )
+
+
+def project_queries(
+    x: jax.Array, positions: jax.Array, weights: AttentionWeights, heads: HeadsConfig
+) -> jax.Array:
+    """x [B,T,D] to queries [B,T,N,H], turned to their positions [B,T]."""
+    q = jnp.einsum("BTD,DNH->BTNH", x, weights.query)
+    return apply_rope(q, positions, heads.rope_theta) if heads.rope_theta else q
+
+
+def project_keys_values(
+    x: jax.Array, positions: jax.Array, weights: AttentionWeights, heads: HeadsConfig
+) -> tuple[jax.Array, jax.Array]:
+    """x [B,T,D] to keys and values [B,T,K,H], keys turned to their positions [B,T]."""
+    k = jnp.einsum("BTD,DKH->BTKH", x, weights.key)
+    v = jnp.einsum("BTD,DKH->BTKH", x, weights.value)
+    return (apply_rope(k, positions, heads.rope_theta) if heads.rope_theta else k), v
+
+
+def project_out(y: jax.Array, weights: AttentionWeights) -> jax.Array:
+    """Head outputs [B,T,N,H] to the model's width [B,T,D]."""
+    return jnp.einsum("BTNH,NHD->BTD", y, weights.out)

@@ -1,0 +1,180 @@
+"""Routed Attention: each token of each layer takes attention or a convolution.
+
+y = g·Attention(x) + (1 − g)·Conv(x), with g a hard gate from what the token holds (M. Bee, 2025).
+Training computes both branches, so that each has a gradient; evaluation, prefill and decode
+attend only for the routed tokens. Keys and values are made for every token.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from routing_jax.attention.cache import LayerCache, write_kv
+from routing_jax.attention.conv import conv_branch, conv_kernel
+from routing_jax.attention.mixer import LayerReport, Mode, attention_work, visible_pairs
+from routing_jax.attention.per_shard import over_batch_and_heads
+from routing_jax.attention.projections import (
+    AttentionWeights,
+    HeadsConfig,
+    make_attention_weights,
+    project_keys_values,
+    project_out,
+    project_queries,
+)
+from routing_jax.kernels import (
+    compacted_attention,
+    decode_attention,
+    dense_attention,
+    map_routed,
+)
+from routing_jax.routers import Routing, TokenRouter, TokenRouterConfig, straight_through
+
+
+def attend_routed(
+    x: jax.Array,
+    positions: jax.Array,
+    choice: jax.Array,
+    segment_ids: jax.Array | None,
+    weights: AttentionWeights,
+    heads: HeadsConfig,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Attention for the chosen tokens only: query, attention and output projection.
+
+    Args:
+      x: [B,T,D], all tokens; keys and values are made from them all.
+      positions: [B,T] int32, 0…T−1 in order, −1 for padding at the end.
+      choice: [B,T] bool.
+      segment_ids: [B,T] int32 or None.
+      weights: the projections.
+      heads: head counts and sizes.
+
+    Returns:
+      ([B,T,D], 0 where not chosen; (keys, values) [B,T,K,H]).
+    """
+
+    def local(x, positions, choice, segment_ids, weights, total: Callable):
+        k, v = project_keys_values(x, positions, weights, heads)
+
+        def attend(x, q_positions):
+            q = project_queries(x, jnp.maximum(q_positions, 0), weights, heads)
+            if x.shape[1] == k.shape[1]:
+                y = dense_attention(
+                    q, k, v, segment_ids=segment_ids, implementation=heads.implementation
+                )
+            else:
+                y = compacted_attention(
+                    q,
+                    k,
+                    v,
+                    q_positions,
+                    segment_ids=segment_ids,
+                    implementation=heads.implementation,
+                )
+            return project_out(y, weights)
+
+        # The sum over heads on other devices stands outside the branches: their counts may differ.
+        return total(map_routed(attend, x, choice)), (k, v)
+
+    return over_batch_and_heads(local, x, positions, choice, segment_ids, weights, heads)
+
+
+def routed_conv_cost(
+    routing: Routing,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    heads: HeadsConfig,
+    router: TokenRouterConfig,
+    conv_width: int,
+    width: int,
+) -> LayerReport:
+    """Counts what a routed layer spends; hard values, soft gradients.
+
+    A routed token pays for the pairs it may see; every token pays for the router and for the
+    convolution, which runs everywhere because it is cheaper than gathering for it.
+
+    Args:
+      routing: choice and probs [B,T].
+      positions: [B,T] int32, −1 for padding.
+      segment_ids: [B,T] int32 or None.
+      heads: head counts and sizes.
+      router: the token router's config.
+      conv_width: W.
+      width: D.
+    """
+    valid = positions >= 0
+    gate = straight_through(routing.choice, jnp.where(valid, routing.probs, 0))
+    pairs = visible_pairs(positions, segment_ids)
+    dense = attention_work(pairs.sum(), heads.num_heads, heads.head_dim)
+    tokens = valid.sum()
+    overhead = tokens * (router.work(width) + conv_width * width)
+    attended = jnp.sum(gate * pairs)
+    return LayerReport(
+        cost=(attention_work(attended, heads.num_heads, heads.head_dim) + overhead) / dense,
+        kv_cost=attended / pairs.sum() * (heads.num_kv_heads / heads.num_heads),
+        usage=gate.sum() / tokens,
+        choice=routing.choice,
+    )
+
+
+class RoutedConv(nn.Module):
+    """Per token: attention where the router's gate opens, a causal convolution elsewhere.
+
+    `__call__(x [B,T,D], positions [B,T], segment_ids [B,T] | None, cache, rng, mode)
+    -> (y [B,T,D], cache, LayerReport)`.
+    """
+
+    heads: HeadsConfig
+    router: TokenRouterConfig
+    conv_width: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        rng: jax.Array | None = None,
+        mode: Mode = "eval",
+    ) -> tuple[jax.Array, LayerCache | None, LayerReport]:
+        """Mixes the tokens of x [B,T,D]; see the class."""
+        heads, width = self.heads, x.shape[-1]
+        weights = make_attention_weights(self, heads, width, x.dtype)
+        kernel = conv_kernel(self, self.conv_width, width, x.dtype)
+        routing, gate, summary = TokenRouter(self.router, name="router")(
+            x,
+            positions >= 0,
+            rng if mode == "train" else None,
+            None if cache is None else cache.summary,
+        )
+        conv, cache = conv_branch(x, kernel, positions, segment_ids, cache)
+        if cache is not None:
+            cache = cache._replace(summary=summary)
+
+        if mode in ("train", "masked"):
+            q = project_queries(x, positions, weights, heads)
+            k, v = project_keys_values(x, positions, weights, heads)
+            y = dense_attention(
+                q, k, v, segment_ids=segment_ids, implementation=heads.implementation
+            )
+            mix = gate[:, :, None].astype(x.dtype)
+            y = mix * project_out(y, weights) + (1 - mix) * conv
+        elif mode == "decode":
+            k, v = project_keys_values(x, positions, weights, heads)
+            cache = write_kv(cache, k, v, positions)
+            q = project_queries(x, positions, weights, heads)
+            lengths = jnp.where(routing.choice[:, 0], positions[:, 0] + 1, 0)
+            y = project_out(decode_attention(q, cache.keys, cache.values, lengths), weights)
+            y = jnp.where(routing.choice[:, :, None], y, conv)
+        else:
+            y, (k, v) = attend_routed(x, positions, routing.choice, segment_ids, weights, heads)
+            y = jnp.where(routing.choice[:, :, None], y, conv)
+            if cache is not None:
+                cache = write_kv(cache, k, v, positions)
+
+        report = routed_conv_cost(
+            routing, positions, segment_ids, heads, self.router, self.conv_width, width
+        )
+        return y, cache, report

@@ -1,0 +1,26 @@
+"""A decoder whose layers each choose a mixer."""
+
+from routing_jax.models.config import MIXERS, DecoderConfig, parse_layers, repeating_pattern
+from routing_jax.models.decoder import (
+    Decoder,
+    DecoderCache,
+    ModelOutput,
+    count_params,
+    init_cache,
+    init_params,
+    stack_layers,
+)
+
+__all__ = [
+    "MIXERS",
+    "Decoder",
+    "DecoderCache",
+    "DecoderConfig",
+    "ModelOutput",
+    "count_params",
+    "init_cache",
+    "init_params",
+    "parse_layers",
+    "repeating_pattern",
+    "stack_layers",
+]

@@ -1,0 +1,136 @@
+"""What a decoder is made of."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from routing_jax.attention import HeadsConfig
+from routing_jax.routers import TokenRouterConfig
+
+MIXERS = ("full", "conv", "routed")
+
+
+def parse_layers(pattern: str) -> tuple[str, ...]:
+    """The mixer of each layer, from a compact pattern.
+
+    Args:
+      pattern: comma-separated mixers, each optionally repeated with `*n`; a group in brackets
+        repeats as a whole.
+
+    Raises:
+      ValueError: an empty pattern, an unknown mixer or a malformed repeat.
+
+    >>> parse_layers("conv,routed*2")
+    ('conv', 'routed', 'routed')
+    >>> parse_layers("(conv,full)*2")
+    ('conv', 'full', 'conv', 'full')
+    """
+    text = pattern.replace(" ", "")
+
+    def spread(match: re.Match[str]) -> str:
+        return ",".join([match.group(1)] * int(match.group(2)))
+
+    text = re.sub(r"\(([^()]*)\)\*([1-9]\d*)", spread, text)
+    text = re.sub(r"([a-z_]+)\*([1-9]\d*)", spread, text)
+    layers = tuple(text.split(","))
+    for name in layers:
+        if name not in MIXERS:
+            raise ValueError(
+                f"model.layers is {pattern!r}, where {name!r} is not a mixer; accepted: "
+                f"{', '.join(MIXERS)}, repeated with *n, as in 'conv,routed*2' or '(conv,full)*3'."
+            )
+    return layers
+
+
+def repeating_pattern(layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest pattern whose repetition gives the stack.
+
+    >>> repeating_pattern(("conv", "full", "conv", "full"))
+    ('conv', 'full')
+    """
+    for period in range(1, len(layers) + 1):
+        if len(layers) % period == 0 and layers == layers[:period] * (len(layers) // period):
+            return layers[:period]
+    raise AssertionError("a stack always repeats itself once")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A pre-norm decoder whose layers each choose a mixer.
+
+    Attributes:
+      vocab_size: V.
+      width: D.
+      layers: the mixer of each layer, as in 'conv,routed*2': full, conv or routed.
+      num_heads: N, query heads.
+      num_kv_heads: K, key/value heads; N = K is multi-head, K = 1 multi-query attention.
+      head_dim: H.
+      mlp_width: F of the SwiGLU MLP; 0 for no MLP.
+      rope_theta: base of the rotary embedding; 0 for no positions.
+      conv_width: W, tokens that the depthwise convolution sees.
+      router: the token router of routed layers.
+      norm_eps: added to the mean square in RMSNorm.
+      tie_embeddings: use the embedding as output projection.
+      dtype: compute dtype; parameters and softmax stay float32.
+      attention: 'cudnn', 'xla', or None for the best one here.
+      scan: run the repeating pattern of layers as one loop: faster to compile, same numbers.
+      remat: recompute a layer's activations in the backward pass: less memory, same numbers.
+    """
+
+    vocab_size: int = 256
+    width: int = 64
+    layers: str = "routed*2"
+    num_heads: int = 1
+    num_kv_heads: int = 1
+    head_dim: int = 64
+    mlp_width: int = 128
+    rope_theta: float = 10_000.0
+    conv_width: int = 4
+    router: TokenRouterConfig = TokenRouterConfig()
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["xla", "cudnn"] | None = None
+    scan: bool = False
+    remat: bool = False
+
+    def __post_init__(self):
+        parse_layers(self.layers)
+        for name in ("vocab_size", "width", "num_heads", "num_kv_heads", "head_dim", "conv_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads is {self.num_kv_heads}; it must divide "
+                f"model.num_heads = {self.num_heads}."
+            )
+        if self.rope_theta and self.head_dim % 2:
+            raise ValueError(
+                f"model.head_dim is {self.head_dim}; with RoPE (model.rope_theta > 0) it must be "
+                "even."
+            )
+        if self.mlp_width < 0:
+            raise ValueError(f"model.mlp_width is {self.mlp_width}; it must be at least 0.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.dtype is {self.dtype!r}; accepted: 'float32', 'bfloat16'.")
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The mixer of each layer, spelled out."""
+        return parse_layers(self.layers)
+
+    @property
+    def heads(self) -> HeadsConfig:
+        """The head counts, as the mixers take them."""
+        return HeadsConfig(
+            self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.attention
+        )
+
+    def replace(self, **changes) -> "DecoderConfig":
+        """A copy with some fields changed.
+
+        >>> DecoderConfig().replace(width=32).width
+        32
+        """
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,266 @@
+"""The decoder: embedding, a stack of (mixer, MLP) blocks, logits."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from routing_jax.attention import CausalConv, FullAttention, LayerCache, LayerReport, Mode, RoutedConv
+from routing_jax.models.config import DecoderConfig, repeating_pattern
+
+
+class DecoderCache(NamedTuple):
+    """What decoding remembers: a LayerCache a layer, and each sequence's length so far.
+
+    Attributes:
+      layers: one LayerCache a layer (stacked over repeats of the pattern when scanning).
+      lengths: [B] int32, tokens held.
+    """
+
+    layers: tuple[LayerCache, ...]
+    lengths: jax.Array
+
+
+class ModelOutput(NamedTuple):
+    """What the model returns.
+
+    Attributes:
+      logits: [B,T,V] float32.
+      cache: the DecoderCache after these tokens, or None.
+      reports: LayerReport with a leading layer dimension [L].
+    """
+
+    logits: jax.Array
+    cache: DecoderCache | None
+    reports: LayerReport
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale, computed in float32 (Zhang & Sennrich 2019)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last dimension of x."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale[None, None]).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """(silu(x·gate) ∘ x·up)·down (Shazeer 2020)."""
+
+    mlp_width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B,T,D] to [B,T,D]."""
+        D, F = x.shape[-1], self.mlp_width
+        init = nn.initializers.lecun_normal()
+        gate = self.param("gate", init, (D, F)).astype(x.dtype)
+        up = self.param("up", init, (D, F)).astype(x.dtype)
+        down = self.param("down", init, (F, D)).astype(x.dtype)
+        hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, gate))
+        hidden *= jnp.einsum("BTD,DF->BTF", x, up)
+        return jnp.einsum("BTF,FD->BTD", hidden, down)
+
+
+def make_mixer(config: DecoderConfig, kind: str) -> nn.Module:
+    """The mixer of one layer, named by its kind."""
+    if kind == "full":
+        return FullAttention(config.heads, name="mixer")
+    if kind == "conv":
+        return CausalConv(config.heads, config.conv_width, name="mixer")
+    return RoutedConv(config.heads, config.router, config.conv_width, name="mixer")
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    config: DecoderConfig
+    kind: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, positions, segment_ids, cache, rng, mode: Mode
+    ) -> tuple[jax.Array, LayerCache | None, LayerReport]:
+        """Runs one layer on x [B,T,D]."""
+        eps = self.config.norm_eps
+        mixed, cache, report = make_mixer(self.config, self.kind)(
+            RMSNorm(eps, name="mixer_norm")(x), positions, segment_ids, cache, rng, mode
+        )
+        x = x + mixed
+        if self.config.mlp_width:
+            x = x + SwiGLU(self.config.mlp_width, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
+        return x, cache, report
+
+
+class Pattern(nn.Module):
+    """The repeating pattern of layers, once: the body of the scan over layers."""
+
+    config: DecoderConfig
+    mode: Mode
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scanned: tuple, positions, segment_ids):
+        """Runs the pattern's blocks on x; `scanned` holds this repeat's caches and keys."""
+        caches, rngs = scanned
+        block = nn.remat(Block, static_argnums=(6,)) if self.config.remat else Block
+        new_caches, reports = [], []
+        for i, kind in enumerate(repeating_pattern(self.config.mixers)):
+            x, cache, report = block(self.config, kind, name=f"block_{i}")(
+                x, positions, segment_ids, caches[i], None if rngs is None else rngs[i], self.mode
+            )
+            new_caches.append(cache)
+            reports.append(report)
+        return x, (tuple(new_caches), jax.tree.map(lambda *r: jnp.stack(r), *reports))
+
+
+class Decoder(nn.Module):
+    """A causal language model with a mixer per layer.
+
+    `apply({'params': p}, tokens [B,T], positions, segment_ids, cache, rng, mode) -> ModelOutput`.
+    Use `init_params` for its parameters: they are the same with and without scan.
+
+    >>> model = Decoder(DecoderConfig(width=8, head_dim=8, mlp_width=0))
+    >>> params = init_params(model.config, jax.random.key(0))
+    >>> model.apply({"params": params}, jnp.zeros((1, 4), jnp.int32)).logits.shape
+    (1, 4, 256)
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: DecoderCache | None = None,
+        rng: jax.Array | None = None,
+        mode: Mode = "eval",
+    ) -> ModelOutput:
+        """Runs the model on tokens [B,T]; positions default to 0…T−1 after the cache's end."""
+        cfg = self.config
+        dtype = jnp.dtype(cfg.dtype)
+        if positions is None:
+            start = 0 if cache is None else cache.lengths[:, None]
+            positions = jnp.broadcast_to(
+                jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + start, tokens.shape
+            )
+        embedding = self.param("embedding", nn.initializers.normal(1.0), (cfg.vocab_size, cfg.width))
+        x = embedding.astype(dtype)[tokens]
+
+        mixers = cfg.mixers
+        period = len(repeating_pattern(mixers))
+        repeats = len(mixers) // period
+        rngs = None if rng is None else jax.random.split(rng, (repeats, period))
+        if cfg.scan:
+            caches = (None,) * period if cache is None else cache.layers
+            scan = nn.scan(
+                Pattern,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=repeats,
+            )
+            x, (caches, reports) = scan(cfg, mode, name="layers")(
+                x, (caches, rngs), positions, segment_ids
+            )
+            reports = jax.tree.map(lambda r: r.reshape(len(mixers), *r.shape[2:]), reports)
+        else:
+            given = (None,) * len(mixers) if cache is None else cache.layers
+            caches, reports = (), []
+            for i in range(repeats):
+                part = given[i * period : (i + 1) * period]
+                x, (new, report) = Pattern(cfg, mode, name=f"layers_{i}")(
+                    x, (part, None if rngs is None else rngs[i]), positions, segment_ids
+                )
+                caches += new
+                reports.append(report)
+            reports = jax.tree.map(lambda *r: jnp.concatenate(r), *reports)
+        if cache is not None:
+            lengths = jnp.maximum(cache.lengths, jnp.max(positions, axis=1) + 1)
+            cache = DecoderCache(caches, lengths)
+
+        x = RMSNorm(cfg.norm_eps, name="final_norm")(x)
+        if cfg.tie_embeddings:
+            head = embedding.T * cfg.width**-0.5
+        else:
+            head = self.param("head", nn.initializers.lecun_normal(), (cfg.width, cfg.vocab_size))
+        logits = jnp.einsum(
+            "BTD,DV->BTV", x, head.astype(dtype), preferred_element_type=jnp.float32
+        )
+        return ModelOutput(logits, cache, reports)
+
+
+def stack_layers(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """Parameters of the unrolled model as the scanned one holds them: leaves [repeats, …]."""
+    repeats = len(config.mixers) // len(repeating_pattern(config.mixers))
+    rest = {k: v for k, v in params.items() if not k.startswith("layers_")}
+    layers = [params[f"layers_{i}"] for i in range(repeats)]
+    return {**rest, "layers": jax.tree.map(lambda *p: jnp.stack(p), *layers)}
+
+
+def init_params(config: DecoderConfig, rng: jax.Array) -> dict[str, Any]:
+    """The model's initial float32 parameters, the same numbers with and without scan.
+
+    Args:
+      config: the model.
+      rng: a PRNG key.
+
+    >>> small = DecoderConfig(width=8, head_dim=8, mlp_width=0)
+    >>> sorted(init_params(small, jax.random.key(0)))
+    ['embedding', 'final_norm', 'head', 'layers_0', 'layers_1']
+    """
+    tokens = jnp.zeros((1, config.conv_width), jnp.int32)
+    unrolled = Decoder(config.replace(scan=False, remat=False))
+    params = unrolled.init(rng, tokens, mode="masked")["params"]
+    return stack_layers(params, config) if config.scan else params
+
+
+def init_cache(
+    config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype | None = None
+) -> DecoderCache:
+    """An empty cache for sequences of up to `length` tokens.
+
+    Args:
+      config: the model.
+      batch: B.
+      length: S, the most tokens a sequence may hold.
+      dtype: of keys, values and convolution inputs; the compute dtype when None.
+
+    >>> init_cache(DecoderConfig(), 2, 16).layers[0].keys.shape
+    (2, 16, 1, 64)
+    """
+    dtype = jnp.dtype(dtype or config.dtype)
+
+    def layer(kind: str) -> LayerCache:
+        kv = (batch, length, config.num_kv_heads, config.head_dim)
+        attends, convolves = kind != "conv", kind != "full"
+        return LayerCache(
+            keys=jnp.zeros(kv, dtype) if attends else None,
+            values=jnp.zeros(kv, dtype) if attends else None,
+            history=jnp.zeros((batch, config.conv_width - 1, config.width), dtype)
+            if convolves
+            else None,
+            summary=jnp.zeros((batch, config.router.summary))
+            if kind == "routed" and config.router.summary
+            else None,
+        )
+
+    layers = tuple(layer(kind) for kind in config.mixers)
+    if config.scan:
+        period = len(repeating_pattern(config.mixers))
+        layers = tuple(
+            jax.tree.map(lambda *c: jnp.stack(c), *layers[i::period]) for i in range(period)
+        )
+    return DecoderCache(layers, jnp.zeros((batch,), jnp.int32))
+
+
+def count_params(params: Any) -> int:
+    """How many numbers a parameter tree holds (arrays or shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

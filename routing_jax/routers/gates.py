@@ -1,0 +1,61 @@
+"""Independent hard gates with a gradient: noise, threshold, straight-through."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Gate(NamedTuple):
+    """A sampled gate.
+
+    Attributes:
+      choice: bool, the hard decision.
+      value: float32, `choice` as a number whose gradient is the soft gate's.
+      probs: float32, σ(logits), free of noise.
+    """
+
+    choice: jax.Array
+    value: jax.Array
+    probs: jax.Array
+
+
+def straight_through(hard: jax.Array, soft: jax.Array) -> jax.Array:
+    """The value of `hard` with the gradient of `soft` (Bengio et al. 2013).
+
+    Args:
+      hard: any shape, the value to pass forward; cast to soft's dtype.
+      soft: same shape, where gradients go.
+
+    >>> jax.grad(lambda p: straight_through(p > 0.5, p) * 3)(0.7).item()
+    3.0
+    """
+    hard = hard.astype(soft.dtype)
+    # In this order the forward value is `hard` to the last bit: soft − soft is exactly 0.
+    return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))
+
+
+def binary_gate(logits: jax.Array, rng: jax.Array | None, temperature: float = 1.0) -> Gate:
+    """Opens where logit + logistic noise > 0: the two-way Gumbel-softmax, hard forward.
+
+    The difference of two Gumbel variables is logistic, so the gate opens with probability
+    σ(logit) (Jang et al. 2017; Maddison et al. 2017). Without `rng` there is no noise, and the
+    gate opens exactly where σ(logit) > ½.
+
+    Args:
+      logits: any shape.
+      rng: a PRNG key for the noise, or None for the deterministic gate.
+      temperature: of the soft gate that gives the gradient.
+
+    Returns:
+      A Gate of the logits' shape.
+
+    >>> binary_gate(jnp.array([-2.0, 3.0]), None).choice.tolist()
+    [False, True]
+    """
+    logits = logits.astype(jnp.float32)
+    probs = jax.nn.sigmoid(logits)
+    noisy = logits if rng is None else logits + jax.random.logistic(rng, logits.shape)
+    choice = noisy > 0
+    soft = jax.nn.sigmoid(noisy / temperature)
+    return Gate(choice, straight_through(choice, soft), probs)

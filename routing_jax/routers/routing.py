@@ -1,0 +1,19 @@
+"""What every router returns."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Routing(NamedTuple):
+    """A routing decision.
+
+    Attributes:
+      choice: the hard decision; for a token router [B,T] bool, True where attention runs.
+      probs: what `choice` would be on average, with a gradient; same leading shape.
+      logits: the scores behind `probs`, before noise.
+    """
+
+    choice: Any
+    probs: jax.Array
+    logits: jax.Array
