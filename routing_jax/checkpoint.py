@@ -9,6 +9,7 @@ and finds damage: orbax compresses without a checksum, and a flipped bit there r
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import zlib
@@ -70,6 +71,7 @@ class Checkpointer:
         if "://" not in str(directory):
             self.directory = epath.Path(os.path.abspath(self.directory))
         self.keep = keep
+        logging.getLogger("absl").addFilter(_is_news)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -122,12 +124,11 @@ class Checkpointer:
         if _from_primary(step in self.steps() and self._damage(step) is None):
             return
         try:
-            response = ocp.save_checkpointables_async(
-                # Only leftovers can be there: a complete step never gets here.
-                self._path(step),
-                {"state": leaves},
-                overwrite=True,
-            )
+            with _context():
+                # Only leftovers can be overwritten: an intact step never gets here.
+                response = ocp.save_checkpointables_async(
+                    self._path(step), {"state": leaves}, overwrite=True
+                )
         except Exception as error:
             raise self._not_written(step, error) from error
         self._pending = self._executor.submit(self._finish, step, response, extra, description)
@@ -297,6 +298,19 @@ class Checkpointer:
         return "; there is no intact one before it"
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    # Orbax logs, with its traceback, the error that it then raises and that is told here.
+    return "run() raised an exception" not in str(record.msg)
+
+
+def _context() -> ocp.Context:
+    # Where a folder can't be made, threads that orbax has already started would wait for it
+    # for minutes: make it before they start.
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    return context
+
+
 def _flatten(tree: PyTree) -> dict[str, Any]:
     """Return {path: leaf}: which containers they stood in is left to the caller's `like`."""
     leaves: dict[str, Any] = {}
@@ -305,12 +319,14 @@ def _flatten(tree: PyTree) -> dict[str, Any]:
         if path in leaves:
             raise CheckpointError(f"two leaves of the state are called {path}")
         if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            leaf = np.array(leaf)  # a copy: the caller may write into its own
+            leaf = np.asarray(leaf)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise CheckpointError(
                 f"leaf {path} has dtype {leaf.dtype}: expected plain numbers, "
                 "for a random key what jax.random.key_data gives"
             )
+        if 0 in leaf.shape:
+            raise CheckpointError(f"leaf {path} of shape {leaf.shape} is empty: orbax saves none")
         leaves[path] = leaf
     return leaves
 

@@ -1,0 +1,1 @@
+"""Training: configuration, presets, data, curriculum, loop, and the experiments to reproduce."""

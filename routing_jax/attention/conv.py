@@ -55,8 +55,9 @@ class CausalConv(nn.Module):
         kernel = conv_kernel(self, self.conv_width, x.shape[-1], x.dtype)
         y, cache = conv_branch(x, kernel, positions, segment_ids, cache)
         pairs = visible_pairs(positions, segment_ids).sum()
-        dense = attention_work(pairs, self.heads.num_heads, self.heads.head_dim)
-        work = jnp.sum(positions >= 0) * (self.conv_width * x.shape[-1])
+        dense = attention_work(jnp.maximum(pairs, 1), self.heads.num_heads, self.heads.head_dim)
+        tokens = jnp.sum(positions >= 0, dtype=jnp.float32)  # their work would overflow int32
+        work = tokens * (self.conv_width * x.shape[-1])
         zero = jnp.float32(0)
         report = LayerReport(
             cost=work / dense, kv_cost=zero, usage=zero, choice=jnp.zeros_like(positions, bool)

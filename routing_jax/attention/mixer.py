@@ -8,12 +8,14 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from routing_jax.kernels import segment_starts
+
 Mode = Literal["train", "eval", "masked", "prefill", "decode"]
 """How a mixer runs.
 
 train: both branches, noisy gates, gradients. masked: both branches, no noise (the reference that
-skipping is tested against). eval: no noise, unrouted work skipped. prefill: eval, and fills the
-cache. decode: one token a sequence, from the cache.
+skipping is tested against). eval: no noise, unrouted work skipped. prefill: eval, and fills an
+empty cache. decode: one token a sequence, from the cache.
 """
 
 
@@ -48,13 +50,8 @@ def visible_pairs(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Ar
     """
     seen = positions + 1
     if segment_ids is not None:
-        index = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
-        starts = jnp.concatenate(
-            [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]],
-            axis=1,
-        )
-        first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-        seen = jnp.where(positions >= 0, index - first + 1, 0)
+        index = jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
+        seen = jnp.where(positions >= 0, index - segment_starts(segment_ids) + 1, 0)
     return seen.astype(jnp.float32)
 
 

@@ -64,7 +64,7 @@ def make_attention_weights(
 def project_queries(
     x: jax.Array, positions: jax.Array, weights: AttentionWeights, heads: HeadsConfig
 ) -> jax.Array:
-    """x [B,T,D] to queries [B,T,N,H], turned to their positions [B,T]."""
+    """Queries [B,T,N,H] of x [B,T,D], turned to their positions [B,T]."""
     q = jnp.einsum("BTD,DNH->BTNH", x, weights.query)
     return apply_rope(q, positions, heads.rope_theta) if heads.rope_theta else q
 
@@ -72,7 +72,7 @@ def project_queries(
 def project_keys_values(
     x: jax.Array, positions: jax.Array, weights: AttentionWeights, heads: HeadsConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """x [B,T,D] to keys and values [B,T,K,H], keys turned to their positions [B,T]."""
+    """Keys and values [B,T,K,H] of x [B,T,D], keys turned to their positions [B,T]."""
     k = jnp.einsum("BTD,DKH->BTKH", x, weights.key)
     v = jnp.einsum("BTD,DKH->BTKH", x, weights.value)
     return (apply_rope(k, positions, heads.rope_theta) if heads.rope_theta else k), v

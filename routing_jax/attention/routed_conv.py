@@ -44,7 +44,7 @@ def attend_routed(
 
     Args:
       x: [B,T,D], all tokens; keys and values are made from them all.
-      positions: [B,T] int32, 0…T−1 in order, −1 for padding at the end.
+      positions: [B,T] int32, rising within a segment; −1 for padding at the end.
       choice: [B,T] bool.
       segment_ids: [B,T] int32 or None.
       weights: the projections.
@@ -58,7 +58,10 @@ def attend_routed(
         k, v = project_keys_values(x, positions, weights, heads)
 
         def attend(x, q_positions):
-            q = project_queries(x, jnp.maximum(q_positions, 0), weights, heads)
+            # A token's place in its row says which keys it sees; its position, which may restart
+            # in a packed row, says how far RoPE turns it.
+            turns = jnp.take_along_axis(positions, jnp.maximum(q_positions, 0), axis=1)
+            q = project_queries(x, turns, weights, heads)
             if x.shape[1] == k.shape[1]:
                 y = dense_attention(
                     q, k, v, segment_ids=segment_ids, implementation=heads.implementation
@@ -106,14 +109,15 @@ def routed_conv_cost(
     valid = positions >= 0
     gate = straight_through(routing.choice, jnp.where(valid, routing.probs, 0))
     pairs = visible_pairs(positions, segment_ids)
-    dense = attention_work(pairs.sum(), heads.num_heads, heads.head_dim)
-    tokens = valid.sum()
+    seen = jnp.maximum(pairs.sum(), 1)  # a batch of nothing but padding spends 0, not 0/0
+    dense = attention_work(seen, heads.num_heads, heads.head_dim)
+    tokens = valid.sum(dtype=jnp.float32)  # times a layer's work, int32 would overflow
     overhead = tokens * (router.work(width) + conv_width * width)
     attended = jnp.sum(gate * pairs)
     return LayerReport(
         cost=(attention_work(attended, heads.num_heads, heads.head_dim) + overhead) / dense,
-        kv_cost=attended / pairs.sum() * (heads.num_kv_heads / heads.num_heads),
-        usage=gate.sum() / tokens,
+        kv_cost=attended / seen * (heads.num_kv_heads / heads.num_heads),
+        usage=gate.sum() / jnp.maximum(tokens, 1),
         choice=routing.choice,
     )
 
@@ -148,6 +152,7 @@ class RoutedConv(nn.Module):
             positions >= 0,
             rng if mode == "train" else None,
             None if cache is None else cache.summary,
+            segment_ids,
         )
         conv, cache = conv_branch(x, kernel, positions, segment_ids, cache)
         if cache is not None:

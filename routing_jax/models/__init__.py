@@ -8,7 +8,9 @@ from routing_jax.models.decoder import (
     count_params,
     init_cache,
     init_params,
+    make_mixer,
     stack_layers,
+    unstack_layers,
 )
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "count_params",
     "init_cache",
     "init_params",
+    "make_mixer",
     "parse_layers",
     "repeating_pattern",
     "stack_layers",
+    "unstack_layers",
 ]

@@ -31,8 +31,9 @@ def parse_layers(pattern: str) -> tuple[str, ...]:
     def spread(match: re.Match[str]) -> str:
         return ",".join([match.group(1)] * int(match.group(2)))
 
-    text = re.sub(r"\(([^()]*)\)\*([1-9]\d*)", spread, text)
-    text = re.sub(r"([a-z_]+)\*([1-9]\d*)", spread, text)
+    # A repeat followed by another, as in '(full)*2*3', stays as it is, and is refused below.
+    text = re.sub(r"\(([^()]*)\)\*([1-9]\d*+)(?!\*)", spread, text)
+    text = re.sub(r"([a-z_]+)\*([1-9]\d*+)(?!\*)", spread, text)
     layers = tuple(text.split(","))
     for name in layers:
         if name not in MIXERS:
@@ -110,10 +111,18 @@ class DecoderConfig:
                 f"model.head_dim is {self.head_dim}; with RoPE (model.rope_theta > 0) it must be "
                 "even."
             )
+        if self.rope_theta < 0:
+            raise ValueError(
+                f"model.rope_theta is {self.rope_theta}; it must be above 0, or 0 for no positions."
+            )
         if self.mlp_width < 0:
             raise ValueError(f"model.mlp_width is {self.mlp_width}; it must be at least 0.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}; accepted: 'float32', 'bfloat16'.")
+        if self.attention not in ("xla", "cudnn", None):
+            raise ValueError(
+                f"model.attention is {self.attention!r}; accepted: 'xla', 'cudnn', None."
+            )
 
     @property
     def mixers(self) -> tuple[str, ...]:

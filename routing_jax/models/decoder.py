@@ -6,8 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from routing_jax.attention import CausalConv, FullAttention, LayerCache, LayerReport, Mode, RoutedConv
+from routing_jax.attention import (
+    CausalConv,
+    FullAttention,
+    LayerCache,
+    LayerReport,
+    Mode,
+    RoutedConv,
+)
 from routing_jax.models.config import DecoderConfig, repeating_pattern
+from routing_jax.models.embedding import embed
 
 
 class DecoderCache(NamedTuple):
@@ -146,13 +154,19 @@ class Decoder(nn.Module):
         """Runs the model on tokens [B,T]; positions default to 0…T−1 after the cache's end."""
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
+        if mode in ("prefill", "decode") and cache is None:
+            raise ValueError(f"mode {mode!r} needs a cache; it is None.")
+        if mode == "decode" and tokens.shape[1] != 1:
+            raise ValueError(f"mode 'decode' takes tokens [B,1]; they are {tokens.shape}.")
         if positions is None:
             start = 0 if cache is None else cache.lengths[:, None]
             positions = jnp.broadcast_to(
                 jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + start, tokens.shape
             )
-        embedding = self.param("embedding", nn.initializers.normal(1.0), (cfg.vocab_size, cfg.width))
-        x = embedding.astype(dtype)[tokens]
+        embedding = self.param(
+            "embedding", nn.initializers.normal(1.0), (cfg.vocab_size, cfg.width)
+        )
+        x = embed(embedding.astype(dtype), tokens)
 
         mixers = cfg.mixers
         period = len(repeating_pattern(mixers))
@@ -203,6 +217,16 @@ def stack_layers(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any
     rest = {k: v for k, v in params.items() if not k.startswith("layers_")}
     layers = [params[f"layers_{i}"] for i in range(repeats)]
     return {**rest, "layers": jax.tree.map(lambda *p: jnp.stack(p), *layers)}
+
+
+def unstack_layers(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `stack_layers`: parameters of the scanned model, unrolled."""
+    repeats = len(config.mixers) // len(repeating_pattern(config.mixers))
+    rest = {k: v for k, v in params.items() if k != "layers"}
+    layers = {
+        f"layers_{i}": jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(repeats)
+    }
+    return rest | layers
 
 
 def init_params(config: DecoderConfig, rng: jax.Array) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from routing_jax.kernels import segment_starts
 from routing_jax.routers.gates import binary_gate
 from routing_jax.routers.routing import Routing
 
@@ -73,7 +74,10 @@ class TokenRouting(NamedTuple):
 
 
 def seen_before(
-    features: jax.Array, valid: jax.Array, state: jax.Array | None
+    features: jax.Array,
+    valid: jax.Array,
+    state: jax.Array | None,
+    segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """How much of each token's features earlier tokens have already shown: O(T·R), recurrent.
 
@@ -85,6 +89,7 @@ def seen_before(
       features: [B,T,R], non-negative.
       valid: [B,T] bool; other tokens leave no trace.
       state: [B,R], what earlier calls have summed up, or None.
+      segment_ids: [B,T] int32; a segment starts from nothing, as if `state` were zero.
 
     Returns:
       ([B,T,R] seen, [B,R] the state after the last token).
@@ -97,14 +102,19 @@ def seen_before(
     total = jnp.cumsum(features, axis=1)
     if state is not None:
         total = total + state[:, None]
-    return features * (total - features), total[:, -1]
+    earlier = total - features
+    if segment_ids is not None:
+        starts = segment_starts(segment_ids)[:, :, None]
+        earlier -= jnp.take_along_axis(earlier, starts, axis=1)
+    return features * earlier, total[:, -1]
 
 
 class TokenRouter(nn.Module):
     """Scores each token and gates it; parameters `hidden`, `out` (and `summary`).
 
-    `__call__(x [B,T,D], valid [B,T], rng, summary [B,R] | None) -> TokenRouting`. With `rng`
-    the gate is noisy, as in training; without, it is the threshold of the probabilities.
+    `__call__(x [B,T,D], valid [B,T], rng, summary [B,R] | None, segment_ids [B,T] | None)
+    -> TokenRouting`. With `rng` the gate is noisy, as in training; without, it is the threshold
+    of the probabilities.
     """
 
     config: TokenRouterConfig
@@ -116,6 +126,7 @@ class TokenRouter(nn.Module):
         valid: jax.Array,
         rng: jax.Array | None = None,
         summary: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
     ) -> TokenRouting:
         """Routes the tokens x [B,T,D]; see the class."""
         cfg = self.config
@@ -128,7 +139,7 @@ class TokenRouter(nn.Module):
         if cfg.summary:
             bins = self.param("summary", nn.initializers.normal(1.0), (D, cfg.summary))
             assignment = jax.nn.softmax(x @ bins / D**0.5, axis=-1)
-            seen, summary = seen_before(assignment, valid, summary)
+            seen, summary = seen_before(assignment, valid, summary, segment_ids)
             features = jnp.concatenate([x, seen], axis=-1)
         else:
             summary = None

@@ -1,0 +1,1 @@
+"""What `routing-jax reproduce` runs, one experiment a file."""

@@ -1,0 +1,226 @@
+"""How fast a mixing layer gets as fewer of its tokens attend, against attention everywhere.
+
+`run` times four parts at each length: the mixing itself (router, compaction, gather and scatter
+included; queries, keys and values given), a decode step, the projections alone, and the whole
+layer. Dense attention is cuDNN's on a GPU and XLA's in blocks elsewhere.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from routing_jax.evals.benchmarks.environment import environment
+from routing_jax.evals.benchmarks.mixing_cases import Case, cases
+from routing_jax.evals.benchmarks.mixing_config import MixingBenchConfig, Part, default_config
+from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
+from routing_jax.kernels import default_implementation
+
+__all__ = ["MixingBenchConfig", "default_config", "main", "run", "table"]
+
+Row = dict[str, Any]
+Program = Callable[[list[State]], list[State]]
+
+
+def _error(error: Exception) -> str:
+    """A failure in one line, for a row."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _count_sets(config: MixingBenchConfig, case: Case) -> int:
+    """How many input sets together exceed the cache."""
+    inputs = {k: v for k, v in jax.eval_shape(lambda: case.state(0)).items() if k != "y"}
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(inputs))
+    return 1 + config.cache_bytes // size
+
+
+def _compile(config: MixingBenchConfig, length: int, case: Case) -> Program:
+    sets = _count_sets(config, case)
+    shapes = [jax.eval_shape(lambda: case.state(0))] * sets
+    return chained(case.step, config.calls(length)).lower(shapes).compile()
+
+
+class _Clock:
+    """The time left of a budget; 0 seconds for no limit."""
+
+    def __init__(self, seconds: float):
+        self._end = time.monotonic() + seconds if seconds else float("inf")
+        self._seconds = seconds
+
+    def check(self) -> None:
+        if time.monotonic() > self._end:
+            raise TimeoutError(f"skipped: the {self._seconds:g} s allowed were spent.")
+
+
+def _measure(config: MixingBenchConfig, length: int, case: Case, program: Program) -> Timing:
+    sets = _count_sets(config, case)
+    calls = -(-config.calls(length) // sets) * sets
+    states = [case.state(config.seed + 10 * i) for i in range(sets)]
+    timing, _ = time_program(program, states, calls, config.repeats, config.target_ms)
+    return timing
+
+
+def _rows(config: MixingBenchConfig, part: Part, clock: _Clock) -> Iterator[Row]:
+    """The rows of one part. All its programs are compiled before any is timed."""
+    cases_at = {length: cases(config, part, length) for length in config.lengths}
+    with concurrent.futures.ThreadPoolExecutor(config.compile_threads) as pool:
+
+        def compile_in_time(length: int, case: Case) -> Program:
+            clock.check()
+            return _compile(config, length, case)
+
+        unique = {(T, case.name): case for T, found in cases_at.items() for case in found}
+        programs = {key: pool.submit(compile_in_time, key[0], c) for key, c in unique.items()}
+
+    def measure(length: int, case: Case) -> tuple[Timing | None, str | None]:
+        try:
+            program = programs[length, case.name].result()
+            clock.check()
+            return _measure(config, length, case, program), None
+        except Exception as error:  # one size that fails must not cost the others
+            return None, _error(error)
+
+    for length, (dense_case, *routed_cases) in cases_at.items():
+        dense, dense_error = measure(length, dense_case)
+        for case in routed_cases:
+            routed, routed_error = measure(length, case)
+            row = {
+                "part": part,
+                "length": length,
+                "usage": case.usage,
+                "tokens": case.tokens,
+                "implementation": "compaction",
+                "milliseconds": routed and routed.milliseconds,
+                "spread": routed and routed.spread,
+                "dense_milliseconds": dense and dense.milliseconds,
+                "dense_spread": dense and dense.spread,
+                "speedup": dense and routed and dense.milliseconds / routed.milliseconds,
+            }
+            failed = {"routed": routed_error, "dense": dense_error}
+            errors = [f"{name}: {error}" for name, error in failed.items() if error]
+            yield row | ({"error": "; ".join(errors)} if errors else {})
+
+
+def run(config: MixingBenchConfig, report: Callable[[dict[str, Any]], None] | None = None) -> dict:
+    """Measures everything the config asks for.
+
+    Args:
+      config: sizes, usages and timing.
+      report: called with the result so far after each row.
+
+    Returns:
+      A JSON-ready dict: device, driver, versions, date, attention (the dense backend), config,
+      seconds taken, and rows. A row holds part, length, usage, tokens, implementation,
+      milliseconds and spread (interquartile range) of one call, the same for dense, and speedup;
+      a row that failed holds `error`, and None for what is missing.
+    """
+    start, clock = time.monotonic(), _Clock(config.seconds)
+    result: dict[str, Any] = {
+        **environment(),
+        "attention": default_implementation(jax.numpy.dtype(config.dtype)),
+        "config": dataclasses.asdict(config),
+        "seconds": 0.0,
+        "rows": [],
+    }
+    for part in config.parts:
+        for row in _rows(config, part, clock):
+            result["rows"].append(row)
+            result["seconds"] = round(time.monotonic() - start, 1)
+            if report is not None:
+                report(result)
+    return result
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["milliseconds"] is None:
+        return "failed"
+    ratio = f" ({row['speedup']:.3g}×)" if row["speedup"] else ""
+    return f"{row['milliseconds']:.3g}{ratio}"
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a table a part, a line a length, a column a usage; milliseconds and speed-up.
+
+    >>> row = {"part": "mixing", "length": 4096, "usage": 0.01, "milliseconds": 1.0,
+    ...        "dense_milliseconds": 20.0, "speedup": 20.0}
+    >>> print(table([row]))
+    **mixing**, milliseconds (speed-up over dense)
+    <BLANKLINE>
+    | length | dense | 1 % |
+    | ---: | ---: | ---: |
+    | 4096 | 20 | 1 (20×) |
+    """
+    blocks = []
+    for part in dict.fromkeys(row["part"] for row in rows):
+        found = {(row["length"], row["usage"]): row for row in rows if row["part"] == part}
+        lengths, usages = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+        names = [f"{100 * usage:.4g} %" for usage in usages]
+        if part == "decode":
+            names = ["routed" if usage else "not routed" for usage in usages]
+        lines = [
+            f"**{part}**, milliseconds (speed-up over dense)",
+            "",
+            f"| length | dense | {' | '.join(names)} |",
+            "| ---: |" + " ---: |" * (1 + len(usages)),
+        ]
+        for length in lengths:
+            line = [found.get((length, usage)) for usage in usages]
+            dense = next((r["dense_milliseconds"] for r in line if r), None)
+            shown = "failed" if dense is None else f"{dense:.3g}"
+            lines.append(f"| {length} | {shown} | {' | '.join(map(_cell, line))} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _write_json(result: dict[str, Any], out: Path) -> None:
+    """Replaces `out` at once: a reader sees the old file or the new one, whole."""
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, out)
+
+
+def main(config: MixingBenchConfig, out: Path) -> dict[str, Any]:
+    """Runs the benchmark, prints each row as it comes and the table last, and writes JSON.
+
+    The file is replaced after every row, so a run that is cut off keeps what it measured.
+
+    Args:
+      config: see `run`.
+      out: the JSON file to write; its folder is made.
+
+    Returns:
+      The result of `run`.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def report(result: dict[str, Any]) -> None:
+        _write_json(result, out)
+        if len(result["rows"]) == 1:
+            print(
+                f"{result['device']}, {config.dtype}: {config.num_heads} query and "
+                f"{config.num_kv_heads} key/value heads of {config.head_dim}, batch 1, dense "
+                f"attention by {result['attention']}"
+            )
+        row = result["rows"][-1]
+        line = f"{row['part']:<11} {row['length']:>6} {100 * row['usage']:>6.4g} %  "
+        if row["milliseconds"] is not None:
+            line += f"{row['milliseconds']:>10.4f} ms ± {row['spread']:<8.2g} "
+        if row["dense_milliseconds"] is not None:
+            line += f"dense {row['dense_milliseconds']:>10.4f} ms ± {row['dense_spread']:<8.2g} "
+        if row["speedup"] is not None:
+            line += f"{row['speedup']:>8.2f}×"
+        print(line, row.get("error", ""), flush=True)
+
+    result = run(config, report)
+    print(f"\n{table(result['rows'])}\n")
+    print(f"{len(result['rows'])} rows in {result['seconds']} s: {out}")
+    return result

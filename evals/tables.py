@@ -1,0 +1,291 @@
+"""Markdown tables rendered from result files."""
+
+import functools
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from routing_jax.evals.results import Result, Summary, summary
+
+# What the source claims (an article; its code is not available), for the routed model only.
+PUBLISHED = {
+    "recall-128": "100 % at 0.3 % (distance 126)",
+    "recall-256": "100 % at 25 % (distance 254)",
+    "recall-512": "100 % at 25 % (distance 510)",
+}
+NOTHING = "–"
+
+
+class Column(NamedTuple):
+    """A column's heading and how its cells are aligned."""
+
+    name: str
+    align: Literal["left", "right", "center"] = "right"
+
+
+def markdown_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, padded so that its source reads as a table too.
+
+    Raises:
+      ValueError: a row with more or fewer cells than there are columns.
+
+    >>> print(markdown_table([Column("task", "left"), Column("ms")], [["a", "1.5"]]))
+    | task |  ms |
+    |:-----|----:|
+    | a    | 1.5 |
+    """
+    for i, row in enumerate(rows):
+        if len(row) != len(columns):
+            raise ValueError(f"Row {i} has {len(row)} cells; it must have {len(columns)}.")
+    table = [[column.name for column in columns], *rows]
+    table = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in table]
+    widths = [max(3, *map(len, cells)) for cells in zip(*table)]
+    pad: dict[str, Callable[[str, int], str]] = {
+        "left": str.ljust,
+        "right": str.rjust,
+        "center": str.center,
+    }
+    lines = [
+        "| " + " | ".join(pad[c.align](cell, w) for c, cell, w in zip(columns, row, widths)) + " |"
+        for row in table
+    ]
+    rule = {"left": ":{}-", "right": "-{}:", "center": ":{}:"}
+    rules = [rule[c.align].format("-" * w) for c, w in zip(columns, widths)]
+    return "\n".join([lines[0], "|" + "|".join(rules) + "|", *lines[1:]])
+
+
+def percent_down(fraction: float) -> str:
+    """A fraction in percent, rounded down, so that only exactly 1 reads as 100 %.
+
+    >>> percent_down(1.0), percent_down(0.999999), percent_down(0.9951)
+    ('100 %', '99.99 %', '99.51 %')
+    """
+    return "100 %" if fraction == 1 else f"{math.floor(fraction * 1e4 + 1e-6) / 100:.2f} %"
+
+
+def multiple_up(ratio: float) -> str:
+    """A multiple, rounded up, so that none reads as smaller than it is.
+
+    >>> multiple_up(1.0), multiple_up(2.001), multiple_up(243.2)
+    ('1.00×', '2.01×', '244×')
+    """
+    places = 2 if ratio < 10 else 0
+    scale = 10**places
+    return f"{math.ceil(ratio * scale - 1e-6) / scale:,.{places}f}×"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with at least so many significant digits, never in powers of ten.
+
+    >>> significant(0.0039062), significant(25.0), significant(1234.6)
+    ('0.00391', '25.0', '1,235')
+    """
+    if value == 0:
+        return "0"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{significant(100 * fraction)} %"
+
+
+def _with_worst(mean: str, worst: str) -> str:
+    return mean if mean == worst else f"{mean} ({worst})"
+
+
+class _Row(NamedTuple):
+    """The seeds of one variant in one task."""
+
+    task: str
+    variant: str
+    runs: list[Result]
+
+    def mean(
+        self,
+        field: str,
+        show: Callable[[float], str],
+        worst: Callable[[Summary], float] | None = None,
+    ) -> str:
+        """The mean over seeds, the worst seed where it differs, and how many seeds if not all."""
+        figures = summary(self.runs, field)
+        if figures is None:
+            return NOTHING
+        text = show(figures.mean)
+        if worst is not None:
+            text = _with_worst(text, show(worst(figures)))
+        every = figures.seeds == len(self.runs)
+        return text if every else f"{text} [{figures.seeds} of {len(self.runs)} seeds]"
+
+    def times_least(self) -> str:
+        """Usage ÷ the least possible."""
+        floor = self.runs[0].least_usage
+        if not floor or any(run.least_usage != floor for run in self.runs):
+            return NOTHING
+        usage = [run.usage / floor for run in self.runs]
+        return _with_worst(multiple_up(statistics.fmean(usage)), multiple_up(max(usage)))
+
+    def devices(self) -> str:
+        return ", ".join(sorted({run.device for run in self.runs}))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts recall-256 before recall-1024."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
+    ]
+
+
+def _rows(results: Sequence[Result]) -> list[_Row]:
+    """Tasks in natural order; in each routed, its changes (routed+...), full, and the rest."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for run in sorted(results, key=lambda run: run.seed):
+        groups.setdefault((run.task, run.variant), []).append(run)
+
+    def order(key: tuple[str, str]):
+        task, variant = key
+        ranks = (variant == "routed", variant.startswith("routed+"), variant == "full", True)
+        return _natural(task), ranks.index(True), variant
+
+    return [_Row(*key, groups[key]) for key in sorted(groups, key=order)]
+
+
+def _lowest(figures: Summary) -> float:
+    return figures.lowest
+
+
+def _highest(figures: Summary) -> float:
+    return figures.highest
+
+
+def _spent(row: _Row) -> list[str]:
+    """The cells that every table ends with."""
+    return [
+        row.mean("cost", significant),
+        row.mean("kv_cost", significant),
+        row.mean("mixing_ms", significant),
+        row.mean("minutes", significant),
+        str(len(row.runs)),
+    ]
+
+
+_SPENT = [Column("cost"), Column("kv cost"), Column("mixing, ms"), Column("minutes")]
+_SPENT += [Column("seeds")]
+
+
+def _with_devices(
+    columns: list[Column], cells: list[list[str]], rows: list[_Row]
+) -> tuple[list[Column], list[list[str]]]:
+    """Names each row's device where there are several: milliseconds of two don't compare."""
+    if len({run.device for row in rows for run in row.runs}) == 1:
+        return columns, cells
+    named = [[*line, row.devices()] for line, row in zip(cells, rows)]
+    return [*columns, Column("device", "left")], named
+
+
+def _task_cells(rows: list[_Row]) -> list[str]:
+    """Each task's name on its first row only."""
+    previous = ["", *(row.task for row in rows)]
+    return ["" if row.task == before else row.task for row, before in zip(rows, previous)]
+
+
+def recall_table(results: Sequence[Result]) -> str:
+    """Accuracy and usage of recall tasks, a row a variant; worst seeds in brackets."""
+    rows = _rows(results)
+    columns = [
+        Column("task", "left"),
+        Column("variant", "left"),
+        Column("accuracy (worst)"),
+        Column("pair at first place (worst)"),
+        Column("hard usage (worst)"),
+        Column("× least possible (worst)"),
+        *_SPENT,
+        Column("published", "left"),
+    ]
+    cells = [
+        [
+            task,
+            row.variant,
+            row.mean("accuracy", percent_down, _lowest),
+            row.mean("accuracy_first_place", percent_down, _lowest),
+            row.mean("usage", _percent, _highest),
+            row.times_least(),
+            *_spent(row),
+            PUBLISHED.get(row.task, NOTHING) if row.variant == "routed" else NOTHING,
+        ]
+        for task, row in zip(_task_cells(rows), rows)
+    ]
+    return markdown_table(*_with_devices(columns, cells, rows))
+
+
+def _relative(base: float, value: float) -> str:
+    return f"{100 * (value / base - 1):+.2f} %"
+
+
+def text_table(results: Sequence[Result]) -> str:
+    """Bits per byte of text tasks, a row a variant, beside attention everywhere ('full')."""
+    rows = _rows(results)
+    full = {row.task: summary(row.runs, "bits_per_byte") for row in rows if row.variant == "full"}
+    columns = [
+        Column("task", "left"),
+        Column("variant", "left"),
+        Column("bits per byte ± std"),
+        Column("against full (worst)"),
+        Column("hard usage (worst)"),
+        *_SPENT,
+    ]
+    cells = []
+    for task, row in zip(_task_cells(rows), rows):
+        figures, base = summary(row.runs, "bits_per_byte"), full.get(row.task)
+        spread = "" if figures is None or figures.seeds == 1 else f" ± {figures.std:.4f}"
+        against = NOTHING
+        if base is not None and row.variant != "full":
+            against = row.mean("bits_per_byte", functools.partial(_relative, base.mean), _highest)
+        cells.append(
+            [
+                task,
+                row.variant,
+                row.mean("bits_per_byte", "{:.4f}".format) + spread,
+                against,
+                row.mean("usage", _percent, _highest),
+                *_spent(row),
+            ]
+        )
+    return markdown_table(*_with_devices(columns, cells, rows))
+
+
+def caption(results: Sequence[Result]) -> str:
+    """How to read the tables and what they were measured on, all of it from the results."""
+    devices = sorted({run.device for run in results})
+    packages = sorted(
+        {(name, version) for run in results for name, version in run.versions.items()}
+    )
+    seeds = sorted({run.seed for run in results})
+    sequences = sorted({run.sequences for run in results})
+    held_out = f"{sequences[0]:,}" + (f" to {sequences[-1]:,}" if len(sequences) > 1 else "")
+    return (
+        "Mean over seeds, the worst seed in brackets where it reads otherwise; ± is the sample "
+        "standard deviation over seeds. Accuracy is rounded down. Hard usage: fraction of tokens "
+        "that attend, mean over layers. Cost and kv cost: multiply-adds and key/value bytes ÷ "
+        "those of full attention. "
+        f"Device: {'; '.join(devices)}. "
+        f"Versions: {', '.join(f'{name} {version}' for name, version in packages)}. "
+        f"Seeds: {', '.join(map(str, seeds))}. Held-out sequences a run: {held_out}."
+    )
+
+
+def routed_attention_table(results: Sequence[Result]) -> str:
+    """The experiment's tables and their caption; results with bits per byte are text.
+
+    Raises:
+      ValueError: no results.
+    """
+    if not results:
+        raise ValueError("results is empty; a table needs at least one result.")
+    text = [run for run in results if run.bits_per_byte is not None]
+    recall = [run for run in results if run.bits_per_byte is None]
+    parts = [recall_table(recall)] if recall else []
+    parts += [text_table(text)] if text else []
+    return "\n\n".join([*parts, caption(results)])

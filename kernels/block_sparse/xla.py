@@ -1,0 +1,185 @@
+"""Block-sparse attention in plain XLA: for CPUs, for older GPUs, and for float32.
+
+One row is a query tile of one kv head with its G query heads (in the backward pass for k and v:
+a key block with the tiles that list it). `map_rows` takes rows of about equal length together;
+within them a loop gathers each row's next block and adds it by online softmax. So the work is
+that of the listed blocks, a dense row costs the other rows nothing, and nothing is held that is
+larger than q, k, v or the logits of one step. dk and dv are summed tile by tile through the
+table's transpose, in a fixed order and without scatter-adds: gradients are bitwise repeatable.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from routing_jax.kernels.block_sparse.implementation import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionOptions,
+    Implementation,
+)
+from routing_jax.kernels.block_sparse.xla_tiles import (
+    TiledCall,
+    from_key_blocks,
+    from_query_tiles,
+    query_tiles,
+    with_none,
+)
+from routing_jax.kernels.block_table import visible_blocks
+from routing_jax.kernels.block_transpose import transpose_table
+from routing_jax.kernels.online_softmax import add_piece, empty_softmax, finish_softmax, matmul
+from routing_jax.kernels.ragged_rows import map_rows
+
+
+def _forward(options: AttentionOptions, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+    call = TiledCall(options, inputs)
+
+    def step(rows, lengths):
+        batch, head, tile = call.split(rows, call.M)
+        q = call.tiles.q[rows]
+
+        def add_block(slot, state):
+            block, bias = call.listed_block(rows, slot < lengths, slot)
+            keys = call.key_row(batch, head, block)
+            logits = call.logits(q, call.tiles.k[keys], bias, batch, tile, block)
+            return add_piece(state, logits, call.tiles.v[keys])
+
+        state = empty_softmax((rows.shape[0], call.G, call.table.block_q), call.H)
+        out, lse = finish_softmax(jax.lax.fori_loop(0, lengths.max(), add_block, state))
+        return out.astype(inputs.q.dtype), lse
+
+    out, lse = map_rows(step, call.lengths, call.logits_per_row)
+    out = from_query_tiles(out, call.B, call.K, call.T)
+    return out, from_query_tiles(lse[..., None], call.B, call.K, call.T)[..., 0]
+
+
+class _OutputTiles(NamedTuple):
+    """What the backward pass knows of each query: [X+1,G,block_q], and d_out with H behind."""
+
+    d_out: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+def _output_tiles(call: TiledCall, out, lse, d_out, d_lse) -> _OutputTiles:
+    """δ = Σ_h dO·O − dLSE, so that dS = P·(dP − δ); an empty row's lse becomes 0, its P stays 0."""
+    empty = lse == -jnp.inf
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    delta -= jnp.where(empty, 0.0, d_lse)
+
+    def cut(x):
+        return with_none(query_tiles(x, call.K, call.table.block_q))
+
+    lse = jnp.where(empty, 0.0, lse)
+    return _OutputTiles(cut(d_out), cut(lse[..., None])[..., 0], cut(delta[..., None])[..., 0])
+
+
+def _query_gradients(call: TiledCall, outputs: _OutputTiles):
+    """The gradients dq [B·K·M,G,block_q,H] and d_bias [B·K·M,C]: each tile over its blocks."""
+    C = call.table.capacity
+
+    def step(rows, lengths):
+        batch, head, tile = call.split(rows, call.M)
+        q, d_out, lse, delta = (x[rows] for x in (call.tiles.q, *outputs))
+
+        def add_block(slot, gradients):
+            dq, d_bias = gradients
+            block, bias = call.listed_block(rows, slot < lengths, slot)
+            keys = call.key_row(batch, head, block)
+            k = call.tiles.k[keys]
+            p = jnp.exp(call.logits(q, k, bias, batch, tile, block) - lse[..., None])
+            dp = matmul("rgqh,rph->rgqp", d_out, call.tiles.v[keys])
+            ds = p * (dp - delta[..., None])
+            # A dense row walks past the last slot, and has no bias to learn.
+            d_bias = d_bias.at[:, slot].set(ds.sum(axis=(1, 2, 3)), mode="drop")
+            return dq + matmul("rgqp,rph->rgqh", ds.astype(k.dtype), k), d_bias
+
+        start = jnp.zeros(q.shape, jnp.float32), jnp.zeros((rows.shape[0], C), jnp.float32)
+        dq, d_bias = jax.lax.fori_loop(0, lengths.max(), add_block, start)
+        return (dq * call.options.scale).astype(q.dtype), d_bias
+
+    dq, d_bias = map_rows(step, call.lengths, call.logits_per_row)
+    dense = jnp.broadcast_to(call.table.dense, (call.B, call.K, call.M)).reshape(-1, 1)
+    return dq, jnp.where(dense, 0.0, d_bias)
+
+
+def _key_gradients(call: TiledCall, outputs: _OutputTiles, q_positions):
+    """The gradients dk and dv [B·K·J,block_kv,H]: each block over the tiles that attend to it."""
+    transposed = transpose_table(call.table, call.J)
+    C, K = transposed.capacity, call.table.counts.shape[1]
+    shape = (call.B, call.K, call.J)
+    listed = jnp.broadcast_to(jnp.diff(transposed.offsets), shape)
+
+    # A dense tile sees the blocks below its visible count. Positions ascend, so of the dense
+    # tiles those that see a block are a run, cut short by the tiles that hold no query at all.
+    visible = visible_blocks(
+        call.table, call.T, call.S, q_positions=q_positions, causal=call.options.causal
+    )
+    visible = jnp.pad(visible, ((0, 0), (0, 1)))  # of 'no tile'
+    batch = jnp.arange(call.B)[:, None, None] if visible.shape[0] > 1 else 0
+    seen = visible[batch, jnp.broadcast_to(transposed.dense_tiles, (call.B, K, call.M))]
+    runs = jnp.where(seen > 0, seen, call.J + 1)
+    search = jax.vmap(jax.vmap(lambda run: jnp.searchsorted(run, jnp.arange(1, call.J + 1))))
+    first_dense = jnp.broadcast_to(search(runs), shape).astype(jnp.int32)
+    dense = jnp.maximum(
+        jnp.broadcast_to((seen > 0).sum(axis=2, keepdims=True), shape) - first_dense, 0
+    )
+
+    def step(rows, lengths):
+        batch, head, block = call.split(rows, call.J)
+        at = call.table_row(batch, head)
+        k, v = call.tiles.k[rows], call.tiles.v[rows]
+        starts = transposed.offsets[(*at, block)]
+        listed_here, first_here = (x.reshape(-1)[rows] for x in (listed, first_dense))
+
+        def add_tile(i, gradients):
+            dk, dv = gradients
+            active = i < lengths
+            entry = transposed.entries[(*at, jnp.minimum(starts + i, call.M * C - 1))]
+            nth_dense = jnp.clip(first_here + i - listed_here, 0, call.M - 1)
+            is_listed = i < listed_here
+            tile = jnp.where(is_listed, entry // C, transposed.dense_tiles[(*at, nth_dense)])
+            tile = jnp.where(active, tile, 0)
+            source = (batch * call.K + head) * call.M + tile
+            bias = None
+            if call.bias is not None:
+                bias = jnp.where(is_listed, call.bias[source, entry % C], 0.0)
+            source = jnp.where(active, source, call.B * call.K * call.M)
+            q, d_out, lse, delta = (x[source] for x in (call.tiles.q, *outputs))
+            logits = call.logits(q, k, bias, batch, tile, block)
+            p = jnp.exp(logits - lse[..., None])  # 1 for no tile, whose q and d_out are 0
+            dp = matmul("rgqh,rph->rgqp", d_out, v)
+            ds = p * (dp - delta[..., None])
+            dk += matmul("rgqp,rgqh->rph", ds.astype(q.dtype), q)
+            dv += matmul("rgqp,rgqh->rph", p.astype(q.dtype), d_out)
+            return dk, dv
+
+        start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        dk, dv = jax.lax.fori_loop(0, lengths.max(), add_tile, start)
+        # A block that nobody attends to may hold anything, and nan·0 would be nan.
+        read = lengths[:, None, None] > 0
+        dk, dv = jnp.where(read, dk, 0.0), jnp.where(read, dv, 0.0)
+        return (dk * call.options.scale).astype(k.dtype), dv.astype(v.dtype)
+
+    return map_rows(step, (listed + dense).reshape(-1), call.logits_per_row)
+
+
+def _backward(
+    options: AttentionOptions, inputs: AttentionInputs, out, lse, d_out, d_lse
+) -> AttentionGradients:
+    call = TiledCall(options, inputs)
+    outputs = _output_tiles(call, out, lse, d_out, d_lse)
+    dq, d_bias = _query_gradients(call, outputs)
+    dk, dv = _key_gradients(call, outputs, inputs.q_positions)
+    return AttentionGradients(
+        from_query_tiles(dq, call.B, call.K, call.T),
+        from_key_blocks(dk, call.B, call.K, call.S),
+        from_key_blocks(dv, call.B, call.K, call.S),
+        None
+        if inputs.block_bias is None
+        else d_bias.reshape(inputs.block_bias.shape).astype(inputs.block_bias.dtype),
+    )
+
+
+XLA = Implementation("xla", lambda options, inputs: None, _forward, _backward)

@@ -1,0 +1,134 @@
+"""The command line: one small function a command."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from routing_jax.train.command import EXIT_BAD_INPUT, guarded, parse, train_command
+from routing_jax.train.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Evaluate a trained run on held-out sequences.
+
+    Attributes:
+      workdir: the run's folder.
+      step: which checkpoint; the newest when not given.
+      length: sequence length; the task's own when not given.
+    """
+
+    workdir: Annotated[str, tyro.conf.Positional]
+    step: int | None = None
+    length: int | None = None
+
+
+def eval_command(args: Sequence[str]) -> int:
+    """Prints what a trained model gets right, and what it spends."""
+    parsed = parse(EvalArgs, args, "routing-jax eval")
+    from routing_jax.train.run import evaluate_run, load_run
+
+    config, params, step = load_run(parsed.workdir, parsed.step)
+    result = evaluate_run(config, params, length=parsed.length)
+    print(f"step           {step}")
+    for name, value in result._asdict().items():
+        text = ", ".join(f"{v:.5f}" for v in value) if isinstance(value, tuple) else f"{value:.6g}"
+        print(f"{name:<14} {text}")
+    return 0
+
+
+def presets_command(args: Sequence[str]) -> int:
+    """Lists the presets."""
+    if args:
+        raise ValueError(f"presets takes no argument; {args[0]!r} was given.")
+    for name, make in PRESETS.items():
+        config = make()
+        print(
+            f"{name:<22} {type(config.data).__name__.removesuffix('Config').lower()}, length "
+            f"{config.data.length}, layers {config.model.layers}, width {config.model.width}"
+        )
+    return 0
+
+
+@dataclass(frozen=True)
+class PrepareArgs:
+    """Write a tfds data set (array_record) from text files.
+
+    Attributes:
+      source: a file or folder of text, or 'stdlib'.
+      out: folder of the new data set; use it as --data.source.
+      name: the data set's name.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    out: Annotated[str, tyro.conf.Positional]
+    name: str = "text"
+
+
+def data_command(args: Sequence[str]) -> int:
+    """Runs `data prepare SOURCE OUT`."""
+    if not args or args[0] != "prepare":
+        raise ValueError(
+            f"data takes 'prepare SOURCE OUT'; {' '.join(args) or 'nothing'} was given."
+        )
+    parsed = parse(PrepareArgs, args[1:], "routing-jax data prepare")
+    from routing_jax.train.data.prepare import prepare
+
+    print(f"written to {prepare(parsed.source, parsed.out, parsed.name)}")
+    return 0
+
+
+def reproduce_command(args: Sequence[str]) -> int:
+    """Runs `reproduce NAME`."""
+    from routing_jax.train.experiments import routed_attention
+
+    names = {"routed-attention": routed_attention}
+    if not args or args[0] not in names:
+        raise ValueError(
+            f"reproduce takes one of {', '.join(names)}; {args[0] if args else 'nothing'!r} was "
+            "given."
+        )
+    module = names[args[0]]
+    return module.reproduce(
+        parse(module.ReproduceArgs, args[1:], f"routing-jax reproduce {args[0]}")
+    )
+
+
+def bench_command(args: Sequence[str]) -> int:
+    """Runs `bench NAME`."""
+    from routing_jax.evals.benchmarks import mixing
+
+    if not args or args[0] != "mixing":
+        raise ValueError(f"bench takes 'mixing'; {args[0] if args else 'nothing'!r} was given.")
+    parsed = parse(mixing.BenchArgs, args[1:], "routing-jax bench mixing", mixing.BenchArgs())
+    return mixing.main(parsed)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train_command, "PRESET --workdir DIR: train, with any field changed"),
+    "eval": (eval_command, "DIR: evaluate a trained run"),
+    "presets": (presets_command, "list the presets"),
+    "reproduce": (reproduce_command, "NAME: run an experiment and render its table and plots"),
+    "data": (data_command, "prepare SOURCE OUT: write a data set from text files"),
+    "bench": (bench_command, "NAME: measure speed"),
+}
+
+
+def _dispatch(args: Sequence[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: routing-jax COMMAND ...\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:<10} {text}")
+        print("\n`routing-jax COMMAND --help` explains the command's flags.")
+        return 0 if args else EXIT_BAD_INPUT
+    if args[0] not in COMMANDS:
+        raise ValueError(f"command {args[0]!r} is unknown; accepted: {', '.join(COMMANDS)}.")
+    return COMMANDS[args[0]][0](args[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `routing-jax` command; returns the exit code."""
+    return guarded(_dispatch, sys.argv[1:] if argv is None else argv)

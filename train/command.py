@@ -1,0 +1,130 @@
+"""`routing-jax train PRESET --workdir DIR --any.field value`; `python -m routing_jax.train` too."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+import routing_jax
+from routing_jax.evals.results import Result
+from routing_jax.train.config import TrainConfig
+from routing_jax.train.loop import Interrupted
+from routing_jax.train.presets import PRESETS, get_preset
+from routing_jax.train.run import run
+
+EXIT_BAD_INPUT = 2
+EXIT_SIGTERM = 143
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train a preset, with any field changed.
+
+    Attributes:
+      config: the run.
+      workdir: folder for checkpoints, metrics, plots and the result; may be gs://.
+      resume: go on from the newest checkpoint in the folder.
+      resume_step: go on from this checkpoint.
+      distributed: join the other hosts of a slice or cluster first (jax.distributed).
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    workdir: str
+    resume: bool = False
+    resume_step: int | None = None
+    distributed: bool = False
+
+
+def parse[T](kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Parses command-line flags into a dataclass; help comes from the fields' docstrings."""
+    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    if default is None:
+        return tyro.cli(kind, args=list(args), prog=prog, config=config)
+    return tyro.cli(kind, args=list(args), prog=prog, default=default, config=config)
+
+
+def train_command(args: Sequence[str]) -> int:
+    """Runs `train PRESET --flags`; returns the exit code."""
+    if not args or args[0] in ("-h", "--help"):
+        print(
+            "usage: routing-jax train PRESET --workdir DIR [--any.field value]\n\n"
+            f"presets: {', '.join(PRESETS)}\n\n"
+            "`routing-jax train PRESET --help` explains every field with the preset's value."
+        )
+        return 0 if args else EXIT_BAD_INPUT
+    preset = args[0]
+    config = get_preset(preset)
+    missing: Any = tyro.MISSING
+    parsed = parse(
+        TrainArgs, args[1:], f"routing-jax train {preset}", TrainArgs(config, workdir=missing)
+    )
+    if parsed.distributed:
+        jax.distributed.initialize()
+    result = run(
+        parsed.config,
+        parsed.workdir,
+        resume=parsed.resume,
+        resume_step=parsed.resume_step,
+        labels={"experiment": "train", "task": preset, "variant": "run"},
+    )
+    if jax.process_index() == 0:
+        print(result_table(result, parsed.workdir))
+    return 0
+
+
+def result_table(result: Result, workdir: str) -> str:
+    """The closing table of a run."""
+    rows = [("accuracy", f"{result.accuracy:.3%} of {result.sequences:,} held-out sequences")]
+    if result.accuracy_first_place is not None:
+        rows.append(("  pair at 0–1", f"{result.accuracy_first_place:.3%} (proves nothing alone)"))
+    if result.bits_per_byte is not None:
+        rows.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
+    usage = f"{result.usage:.4%} of tokens attend"
+    if result.least_usage:
+        usage += f" = {result.usage / result.least_usage:.2f} × the least possible"
+    per_layer = ", ".join(f"{u:.3%}" for u in result.usage_per_layer)
+    rows += [
+        ("usage", usage),
+        ("  per layer", per_layer),
+        ("cost", f"{result.cost:.4f} of full attention's multiply-adds, router included"),
+        ("kv cost", f"{result.kv_cost:.4f} of dense multi-head attention's key/value bytes"),
+        ("training", f"{result.steps:,} steps in {result.minutes:.1f} minutes on {result.device}"),
+        ("in", workdir),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int:
+    """Runs a command; a mistake in what it was given becomes one sentence and exit code 2.
+
+    An error raised by this package's own checks, or by the operating system, is the user's to
+    mend; anything else is a bug and keeps its traceback.
+    """
+    try:
+        return command(args)
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        return EXIT_SIGTERM
+    except OSError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except (ValueError, ImportError) as e:
+        if not _raised_here(e):
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the innermost frame of the error stands in this package."""
+    root = Path(routing_jax.__file__).parent
+    homes = {root.resolve()} | {(root / link).resolve() for link in ("kernels", "train", "evals")}
+    frames = traceback.extract_tb(error.__traceback__)
+    where = Path(frames[-1].filename).resolve()
+    return any(where.is_relative_to(home) for home in homes)

@@ -1,0 +1,199 @@
+"""The curriculum: first learn with attention everywhere, then make attention cost something.
+
+An optax-style pair of pure functions over a small state that lives in the train state, so it is
+saved with every checkpoint and a resumed run continues it exactly.
+
+Phase 1: λ = 0, sequences grow through `lengths`, until accuracy holds a threshold (or for a fixed
+number of steps). Phase 2: λ ramps linearly to its peak. Phase 3: λ holds, and the learning rate
+decays; then training is done.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_EMA_DECAY = 0.9  # of the accuracy that the thresholds read: about ten steps
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """When λ rises, and what it weighs.
+
+    Attributes:
+      peak: the largest λ.
+      weighs: what λ multiplies: 'usage' (fraction of tokens that attend), 'cost' or 'kv_cost'.
+      lengths: sequence lengths to pass through before the task's own; empty for none.
+      threshold: accuracy that ends a length, and phase 1.
+      patience: steps for which smoothed accuracy must stay above the threshold.
+      learn_steps: phase 1 ends after so many steps at the latest.
+      ramp_steps: steps in which λ rises to its peak.
+      hold_steps: steps after the ramp; the learning rate decays in ramp and hold.
+      from_start: keep λ at its peak from the first step (the control that the source warns of).
+      reaction: when accuracy falls below the threshold in the ramp: 'none', 'pause' or 'back'.
+      target: stop raising λ while the weighed quantity is at or below this, and lower it while it
+        is below nine tenths of it; 0 for no target.
+    """
+
+    peak: float = 0.5
+    weighs: Literal["usage", "cost", "kv_cost"] = "usage"
+    lengths: tuple[int, ...] = ()
+    threshold: float = 0.95
+    patience: int = 20
+    learn_steps: int = 2000
+    ramp_steps: int = 150
+    hold_steps: int = 1000
+    from_start: bool = False
+    reaction: Literal["none", "pause", "back"] = "none"
+    target: float = 0.0
+
+    def __post_init__(self):
+        if self.peak < 0:
+            raise ValueError(f"curriculum.peak is {self.peak}; it must be at least 0.")
+        for name in ("learn_steps", "ramp_steps", "hold_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"curriculum.{name} is {getattr(self, name)}; at least 0 is needed."
+                )
+        if self.learn_steps + self.ramp_steps + self.hold_steps < 1:
+            raise ValueError(
+                "curriculum.learn_steps, ramp_steps and hold_steps are all 0; training needs at "
+                "least 1 step."
+            )
+        if self.patience < 1:
+            raise ValueError(f"curriculum.patience is {self.patience}; it must be at least 1.")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"curriculum.threshold is {self.threshold}; it must lie in (0, 1].")
+        if not 0 <= self.target < 1:
+            raise ValueError(f"curriculum.target is {self.target}; it must lie in [0, 1).")
+        if self.weighs not in ("usage", "cost", "kv_cost"):
+            raise ValueError(
+                f"curriculum.weighs is {self.weighs!r}; accepted: 'usage', 'cost', 'kv_cost'."
+            )
+        if self.reaction not in ("none", "pause", "back"):
+            raise ValueError(
+                f"curriculum.reaction is {self.reaction!r}; accepted: 'none', 'pause', 'back'."
+            )
+        if any(b <= a for a, b in zip(self.lengths, self.lengths[1:])):
+            raise ValueError(f"curriculum.lengths is {self.lengths}; lengths must rise.")
+
+    @property
+    def max_steps(self) -> int:
+        """The most steps that training takes; fewer when phase 1 ends early."""
+        return self.learn_steps + self.ramp_steps + self.hold_steps
+
+
+class CurriculumState(NamedTuple):
+    """Where the curriculum stands; scalars.
+
+    Attributes:
+      step: steps taken.
+      ramp_start: the step at which phase 2 began, or −1 in phase 1.
+      ramp: progress of λ from 0 to its peak, in [0, 1].
+      stage: index into `lengths`; len(lengths) is the task's own length.
+      above: steps in a row with smoothed accuracy above the threshold.
+      accuracy: smoothed accuracy.
+    """
+
+    step: jax.Array
+    ramp_start: jax.Array
+    ramp: jax.Array
+    stage: jax.Array
+    above: jax.Array
+    accuracy: jax.Array
+
+
+def init_curriculum(config: CurriculumConfig) -> CurriculumState:
+    """The state before the first step.
+
+    >>> int(init_curriculum(CurriculumConfig()).ramp_start)
+    -1
+    """
+    starts_now = config.learn_steps == 0
+    return CurriculumState(
+        step=jnp.int32(0),
+        ramp_start=jnp.int32(0 if starts_now else -1),
+        ramp=jnp.float32(1 if starts_now and config.ramp_steps == 0 else 0),
+        stage=jnp.int32(len(config.lengths) if starts_now else 0),
+        above=jnp.int32(0),
+        accuracy=jnp.float32(0),
+    )
+
+
+def penalty_weight(config: CurriculumConfig, state: CurriculumState) -> jax.Array:
+    """λ for the next step.
+
+    >>> float(penalty_weight(CurriculumConfig(), init_curriculum(CurriculumConfig())))
+    0.0
+    """
+    return jnp.float32(config.peak) * (1.0 if config.from_start else state.ramp)
+
+
+def decay_progress(config: CurriculumConfig, state: CurriculumState) -> jax.Array:
+    """How far ramp and hold have come, in [0, 1]; 1 ends the training.
+
+    >>> float(decay_progress(CurriculumConfig(), init_curriculum(CurriculumConfig())))
+    0.0
+    """
+    steps = max(1, config.ramp_steps + config.hold_steps)
+    since = jnp.where(state.ramp_start < 0, 0, state.step - state.ramp_start)
+    return jnp.clip(since / steps, 0.0, 1.0)
+
+
+def finished(config: CurriculumConfig, state: CurriculumState) -> jax.Array:
+    """Whether phases 2 and 3 are over; bool."""
+    steps = config.ramp_steps + config.hold_steps
+    return (state.ramp_start >= 0) & (state.step - state.ramp_start >= steps)
+
+
+def update_curriculum(
+    config: CurriculumConfig, state: CurriculumState, accuracy: jax.Array, weighed: jax.Array
+) -> CurriculumState:
+    """The state after a step that had this accuracy and this mean usage (or cost).
+
+    Args:
+      config: the curriculum.
+      state: before the step.
+      accuracy: scalar in [0, 1], of the training batch.
+      weighed: scalar, the quantity that λ multiplies.
+
+    Returns:
+      The new state.
+
+    >>> cfg = CurriculumConfig(learn_steps=1, ramp_steps=2)
+    >>> state = update_curriculum(cfg, init_curriculum(cfg), jnp.float32(0.0), jnp.float32(1.0))
+    >>> int(state.ramp_start), float(state.ramp)
+    (1, 0.5)
+    """
+    smoothed = _EMA_DECAY * state.accuracy + (1 - _EMA_DECAY) * accuracy
+    good = smoothed >= config.threshold
+    above = jnp.where(good, state.above + 1, 0)
+    learning = state.ramp_start < 0
+    last = len(config.lengths)
+    step = state.step + 1
+
+    held = learning & (above >= config.patience)
+    next_length = held & (state.stage < last)
+    out_of_time = learning & (step >= config.learn_steps)
+    begin = (held & (state.stage == last)) | out_of_time
+
+    rate = 1.0 / max(1, config.ramp_steps)
+    change = jnp.float32(rate)
+    if config.reaction != "none":
+        change = jnp.where(good, rate, 0.0 if config.reaction == "pause" else -rate)
+    if config.target:
+        too_low = weighed < 0.9 * config.target
+        change = jnp.where(weighed > config.target, change, jnp.where(too_low, -rate, 0.0))
+    running = begin | ~learning
+    ramp = jnp.where(running, jnp.clip(state.ramp + change, 0.0, 1.0), state.ramp)
+
+    return CurriculumState(
+        step=step,
+        ramp_start=jnp.where(begin, step, state.ramp_start),
+        ramp=ramp,
+        # Out of time also ends the length curriculum: the rest is trained at the task's length.
+        stage=jnp.where(begin, last, jnp.where(next_length, state.stage + 1, state.stage)),
+        above=jnp.where(next_length, 0, above),
+        accuracy=jnp.where(next_length, 0.0, smoothed),
+    )

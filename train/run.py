@@ -1,0 +1,294 @@
+"""A whole run: check, plan, train, evaluate, and leave a folder that tells the story."""
+
+import importlib.metadata
+import itertools
+import json
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+import routing_jax
+from routing_jax.checkpoint import Checkpointer, CheckpointError
+from routing_jax.evals.evaluate import Evaluation, evaluate, routed_tokens
+from routing_jax.evals.mixing_time import mixing_milliseconds
+from routing_jax.evals.plots import plot_heatmap, plot_history
+from routing_jax.evals.results import Result, thin_history, write_result
+from routing_jax.models import count_params
+from routing_jax.sharding import put_batch
+from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
+from routing_jax.train.data import RecallConfig, batches
+from routing_jax.train.loop import Trained, abstract_state, train, train_mesh
+from routing_jax.train.metrics import read_metrics
+
+_EVAL_SEED_OFFSET = 1_000_003  # evaluation data of no training seed
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "routing_jax": routing_jax.__version__, **found}
+
+
+def device_name() -> str:
+    """What the first device is, and how many there are."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        kind = f"CPU ({platform.machine()})"
+    count = jax.device_count()
+    return kind if count == 1 else f"{count} x {kind}"
+
+
+def least_usage(config: TrainConfig) -> float | None:
+    """The least mean usage that solves the task: its queries, each attending in one layer."""
+    if not isinstance(config.data, RecallConfig):
+        return None
+    return config.data.floor() / (config.data.length * len(config.model.mixers))
+
+
+def describe(config: TrainConfig) -> str:
+    """What a run will do: parameters, mesh, tokens and estimated memory."""
+    mesh = train_mesh(config)
+    state = abstract_state(config, mesh)
+    params = count_params(state.params)
+    model = config.model
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    tokens = config.batch_tokens // (config.accumulation * mesh.shape["data"] * mesh.shape["fsdp"])
+    width_bytes = 2 if model.dtype == "bfloat16" else 4
+    # Parameters, gradient and two moments in float32; of activations, what the backward pass
+    # keeps: a block's inputs and its projections, or only its input with remat; and the logits.
+    heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    per_layer = model.width if model.remat else 8 * model.width + heads + 4 * model.mlp_width
+    activations = tokens * (len(model.mixers) * per_layer * width_bytes + 12 * model.vocab_size)
+    memory = 16 * params / split + activations
+    most = config.curriculum.max_steps
+    lines = [
+        f"task        {type(config.data).__name__.removesuffix('Config').lower()}, "
+        f"length {config.data.length}"
+        + (f", after {', '.join(map(str, config.curriculum.lengths))}" if config.curriculum.lengths
+           else ""),
+        f"model       {params:,} parameters, layers {model.layers}, width {model.width}",
+        f"mesh        " + " × ".join(f"{k} {v}" for k, v in mesh.shape.items())
+        + f" on {device_name()}",
+        f"tokens      {config.batch_tokens:,} a step, at most {most:,} steps, "
+        f"{most * config.batch_tokens / 1e6:,.0f} M in all",
+        f"memory      about {memory / 2**20:,.0f} MiB a device",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def prepare_workdir(
+    config: TrainConfig, workdir: str | epath.Path, *, resume: bool, resume_step: int | None = None
+) -> int | None:
+    """Makes the run's folder, or finds where to go on in it.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      resume: go on from the newest checkpoint, if there is one.
+      resume_step: go on from this checkpoint.
+
+    Returns:
+      The checkpoint to restore, or None to start anew.
+
+    Raises:
+      ValueError: the folder holds a run and neither resume nor resume_step is given.
+      CheckpointError: resume_step is not there.
+    """
+    workdir = epath.Path(workdir)
+    path = workdir / "config.json"
+    ours = json.dumps(config_to_dict(config), indent=2)
+    resume = resume or resume_step is not None
+    if path.exists() and not resume:
+        same = path.read_text() == ours
+        raise ValueError(
+            f"workdir {workdir} holds {'this' if same else 'a run with another'} "
+            f"configuration{' already' if same else ''}; pass --resume to go on with it, or a new "
+            "folder."
+        )
+    steps: list[int] = []
+    if resume and (workdir / "checkpoints").exists():
+        with Checkpointer(workdir / "checkpoints") as checkpoints:
+            steps = checkpoints.steps()
+    if resume_step is not None and resume_step not in steps:
+        raise CheckpointError(
+            f"resume_step is {resume_step}; {workdir} has checkpoints of steps {steps}."
+        )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(ours)
+    if resume_step is not None:
+        return resume_step
+    return steps[-1] if steps else None
+
+
+def load_run(workdir: str | epath.Path, step: int | None = None) -> tuple[TrainConfig, Any, int]:
+    """A finished or interrupted run: its configuration, parameters and step.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; the newest when None.
+
+    Raises:
+      ValueError: the folder holds no run, or no checkpoint.
+    """
+    workdir = epath.Path(workdir)
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no run: there is no config.json in it.")
+    config = config_from_dict(json.loads(path.read_text()))
+    mesh = train_mesh(config)
+    with Checkpointer(workdir / "checkpoints") as checkpoints, jax.set_mesh(mesh):
+        step = checkpoints.latest() if step is None else step
+        if step is None:
+            raise ValueError(f"{workdir} holds no checkpoint yet; resume the run to make one.")
+        state, _ = checkpoints.restore(step, abstract_state(config, mesh))
+    return config, state.params, step
+
+
+def evaluate_run(
+    config: TrainConfig, params: Any, *, first_place: bool = False, length: int | None = None
+) -> Evaluation:
+    """Evaluates on held-out sequences of the task, on the run's mesh.
+
+    Args:
+      config: the run.
+      params: its parameters.
+      first_place: recall only: the queried pair at positions 0–1, as published.
+      length: T; the task's own when None.
+    """
+    mesh = train_mesh(config)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    length = length or config.data.length
+    size = max(1, min(config.eval_sequences, config.batch_tokens // length) // parts) * parts
+    stream = batches(
+        config.data,
+        split="validation",
+        seed=config.seed + _EVAL_SEED_OFFSET,
+        batch_size=size,
+        length=length,
+        place="first" if first_place else "random",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    count = -(-config.eval_sequences // size)
+    with jax.set_mesh(mesh):
+        placed = (put_batch(batch, mesh) for batch in itertools.islice(stream, count))
+        return evaluate(config.model, params, placed)
+
+
+def finish_run(
+    config: TrainConfig, workdir: str | epath.Path, trained: Trained, *, labels: dict[str, str]
+) -> Result:
+    """Evaluates a trained model and writes `result.json` and the plots.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      trained: the end of training.
+      labels: experiment, task and variant names for the result.
+    """
+    workdir = epath.Path(workdir)
+    params = trained.state.params
+    is_recall = isinstance(config.data, RecallConfig)
+    held_out = evaluate_run(config, params)
+    first = None
+    if isinstance(config.data, RecallConfig) and config.data.style == "pairs":
+        first = evaluate_run(config, params, first_place=True).accuracy
+    sample = next(
+        batches(config.data, split="validation", seed=config.seed + _EVAL_SEED_OFFSET, batch_size=1)
+    )
+    heat = None
+    if jax.process_count() == 1:
+        heat = routed_tokens(config.model, params, sample.tokens)[0].astype(int).tolist()
+    result = Result(
+        experiment=labels["experiment"],
+        task=labels["task"],
+        variant=labels["variant"],
+        seed=config.seed,
+        accuracy=held_out.accuracy,
+        accuracy_first_place=first,
+        loss=held_out.loss,
+        bits_per_byte=held_out.loss / float(np.log(2)) if not is_recall else None,
+        usage=held_out.usage,
+        usage_per_layer=list(held_out.usage_per_layer),
+        cost=held_out.cost,
+        kv_cost=held_out.kv_cost,
+        least_usage=least_usage(config),
+        sequences=held_out.sequences,
+        steps=trained.step,
+        tokens=trained.step * config.batch_tokens,
+        parameters=count_params(params),
+        minutes=trained.seconds / 60,
+        mixing_ms=_mixing_ms(config, params),
+        device=device_name(),
+        versions=versions(),
+        config=config_to_dict(config),
+        history=thin_history(read_metrics(workdir)),
+        heatmap=heat if config.data.length <= 512 else None,
+        heatmap_tokens=None,
+    )
+    if jax.process_index() == 0:
+        if result.history:
+            plot_history({labels["variant"]: result.history}, workdir / "history.png")
+        if heat is not None:
+            plot_heatmap(heat, None, workdir / "heatmap.png", f"{labels['task']}: who attended")
+        write_result(result, workdir / "result.json")
+    return result
+
+
+def _mixing_ms(config: TrainConfig, params: Any) -> float | None:
+    """Mixing time on one evaluation batch; None on several devices, where it is not one number."""
+    if jax.device_count() > 1:
+        return None
+    size = max(1, config.batch_tokens // config.data.length)
+    batch = next(batches(config.data, split="validation", seed=0, batch_size=size))
+    return mixing_milliseconds(config.model, params, batch.tokens)
+
+
+def run(
+    config: TrainConfig,
+    workdir: str | epath.Path,
+    *,
+    resume: bool = False,
+    resume_step: int | None = None,
+    quiet: bool = False,
+    labels: dict[str, str] | None = None,
+) -> Result:
+    """Trains, evaluates and reports one run.
+
+    Args:
+      config: the run.
+      workdir: its folder: config.json, metrics.jsonl, tensorboard, checkpoints, result.json, plots.
+      resume: go on from the newest checkpoint in the folder.
+      resume_step: go on from this checkpoint.
+      quiet: print nothing.
+      labels: experiment, task and variant, as the result names them.
+
+    Returns:
+      The result, also in `workdir/result.json`.
+    """
+    labels = labels or {"experiment": "train", "task": epath.Path(workdir).name, "variant": "run"}
+    if not quiet and jax.process_index() == 0:
+        print(describe(config), flush=True)
+    # Refuse a corpus or length that will not do before the folder is made.
+    next(batches(config.data, split="validation", seed=0, batch_size=1))
+    start = prepare_workdir(config, workdir, resume=resume, resume_step=resume_step)
+    trained = train(config, workdir, resume_step=start, quiet=quiet)
+    return finish_run(config, workdir, trained, labels=labels)
+
+
+__all__ = [
+    "describe",
+    "device_name",
+    "evaluate_run",
+    "finish_run",
+    "least_usage",
+    "load_run",
+    "prepare_workdir",
+    "run",
+    "versions",
+]
