@@ -4,6 +4,7 @@ cuDNN runs where it can (bfloat16 or float16 on an NVIDIA GPU); elsewhere XLA do
 small enough that no T×S array of logits is ever held at once.
 """
 
+import itertools
 from typing import Literal
 
 import chex
@@ -108,8 +109,10 @@ def dense_attention(
     B, T, N, _ = q.shape
     if k.shape[1] != T:
         raise ValueError(f"dense_attention needs T = S; q has T={T}, k has S={k.shape[1]}.")
-    implementation = implementation or default_implementation(q.dtype)
-    if implementation == "cudnn" or B * N * T * T <= _LOGITS_PER_PIECE:
+    small = B * N * T * T <= _LOGITS_PER_PIECE
+    # A flash kernel has nothing to save on logits this small, and handles tiny T badly.
+    implementation = implementation or ("xla" if small else default_implementation(q.dtype))
+    if implementation == "cudnn" or small:
         mask = None
         if segment_ids is not None:
             mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
@@ -128,7 +131,7 @@ def dense_attention(
                 None if segment_ids is None else segment_ids[:, lo:hi],
                 None if segment_ids is None else segment_ids[:, :hi],
             )
-            for lo, hi in zip(edges, edges[1:])
+            for lo, hi in itertools.pairwise(edges)
             if hi > lo
         ],
         axis=1,
@@ -178,7 +181,7 @@ def compacted_attention(
         q_segments = jnp.take_along_axis(segment_ids, visible_to, axis=1)
     if implementation == "cudnn":
         mask = visible_to[:, :, None] >= k_positions[:, None, :]
-        if segment_ids is not None:
+        if segment_ids is not None and q_segments is not None:
             mask &= q_segments[:, :, None] == segment_ids[:, None, :]
         out = _attend(q, k, v, mask[:, None], "cudnn")
     else:

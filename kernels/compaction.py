@@ -104,6 +104,10 @@ def map_routed(
         return jnp.where(mask[:, :, None], fn(x, positions), 0)
 
     nothing = functools.partial(jnp.zeros, out.shape, out.dtype)
-    branches = [nothing, *(some(c) for c in ladder[1:-1]), everything]
+    branches: list[Callable[[], jax.Array]] = [
+        nothing,
+        *(some(c) for c in ladder[1:-1]),
+        everything,
+    ]
     fullest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
     return jax.lax.switch(jnp.searchsorted(jnp.array(ladder), fullest), branches)

@@ -134,13 +134,12 @@ def _attend(implementation: Implementation, options: AttentionOptions, inputs: A
 
 
 def _attend_forward(implementation, options, inputs):
-    out, lse = implementation.forward(options, inputs)
-    return (out, lse), (inputs, out, lse)
+    outputs = implementation.forward(options, inputs)
+    return outputs, (inputs, outputs)
 
 
 def _attend_backward(implementation, options, residuals, cotangents):
-    gradients = implementation.backward(options, *residuals, *cotangents)
-    dq, dk, dv, d_bias = gradients
+    dq, dk, dv, d_bias = implementation.backward(options, *residuals, *cotangents)
     none: Any = None  # the integers have no cotangent
     return (AttentionInputs(dq, dk, dv, none, d_bias, none, none),)
 

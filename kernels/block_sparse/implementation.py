@@ -44,6 +44,18 @@ class AttentionOptions:
     scale: float
 
 
+class AttentionOutputs(NamedTuple):
+    """What the forward pass returns.
+
+    Attributes:
+      out: [B,T,N,H] in q's dtype.
+      lse: [B,T,N] float32; −inf where nothing was seen.
+    """
+
+    out: jax.Array
+    lse: jax.Array
+
+
 class AttentionGradients(NamedTuple):
     """What the backward pass returns.
 
@@ -66,11 +78,14 @@ class Implementation(NamedTuple):
     Attributes:
       name: what callers name it by.
       refusal: (options, inputs) to None, or to why this call is not supported here.
-      forward: (options, inputs) to out [B,T,N,H] in q's dtype and lse [B,T,N] float32.
-      backward: (options, inputs, out, lse, d_out, d_lse) to the gradients.
+      forward: (options, inputs) to the outputs.
+      backward: (options, inputs, outputs, d_out, d_lse) to the gradients.
     """
 
     name: str
     refusal: Callable[[AttentionOptions, AttentionInputs], str | None]
-    forward: Callable[[AttentionOptions, AttentionInputs], tuple[jax.Array, jax.Array]]
-    backward: Callable[..., AttentionGradients]
+    forward: Callable[[AttentionOptions, AttentionInputs], AttentionOutputs]
+    backward: Callable[
+        [AttentionOptions, AttentionInputs, AttentionOutputs, jax.Array, jax.Array],
+        AttentionGradients,
+    ]

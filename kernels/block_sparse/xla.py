@@ -17,6 +17,7 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionGradients,
     AttentionInputs,
     AttentionOptions,
+    AttentionOutputs,
     Implementation,
 )
 from routing_jax.kernels.block_sparse.xla_tiles import (
@@ -32,7 +33,7 @@ from routing_jax.kernels.online_softmax import add_piece, empty_softmax, finish_
 from routing_jax.kernels.ragged_rows import map_rows
 
 
-def _forward(options: AttentionOptions, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+def _forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutputs:
     call = TiledCall(options, inputs)
 
     def step(rows, lengths):
@@ -47,61 +48,83 @@ def _forward(options: AttentionOptions, inputs: AttentionInputs) -> tuple[jax.Ar
 
         state = empty_softmax((rows.shape[0], call.G, call.table.block_q), call.H)
         out, lse = finish_softmax(jax.lax.fori_loop(0, lengths.max(), add_block, state))
-        return out.astype(inputs.q.dtype), lse
+        return out.astype(inputs.q.dtype), lse[..., None]
 
-    out, lse = map_rows(step, call.lengths, call.logits_per_row)
-    out = from_query_tiles(out, call.B, call.K, call.T)
-    return out, from_query_tiles(lse[..., None], call.B, call.K, call.T)[..., 0]
+    tiles = map_rows(step, call.lengths, call.logits_per_row)
+    out, lse = (from_query_tiles(x, call.B, call.K, call.T) for x in tiles)
+    return AttentionOutputs(out, lse[..., 0])
 
 
 class _OutputTiles(NamedTuple):
-    """What the backward pass knows of each query: [X+1,G,block_q], and d_out with H behind."""
+    """What the backward pass knows of each query: [X+1,G,block_q], and d_out with H behind.
+
+    δ = Σ_h dO·O − dLSE, so that dS = P·(dP − δ). Where nothing was seen the lse is 0, so that
+    P = exp(−inf − 0) = 0, and so is its cotangent.
+    """
 
     d_out: jax.Array
     lse: jax.Array
+    d_lse: jax.Array
     delta: jax.Array
 
 
-def _output_tiles(call: TiledCall, out, lse, d_out, d_lse) -> _OutputTiles:
-    """δ = Σ_h dO·O − dLSE, so that dS = P·(dP − δ); an empty row's lse becomes 0, its P stays 0."""
-    empty = lse == -jnp.inf
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    delta -= jnp.where(empty, 0.0, d_lse)
-
+def _output_tiles(call: TiledCall, outputs: AttentionOutputs, d_out, d_lse) -> _OutputTiles:
     def cut(x):
         return with_none(query_tiles(x, call.K, call.table.block_q))
 
-    lse = jnp.where(empty, 0.0, lse)
-    return _OutputTiles(cut(d_out), cut(lse[..., None])[..., 0], cut(delta[..., None])[..., 0])
+    empty = outputs.lse == -jnp.inf
+    d_lse = jnp.where(empty, 0.0, d_lse)
+    delta = (d_out.astype(jnp.float32) * outputs.out.astype(jnp.float32)).sum(axis=-1) - d_lse
+    of_queries = jnp.where(empty, 0.0, outputs.lse), d_lse, delta
+    return _OutputTiles(cut(d_out), *(cut(x[..., None])[..., 0] for x in of_queries))
 
 
 def _query_gradients(call: TiledCall, outputs: _OutputTiles):
-    """The gradients dq [B·K·M,G,block_q,H] and d_bias [B·K·M,C]: each tile over its blocks."""
-    C = call.table.capacity
+    """The gradients dq [B·K·M,G,block_q,H] and d_bias [B·K·M,C]: each tile over its blocks.
+
+    A query's dS sum to its dLSE over all blocks, but the computed ones miss that by what
+    rounding did to δ, which can exceed what is left of a block's sum. So each block gives back
+    its share of the miss: d_bias is then as exact as float32, whatever dtype O has.
+    """
+    shape = call.table.capacity, call.G, call.table.block_q
 
     def step(rows, lengths):
         batch, head, tile = call.split(rows, call.M)
-        q, d_out, lse, delta = (x[rows] for x in (call.tiles.q, *outputs))
+        q, d_out, lse, d_lse, delta = (x[rows] for x in (call.tiles.q, *outputs))
 
-        def add_block(slot, gradients):
-            dq, d_bias = gradients
+        def add_block(slot, sums):
+            dq, ds_of_slots, p_of_slots, ds_of_all = sums
             block, bias = call.listed_block(rows, slot < lengths, slot)
             keys = call.key_row(batch, head, block)
             k = call.tiles.k[keys]
             p = jnp.exp(call.logits(q, k, bias, batch, tile, block) - lse[..., None])
             dp = matmul("rgqh,rph->rgqp", d_out, call.tiles.v[keys])
             ds = p * (dp - delta[..., None])
-            # A dense row walks past the last slot, and has no bias to learn.
-            d_bias = d_bias.at[:, slot].set(ds.sum(axis=(1, 2, 3)), mode="drop")
-            return dq + matmul("rgqp,rph->rgqh", ds.astype(k.dtype), k), d_bias
+            dq += matmul("rgqp,rph->rgqh", ds.astype(k.dtype), k)
+            if call.bias is not None:
+                # A dense row walks past the last slot, and has no bias to learn.
+                ds_of_block = ds.sum(axis=3)
+                ds_of_slots = ds_of_slots.at[:, slot].set(ds_of_block.sum(axis=(1, 2)), mode="drop")
+                p_of_slots = p_of_slots.at[:, slot].set(p.sum(axis=3), mode="drop")
+                ds_of_all += ds_of_block
+            return dq, ds_of_slots, p_of_slots, ds_of_all
 
-        start = jnp.zeros(q.shape, jnp.float32), jnp.zeros((rows.shape[0], C), jnp.float32)
-        dq, d_bias = jax.lax.fori_loop(0, lengths.max(), add_block, start)
+        def zeros(*dims):
+            return jnp.zeros((rows.shape[0], *dims), jnp.float32)
+
+        start = zeros(*q.shape[1:]), None, None, None
+        if call.bias is not None:
+            start = start[0], zeros(shape[0]), zeros(*shape), zeros(*shape[1:])
+        dq, d_bias, shares, total = jax.lax.fori_loop(0, lengths.max(), add_block, start)
+        if call.bias is not None:
+            d_bias -= jnp.einsum("rcgq,rgq->rc", shares, total - d_lse, precision="highest")
         return (dq * call.options.scale).astype(q.dtype), d_bias
 
     dq, d_bias = map_rows(step, call.lengths, call.logits_per_row)
-    dense = jnp.broadcast_to(call.table.dense, (call.B, call.K, call.M)).reshape(-1, 1)
-    return dq, jnp.where(dense, 0.0, d_bias)
+    if call.bias is not None:
+        dense = jnp.broadcast_to(call.table.dense, (call.B, call.K, call.M)).reshape(-1, 1)
+        d_bias = jnp.where(dense, 0.0, d_bias)
+    return dq, d_bias
 
 
 def _key_gradients(call: TiledCall, outputs: _OutputTiles, q_positions):
@@ -146,7 +169,7 @@ def _key_gradients(call: TiledCall, outputs: _OutputTiles, q_positions):
             if call.bias is not None:
                 bias = jnp.where(is_listed, call.bias[source, entry % C], 0.0)
             source = jnp.where(active, source, call.B * call.K * call.M)
-            q, d_out, lse, delta = (x[source] for x in (call.tiles.q, *outputs))
+            q, d_out, lse, _, delta = (x[source] for x in (call.tiles.q, *outputs))
             logits = call.logits(q, k, bias, batch, tile, block)
             p = jnp.exp(logits - lse[..., None])  # 1 for no tile, whose q and d_out are 0
             dp = matmul("rgqh,rph->rgqp", d_out, v)
@@ -166,12 +189,16 @@ def _key_gradients(call: TiledCall, outputs: _OutputTiles, q_positions):
 
 
 def _backward(
-    options: AttentionOptions, inputs: AttentionInputs, out, lse, d_out, d_lse
+    options: AttentionOptions,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    d_out: jax.Array,
+    d_lse: jax.Array,
 ) -> AttentionGradients:
     call = TiledCall(options, inputs)
-    outputs = _output_tiles(call, out, lse, d_out, d_lse)
-    dq, d_bias = _query_gradients(call, outputs)
-    dk, dv = _key_gradients(call, outputs, inputs.q_positions)
+    tiles = _output_tiles(call, outputs, d_out, d_lse)
+    dq, d_bias = _query_gradients(call, tiles)
+    dk, dv = _key_gradients(call, tiles, inputs.q_positions)
     return AttentionGradients(
         from_query_tiles(dq, call.B, call.K, call.T),
         from_key_blocks(dk, call.B, call.K, call.S),

@@ -116,8 +116,8 @@ def _tiles(inputs: AttentionInputs) -> Tiles:
 class TiledCall:
     """One call's tiles and sizes, and the steps that forward and backward share.
 
-    B, T, S, N, K, G, H, M and J are the sizes that the package's shape letters name; `lengths` [B·K·M] is how
-    many blocks each row visits, `bias` [B·K·M,C] or None.
+    B, T, S, N, K, G, H, M and J are the sizes of the dimensions with these letters; `lengths`
+    [B·K·M] is how many blocks each row visits, `bias` [B·K·M,C] or None.
     """
 
     def __init__(self, options: AttentionOptions, inputs: AttentionInputs):

@@ -1,5 +1,4 @@
 import jax
-import numpy as np
 import pytest
 
 from routing_jax.kernels import (
@@ -45,7 +44,7 @@ PATTERNS = {
 def test_rows_are_what_the_rule_says(name, size, causal):
     T, S, block_q, block_kv = size
     make, rule = PATTERNS[name]
-    table = make(T, S, block_q=block_q, block_kv=block_kv, causal=causal)
+    table = jax.jit(lambda: make(T, S, block_q=block_q, block_kv=block_kv, causal=causal))()
     check_table(table, T, S, batch=3, kv_heads=2)
     J = -(-S // block_kv)
     for (_, _, m), got in listed_sets(table).items():
@@ -61,12 +60,6 @@ def test_global_blocks_see_and_are_seen(causal):
     for (_, _, m), got in listed_sets(table).items():
         if m >= 2:
             assert got == {0, 3}
-
-
-def test_patterns_are_built_inside_jit():
-    made = jax.jit(lambda: strided_table(64, 64, 2, block_q=8, block_kv=8))()
-    plain = strided_table(64, 64, 2, block_q=8, block_kv=8)
-    np.testing.assert_array_equal(made.indices, plain.indices)
 
 
 @pytest.mark.parametrize(

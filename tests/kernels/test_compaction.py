@@ -1,6 +1,7 @@
 """Compaction loses no token, runs the smallest capacity that holds them, and nothing for none."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -19,11 +20,11 @@ def test_ladder_rises_from_nothing_to_everything_in_small_steps(length):
     ladder = capacity_ladder(length)
     assert ladder[0] == 0
     assert ladder[-1] == length
-    assert all(a < b for a, b in zip(ladder, ladder[1:]))
+    assert all(a < b for a, b in itertools.pairwise(ladder))
     inner = ladder[1:-1]
     assert all(c <= length // 4 for c in inner)
     # One more token than a step never makes the next step work on more than half as many again.
-    assert all(b <= 1.5 * a for a, b in zip(inner, inner[1:]))
+    assert all(b <= 1.5 * a for a, b in itertools.pairwise(inner))
     if length >= 32:
         assert inner[0] <= max(8, length / 256)
         assert inner[-1] * 1.5 > length // 4

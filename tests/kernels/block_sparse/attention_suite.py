@@ -19,6 +19,7 @@ from routing_jax.kernels import (
 )
 from routing_jax.kernels.block_sparse.reference import dense_mask, reference_attention
 
+from ..compiling import compiled
 from ..random_tables import random_table
 
 
@@ -47,22 +48,20 @@ class Case:
 CASES = {
     "one query head a kv head": Case(K=3, G=1, T=190),
     "groups of 3, head dim 64": Case(G=3),
-    "groups of 16": Case(B=1, K=1, G=16, T=100),
-    "head dim 96": Case(H=96, segments=True),
-    "head dim 128": Case(H=128, block_q=128, block_kv=128, T=300),
-    "head dim 256": Case(H=256, T=100, dense=0.5),
-    "tall tiles": Case(block_q=128, T=270),
-    "wide blocks": Case(block_kv=128, T=270, causal=False),
-    "more keys than queries": Case(T=70, S=230, causal=False, segments=True),
+    "groups of 16, head dim 96": Case(B=1, K=1, G=16, H=96, T=100, segments=True),
+    "blocks of 128, head dim 128": Case(H=128, block_q=128, block_kv=128, T=300, causal=False),
+    "tall tiles, head dim 256": Case(H=256, block_q=128, T=170, dense=0.5),
+    "wide blocks, more keys": Case(T=70, S=230, block_kv=128, causal=False, segments=True),
     "more queries than keys": Case(T=230, S=70),
-    "compacted queries": Case(T=100, S=230, positions=True, dense=0.5),
     "compacted queries in segments": Case(
-        T=130, S=200, G=3, K=1, positions=True, segments=True, block_kv=128
+        T=130, S=200, G=3, block_kv=128, positions=True, segments=True, dense=0.5
     ),
-    "one table for all": Case(B=3, one_table=True, bias=True),
-    "nothing but the table": Case(bias=False, dense=0.0, S=192, T=192),
+    "one table and bias for all, no dense row": Case(B=3, T=192, one_table=True, dense=0.0),
 }
-HALF_CASES = ("groups of 3, head dim 64", "head dim 128", "compacted queries")
+HALF_CASES = (
+    ("groups of 3, head dim 64", "bfloat16"),
+    ("compacted queries in segments", "float16"),
+)
 
 
 def make_inputs(case: Case, dtype: str = "float32") -> tuple[dict[str, Any], Any]:
@@ -96,7 +95,7 @@ def make_inputs(case: Case, dtype: str = "float32") -> tuple[dict[str, Any], Any
     if case.segments:
         segment_ids = jnp.asarray(np.sort(rng.integers(0, 3, (case.B, S)), axis=1), jnp.int32)
     if case.bias:
-        bias = normal(case.B, case.K, table.num_tiles, case.capacity, kind="float32")
+        bias = normal(*table.indices.shape, kind="float32")
     arguments = {
         "q": normal(case.B, case.T, N, case.H),
         "k": normal(case.B, S, case.K, case.H),
@@ -131,7 +130,7 @@ def outputs_and_gradients(function, arguments, cotangents) -> dict[str, np.ndarr
     rest = {name: value for name, value in arguments.items() if name not in wanted}
     static = {"causal": rest.pop("causal")}
 
-    @jax.jit
+    @compiled
     def run(learned, rest, cotangents):
         def call(learned):
             return function(**learned, **rest, **static)
@@ -173,7 +172,7 @@ class AttentionSuite:
             else outputs_and_gradients(half_attention, arguments, cotangents)
         )
         for name, value in got.items():
-            limit = 3e-6
+            limit = 1e-5
             if usual is not None:
                 limit = 2 * relative_error(usual[name], expected[name]) + 1e-6
             assert relative_error(value, expected[name]) <= limit, name
@@ -182,13 +181,12 @@ class AttentionSuite:
     def test_equals_masked_dense_attention(self, name):
         self.check_against_oracle(CASES[name], self.dtypes[0])
 
-    @pytest.mark.parametrize("name", HALF_CASES)
-    def test_errs_at_most_twice_as_much_as_dense_half_precision(self, name):
-        for dtype in self.dtypes:
-            if dtype != "float32":
-                self.check_against_oracle(CASES[name], dtype)
+    @pytest.mark.parametrize(("name", "dtype"), HALF_CASES)
+    def test_errs_at_most_twice_as_much_as_dense_half_precision(self, name, dtype):
+        assert dtype in self.dtypes
+        self.check_against_oracle(CASES[name], dtype)
 
-    @hypothesis.settings(max_examples=8)
+    @hypothesis.settings(max_examples=4)
     @hypothesis.given(
         case=st.builds(
             Case,
@@ -216,7 +214,7 @@ class AttentionSuite:
         arguments, _ = make_inputs(Case(T=200, dense=0.0, bias=False), self.dtypes[0])
         q, k, v = (arguments[name] for name in "qkv")
         table = dense_table(200, 200, block_q=64, block_kv=64)
-        out, _ = self.attend(q=q, k=k, v=v, table=table)
+        out, _ = compiled(lambda: self.attend(q=q, k=k, v=v, table=table))()
         expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         limit = 1e-6 if self.dtypes[0] == "float32" else 1e-2
         assert relative_error(np.asarray(out, float), np.asarray(expected, float)) < limit
@@ -233,7 +231,7 @@ class AttentionSuite:
         )
         unread = jnp.isin(jnp.arange(256) // 64, jnp.array([0, 3]))[None, :, None, None]
 
-        @jax.jit
+        @compiled
         def run(k, v):
             out, pull_back = jax.vjp(
                 lambda q, k, v: self.attend(q=q, k=k, v=v, table=table, causal=False)[0], q, k, v
@@ -247,25 +245,27 @@ class AttentionSuite:
         assert float(jnp.abs(gradients[1]).max()) > 0.0
 
     def test_gradients_are_bitwise_repeatable(self):
-        arguments, cotangents = make_inputs(Case(T=300, K=1, dense=0.3), self.dtypes[-1])
-        first, second = (
-            outputs_and_gradients(self.attend, arguments, cotangents) for _ in range(2)
-        )
-        jax.tree.map(np.testing.assert_array_equal, first, second)
+        arguments, (d_out, _) = make_inputs(Case(T=300, K=1, dense=0.3), self.dtypes[-1])
+        learned = [arguments.pop(name) for name in ("q", "k", "v", "block_bias")]
+
+        def loss(q, k, v, block_bias):
+            out, _ = self.attend(q=q, k=k, v=v, block_bias=block_bias, **arguments)
+            return (out * d_out).sum()
+
+        gradients = compiled(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        first = gradients(*learned)
+        for _ in range(3):
+            jax.tree.map(np.testing.assert_array_equal, first, gradients(*learned))
 
     def test_no_gradient_reaches_a_later_key(self):
         arguments, _ = make_inputs(Case(B=1, K=1, bias=False), self.dtypes[0])
         q, k, v = (arguments[name] for name in "qkv")
         # Rows list future blocks on purpose: what a query sees is decided from positions.
-        table = dataclasses.replace(
-            window_table(150, 150, 2, block_q=64, block_kv=64, causal=False), block_q=64
-        )
+        table = window_table(150, 150, 2, block_q=64, block_kv=64, causal=False)
 
-        @functools.partial(jax.jit, static_argnums=0)
+        @compiled
         def seen(t):
-            return jax.grad(
-                lambda v: self.attend(q=q, k=k, v=v, table=table)[0][0, t].astype(float).sum()
-            )(v)
+            return jax.grad(lambda v: self.attend(q=q, k=k, v=v, table=table)[0][0, t].sum())(v)
 
         for t in (0, 70, 149):
             reached = np.asarray(jnp.abs(seen(t)).sum(axis=(0, 2, 3)) > 0)
@@ -278,7 +278,7 @@ class AttentionSuite:
         got = outputs_and_gradients(self.attend, arguments, cotangents)
         expected = outputs_and_gradients(reference_attention, arguments, cotangents)
         for name, value in got.items():
-            limit = 3e-6 if self.dtypes[0] == "float32" else 2e-2
+            limit = 1e-5 if self.dtypes[0] == "float32" else 2e-2
             assert relative_error(value, expected[name]) < limit, name
 
     def test_a_router_learns_through_the_bias_inside_jit(self):
@@ -293,7 +293,7 @@ class AttentionSuite:
             return (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum()
 
         got, expected = (
-            np.asarray(jax.jit(jax.grad(functools.partial(loss, attend=attend)))(scores))
+            np.asarray(compiled(jax.grad(functools.partial(loss, attend=attend)))(scores))
             for attend in (self.attend, reference_attention)
         )
         limit = 1e-5 if self.dtypes[0] == "float32" else 2e-2
@@ -303,9 +303,9 @@ class AttentionSuite:
     def test_vmap_is_a_batch(self):
         arguments, _ = make_inputs(Case(dense=0.3, segments=True), self.dtypes[0])
         del arguments["q_positions"], arguments["causal"]
-        out, lse = self.attend(**arguments)
+        out, lse = compiled(lambda arguments: self.attend(**arguments))(arguments)
         single = jax.tree.map(lambda x: x[:, None], arguments)
-        mapped = jax.vmap(lambda arguments: self.attend(**arguments))(single)
+        mapped = compiled(jax.vmap(lambda arguments: self.attend(**arguments)))(single)
         limit = 1e-6 if self.dtypes[0] == "float32" else 1e-2
         assert relative_error(np.asarray(mapped[0][:, 0], float), np.asarray(out, float)) < limit
         assert relative_error(np.asarray(mapped[1][:, 0]), np.asarray(lse)) < limit

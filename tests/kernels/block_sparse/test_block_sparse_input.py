@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -88,28 +89,18 @@ def test_shapes_are_refused_under_jit_too():
         jax.jit(lambda k: call(k=k))(jnp.ones((2, 40, 2, 16)))
 
 
-def test_the_bias_is_broadcast_over_sequences_and_heads():
-    bias = jnp.arange(6.0).reshape(1, 1, 3, 2)
-    full = jnp.broadcast_to(bias, (2, 2, 3, 2))
-    x = jnp.asarray(jax.random.normal(jax.random.key(0), (2, 40, 2, 8)))
+def test_traced_values_are_checked_under_checkify():
+    @jax.jit
+    @functools.partial(checkify.checkify, errors=checkify.user_checks)
+    def checked(table, q_positions):
+        return call(table=table, q_positions=q_positions)
 
-    def loss(bias):
-        return (call(q=jnp.tile(x, (1, 1, 2, 1)), k=x, v=x, block_bias=bias) ** 2).sum()
-
-    (value, gradient), (full_value, full_gradient) = (
-        jax.jit(jax.value_and_grad(loss))(b) for b in (bias, full)
-    )
-    assert value == full_value
-    assert jnp.allclose(gradient, full_gradient.sum((0, 1), keepdims=True), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["table's blocks", "positions' order"])
-def test_traced_values_are_checked_under_checkify(name):
-    changes, _ = BAD_INPUTS[name]
-    checked = jax.jit(
-        checkify.checkify(lambda changes: call(**changes), errors=checkify.user_checks)
-    )
-    message = checked(changes)[0].get()
-    assert message is not None
-    assert "some row breaks this" in message
-    assert checked({"table": TABLE})[0].get() is None
+    positions = jnp.broadcast_to(jnp.arange(40)[None], (2, 40))
+    beyond = dataclasses.replace(TABLE, indices=TABLE.indices + 1)
+    for table, q_positions, sentence in (
+        (TABLE, positions, None),
+        (beyond, positions, "table.indices must lie in [0, 3); some row breaks this"),
+        (TABLE, positions[:, ::-1], "q_positions must ascend strictly"),
+    ):
+        message = checked(table, q_positions)[0].get()
+        assert message is None if sentence is None else sentence in message
