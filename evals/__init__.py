@@ -1,0 +1,1 @@
+"""Evaluation: one evaluator a file, result files, and what is rendered from them."""

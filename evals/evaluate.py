@@ -65,7 +65,7 @@ def evaluate(
 
     @jax.jit
     def measure(params, tokens, targets, weights):
-        out = model.apply({"params": params}, tokens, mode=mode)
+        out: Any = model.apply({"params": params}, tokens, mode=mode)
         read = (weights > 0).astype(jnp.float32)
         nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, targets)
         hits = (jnp.argmax(out.logits, axis=-1) == targets) * read
@@ -100,7 +100,6 @@ def routed_tokens(config: DecoderConfig, params: Any, tokens: Any) -> np.ndarray
       params: its parameters.
       tokens: [B,T] int32.
     """
-    reports = jax.jit(lambda p, t: Decoder(config).apply({"params": p}, t, mode="eval").reports)(
-        params, tokens
-    )
-    return np.swapaxes(np.asarray(reports.choice), 0, 1)
+    model = Decoder(config)
+    out: Any = jax.jit(lambda p, t: model.apply({"params": p}, t, mode="eval"))(params, tokens)
+    return np.swapaxes(np.asarray(out.reports.choice), 0, 1)

@@ -3,10 +3,13 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from routing_jax.evals.benchmarks import mixing
+from routing_jax.evals.benchmarks.mixing import MixingBenchConfig
 from routing_jax.train.command import EXIT_BAD_INPUT, guarded, parse, train_command
 from routing_jax.train.presets import PRESETS
 
@@ -97,14 +100,49 @@ def reproduce_command(args: Sequence[str]) -> int:
     )
 
 
-def bench_command(args: Sequence[str]) -> int:
-    """Runs `bench NAME`."""
-    from routing_jax.evals.benchmarks import mixing
+@dataclass(frozen=True)
+class BenchArgs:
+    """Measure how fast mixing gets as fewer tokens attend.
 
+    Attributes:
+      config: what is measured.
+      out: the JSON file to write.
+    """
+
+    config: Annotated[MixingBenchConfig, tyro.conf.arg(name="")]
+    out: str = "runs/bench/mixing.json"
+
+
+def bench_command(args: Sequence[str]) -> int:
+    """Runs `bench mixing`."""
     if not args or args[0] != "mixing":
         raise ValueError(f"bench takes 'mixing'; {args[0] if args else 'nothing'!r} was given.")
-    parsed = parse(mixing.BenchArgs, args[1:], "routing-jax bench mixing", mixing.BenchArgs())
-    return mixing.main(parsed)
+    default = BenchArgs(mixing.default_config())
+    parsed = parse(BenchArgs, args[1:], "routing-jax bench mixing", default)
+    mixing.main(parsed.config, Path(parsed.out))
+    return 0
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Draw the plots of result files and bring the README's tables up to date.
+
+    Attributes:
+      results: the results folder.
+      readme: the Markdown file with the table blocks; empty to draw only.
+    """
+
+    results: str = "evals/results"
+    readme: str = "README.md"
+
+
+def report_command(args: Sequence[str]) -> int:
+    """Runs `report`."""
+    from routing_jax.evals.report import report
+
+    parsed = parse(ReportArgs, args, "routing-jax report")
+    report(parsed.results, parsed.readme or None)
+    return 0
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
@@ -112,6 +150,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (eval_command, "DIR: evaluate a trained run"),
     "presets": (presets_command, "list the presets"),
     "reproduce": (reproduce_command, "NAME: run an experiment and render its table and plots"),
+    "report": (report_command, "plots and README tables from result files"),
     "data": (data_command, "prepare SOURCE OUT: write a data set from text files"),
     "bench": (bench_command, "NAME: measure speed"),
 }

@@ -38,7 +38,8 @@ def prefill(
     index = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.where(index < lengths[:, None], index, -1)
     cache = init_cache(config, B, cache_length)
-    out = Decoder(config).apply({"params": params}, tokens, positions, cache=cache, mode="prefill")
+    model = Decoder(config)
+    out: Any = model.apply({"params": params}, tokens, positions, cache=cache, mode="prefill")
     last = jnp.take_along_axis(out.logits, (lengths - 1)[:, None, None], axis=1)
     return last[:, 0], out.cache
 
@@ -64,7 +65,8 @@ def decode_step(
     >>> cache.lengths.tolist()
     [1, 1]
     """
-    out = Decoder(config).apply({"params": params}, tokens[:, None], cache=cache, mode="decode")
+    model = Decoder(config)
+    out: Any = model.apply({"params": params}, tokens[:, None], cache=cache, mode="decode")
     return out.logits[:, 0], out.cache
 
 

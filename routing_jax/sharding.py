@@ -97,8 +97,8 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: ShardingRules | None = None) ->
     """A NamedSharding for every leaf of a train state (arrays or shapes).
 
     >>> import jax.numpy as jnp
-    >>> tree_shardings({"embedding": jnp.zeros((8, 4))}, make_mesh())["embedding"].spec
-    PartitionSpec('tensor', 'fsdp')
+    >>> tuple(tree_shardings({"embedding": jnp.zeros((8, 4))}, make_mesh())["embedding"].spec)
+    ('tensor', 'fsdp')
     """
     rules = rules or ShardingRules()
     return jax.tree_util.tree_map_with_path(

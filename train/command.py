@@ -1,5 +1,8 @@
 """`routing-jax train PRESET --workdir DIR --any.field value`; `python -m routing_jax.train` too."""
 
+import contextlib
+import io
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -30,22 +33,67 @@ class TrainArgs:
       workdir: folder for checkpoints, metrics, plots and the result; may be gs://.
       resume: go on from the newest checkpoint in the folder.
       resume_step: go on from this checkpoint.
-      distributed: join the other hosts of a slice or cluster first (jax.distributed).
+      distributed: join the other processes of this run first. On a TPU slice or under Slurm they
+        are found by themselves; elsewhere give the next three as well.
+      coordinator_address: HOST:PORT of process 0.
+      num_processes: of the run.
+      process_id: of this process, from 0.
     """
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     workdir: str
     resume: bool = False
     resume_step: int | None = None
     distributed: bool = False
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self):
+        given = (self.coordinator_address, self.num_processes, self.process_id)
+        if given == (None, None, None):
+            return
+        if not self.distributed:
+            raise ValueError(
+                "coordinator_address, num_processes and process_id are given without distributed, "
+                "which they need."
+            )
+        if None in given:
+            raise ValueError(
+                "coordinator_address, num_processes and process_id are "
+                f"{', '.join(map(repr, given))}; give all three or none."
+            )
 
 
 def parse[T](kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
-    """Parses command-line flags into a dataclass; help comes from the fields' docstrings."""
-    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    if default is None:
-        return tyro.cli(kind, args=list(args), prog=prog, config=config)
-    return tyro.cli(kind, args=list(args), prog=prog, default=default, config=config)
+    """Parses command-line flags into a dataclass; help comes from the fields' docstrings.
+
+    Raises:
+      ValueError: what tyro has to say about a bad flag, as one sentence.
+    """
+    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            if default is None:
+                return tyro.cli(kind, args=list(args), prog=prog, config=config)
+            return tyro.cli(kind, args=list(args), prog=prog, default=default, config=config)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise ValueError(_one_sentence(said.getvalue())) from None
+
+
+def _one_sentence(box: str) -> str:
+    """What the first part of tyro's box says, and the flags that it suggests instead."""
+    bare = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in box.splitlines()]
+    parts = re.split(r"\s*─{8,}\s*", " ".join(" ".join(line.split()) for line in bare[1:]))
+    # Our own sentences name the field; tyro's prefix says where it was built.
+    sentence = re.sub(r"^Error parsing (config(\.\w+)*|\w+Args): ", "", parts[0]).rstrip(".")
+    for part in parts[1:]:
+        if part.startswith("Perhaps you meant"):
+            sentence += f"; perhaps you meant {' or '.join(re.findall(r'--[a-z][a-z.-]*', part))}"
+    return sentence + "."
 
 
 def train_command(args: Sequence[str]) -> int:
@@ -64,7 +112,9 @@ def train_command(args: Sequence[str]) -> int:
         TrainArgs, args[1:], f"routing-jax train {preset}", TrainArgs(config, workdir=missing)
     )
     if parsed.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(
+            parsed.coordinator_address, parsed.num_processes, parsed.process_id
+        )
     result = run(
         parsed.config,
         parsed.workdir,
@@ -112,7 +162,8 @@ def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int
         print(e, file=sys.stderr)
         return EXIT_SIGTERM
     except OSError as e:
-        print(f"error: {e}", file=sys.stderr)
+        named = f"{e.filename} can't be used: {e.strerror}." if e.filename and e.strerror else e
+        print(f"error: {named}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except (ValueError, ImportError) as e:
         if not _raised_here(e):

@@ -178,16 +178,15 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     >>> config_from_dict(config_to_dict(TrainConfig())) == TrainConfig()
     True
     """
-    values = dict(values)
-    data = dict(values["data"])
     kinds: dict[str, type[RecallConfig] | type[TextConfig]] = {
         "recall": RecallConfig,
         "text": TextConfig,
     }
-    task = data.pop("task")
     try:
-        return _build(TrainConfig, {**values, "data": kinds[task](**data)})
-    except TypeError as e:
+        data = dict(values["data"])
+        kind = kinds[data.pop("task")]
+        return _build(TrainConfig, {**values, "data": kind(**data)})
+    except (KeyError, TypeError) as e:
         raise ValueError(f"this configuration was written by another version: {e}.") from e
 
 

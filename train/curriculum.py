@@ -24,6 +24,8 @@ class CurriculumConfig:
     Attributes:
       peak: the largest λ.
       weighs: what λ multiplies: 'usage' (fraction of tokens that attend), 'cost' or 'kv_cost'.
+      explore: weight of the router's auxiliary loss (for token routers an entropy bonus, which
+        keeps both branches alive); fades to 0 as λ ramps to its peak.
       lengths: sequence lengths to pass through before the task's own; empty for none.
       threshold: accuracy that ends a length, and phase 1.
       patience: steps for which smoothed accuracy must stay above the threshold.
@@ -38,6 +40,7 @@ class CurriculumConfig:
 
     peak: float = 0.5
     weighs: Literal["usage", "cost", "kv_cost"] = "usage"
+    explore: float = 0.1
     lengths: tuple[int, ...] = ()
     threshold: float = 0.95
     patience: int = 20
@@ -51,6 +54,8 @@ class CurriculumConfig:
     def __post_init__(self):
         if self.peak < 0:
             raise ValueError(f"curriculum.peak is {self.peak}; it must be at least 0.")
+        if self.explore < 0:
+            raise ValueError(f"curriculum.explore is {self.explore}; it must be at least 0.")
         for name in ("learn_steps", "ramp_steps", "hold_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(
@@ -128,6 +133,15 @@ def penalty_weight(config: CurriculumConfig, state: CurriculumState) -> jax.Arra
     0.0
     """
     return jnp.float32(config.peak) * (1.0 if config.from_start else state.ramp)
+
+
+def auxiliary_weight(config: CurriculumConfig, state: CurriculumState) -> jax.Array:
+    """Weight of the routers' auxiliary losses for the next step.
+
+    >>> round(float(auxiliary_weight(CurriculumConfig(), init_curriculum(CurriculumConfig()))), 3)
+    0.1
+    """
+    return jnp.float32(config.explore) * (1.0 - state.ramp)
 
 
 def decay_progress(config: CurriculumConfig, state: CurriculumState) -> jax.Array:

@@ -6,6 +6,7 @@ devices.
 """
 
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -19,13 +20,14 @@ from jax.experimental import multihost_utils
 
 from routing_jax.checkpoint import Checkpointer
 from routing_jax.sharding import make_mesh, put_batch, tree_shardings
-from routing_jax.train.config import TrainConfig
+from routing_jax.train.config import TrainConfig, config_to_dict
+from routing_jax.train.curriculum import finished
 from routing_jax.train.data import Batch, batches
-from routing_jax.train.metrics import MetricsWriter, Progress
+from routing_jax.train.metrics import MetricsWriter, Progress, write_whole
 from routing_jax.train.step import TrainState, init_state, make_train_step
 
 
-class TrainingDiverged(ValueError):
+class TrainingDiverged(ValueError):  # noqa: N818 - says what happened
     """The loss or a gradient was not finite; the last good state is saved."""
 
 
@@ -34,7 +36,10 @@ class Interrupted(Exception):  # noqa: N818 - a request to stop, not an error
 
 
 class Trained(NamedTuple):
-    """The end of a run: its state, the steps taken, and the seconds of this process's part."""
+    """The end of a run: its state, the steps taken, and the seconds that they took.
+
+    Seconds before an interruption count, as far as the checkpoint resumed from knows them.
+    """
 
     state: TrainState
     step: int
@@ -45,10 +50,16 @@ def train_mesh(config: TrainConfig) -> jax.sharding.Mesh:
     """The run's mesh; refuses a batch that does not divide among its devices.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or a batch does not fit the mesh.
+      ValueError: the mesh does not fit the devices or processes, or a batch does not fit the mesh.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulation
+    copies = mesh.shape["data"] * mesh.shape["fsdp"]
+    if copies % jax.process_count():
+        raise ValueError(
+            f"mesh.tensor is {mesh.shape['tensor']}; mesh.data × mesh.fsdp = {copies} must be a "
+            f"multiple of the {jax.process_count()} processes, each of which reads its own rows."
+        )
+    parts = copies * config.accumulation
     for length in config.lengths:
         if config.batch_size(length) % parts:
             raise ValueError(
@@ -135,7 +146,7 @@ def train(
     """Trains to the end of the curriculum, logging and checkpointing in `workdir`.
 
     Args:
-      config: the run.
+      config: the run; written to `workdir/config.json` once its state is made or restored.
       workdir: where metrics and checkpoints go; may be gs://.
       resume_step: continue from this checkpoint; None starts anew.
       quiet: print no progress.
@@ -156,6 +167,7 @@ def train(
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(Checkpointer(workdir / "checkpoints"))
         like = abstract_state(config, mesh)
+        seconds_before = 0.0
         if resume_step is None:
             shardings = jax.tree.map(lambda s: s.sharding, like)
             state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
@@ -163,6 +175,10 @@ def train(
         else:
             state, extra = checkpoints.restore(resume_step, like)
             step, stage = resume_step, extra["stage"]
+            seconds_before = extra.get("seconds", 0.0)
+        if chief:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2))
         step_fn = jax.jit(make_train_step(config), donate_argnums=0)
         feed = _Feed(config, mesh)
         writer = stack.enter_context(MetricsWriter(workdir, step)) if chief else None
@@ -170,45 +186,66 @@ def train(
             Progress(config.curriculum.max_steps, step, quiet or not chief)
         )
         stop = stack.enter_context(_StopSignal())
+        started, logged = time.time(), step
+
+        def seconds() -> float:
+            return seconds_before + time.time() - started
+
+        def log(reached: int, length: int, values: dict[str, Any]) -> None:
+            nonlocal logged
+            due = reached % config.log_every == 0 or reached == 1
+            if due and reached > logged and values["finite"]:
+                row = _row(values, length)
+                if writer is not None:
+                    writer.write(reached, row)
+                progress.show(reached, row, seconds())
+                logged = reached
 
         def save() -> int:
-            # The state's own count: a step that was refused, or came after the end, is not in it.
-            taken = int(state.curriculum.step)
-            checkpoints.save(taken, state, {"stage": stage})
+            if pending is not None and not done:
+                # A run resumed from here never reads this step's metrics again.
+                reached, length, values = pending
+                log(reached, length, jax.device_get(values))
             if writer is not None:
                 writer.flush()
+            # The state's own count: a step that was refused, or came after the end, is not in it.
+            taken = int(state.curriculum.step)
+            checkpoints.save(taken, state, {"stage": stage, "seconds": seconds()})
             return taken
 
-        started = time.time()
         pending: tuple[int, int, dict[str, Any]] | None = None
         verdict = int(state.curriculum.stage)
-        done = False
+        done = bool(finished(config.curriculum, state.curriculum))
         while not done:
             batch = feed.get(step, stage)
             length = config.lengths[stage]
             state, metrics = step_fn(state, batch)
             step += 1
             if pending is not None:
-                before, before_length, late = pending
-                late = jax.device_get(late)
+                before, before_length, values = pending
+                late = jax.device_get(values)
                 verdict, done = int(late["stage"]), bool(late["finished"])
                 if not late["finite"]:
+                    pending = None
+                    last = save()
+                    checkpoints.wait()
                     raise TrainingDiverged(
-                        f"the loss or a gradient of step {before} is not finite; the state before "
-                        f"it is saved as step {save()} in {checkpoints.directory}; resume with a "
+                        f"the loss or a gradient of step {before} is not finite; the last finite "
+                        f"state is saved as step {last} in {checkpoints.directory}; resume with a "
                         "lower optimizer.learning_rate."
                     )
-                if before % config.log_every == 0 or before == 1:
-                    row = _row(late, before_length)
-                    if writer is not None:
-                        writer.write(before, row)
-                    progress.show(before, row, time.time() - started)
+                log(before, before_length, late)
             pending = step, length, metrics
             stage = verdict
-            if done or step % config.checkpoint_every == 0:
-                step = save()
+            if done:
+                break
+            if step % config.checkpoint_every == 0:
+                save()
             # Agreeing among processes costs a message, so only a lone process asks every step.
             if (jax.process_count() == 1 or step % config.log_every == 0) and stop.agreed():
-                raise Interrupted(f"stopped by SIGTERM; step {save()} is saved.")
+                break
+        step = save()
         checkpoints.wait()
-        return Trained(state, step, time.time() - started)
+        if not done or stop.agreed():
+            raise Interrupted(f"stopped by SIGTERM; step {step} is saved.")
+        return Trained(state, step, seconds())

@@ -1,10 +1,30 @@
 """Where a run's numbers go: `metrics.jsonl`, TensorBoard events, and the terminal."""
 
+import contextlib
 import json
 import sys
+import time
+import uuid
 from typing import Any, Self
 
 from etils import epath
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all; what stood there stays until then.
+
+    Raises:
+      OSError: it can't be written; the file is named.
+    """
+    draft = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    except BaseException as e:
+        draft.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
 
 
 class MetricsWriter:
@@ -22,45 +42,78 @@ class MetricsWriter:
 
     def __init__(self, workdir: str | epath.Path, resume_step: int = 0):
         # Takes a second to import, which a command that writes no metrics should not spend.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import directory_check
 
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._remote = "://" in str(workdir)
         self._rows = [row for row in read_metrics(workdir) if row["step"] <= resume_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._write_all()
+        # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and adding to its
+        # queue then waits for ever.
+        folder = str(epath.Path(workdir) / "tensorboard")
+        directory_check(folder)
+        self._events = EventsWriter(f"{folder}/events", f".{resume_step}")
+        # TensorBoard hides what an earlier part of the run wrote from this step on.
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(step=resume_step + 1, session_log=start))
         self._file = None if self._remote else open(self._path, "a", buffering=1)  # noqa: SIM115
-        self._events = SummaryWriter(
-            str(epath.Path(workdir) / "tensorboard"), purge_step=resume_step + 1
-        )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Adds one row; lists go to the file whole and to TensorBoard element by element."""
+        """Adds one row; lists go to the file whole and to TensorBoard element by element.
+
+        Raises:
+          OSError: it can't be written; the file is named.
+        """
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
         row = {"step": step, **values}
-        if self._file is None:
-            self._rows.append(row)
-        else:
-            self._file.write(json.dumps(row) + "\n")
+        scalars: dict[str, float] = {}
         for name, value in values.items():
             if isinstance(value, list):
-                for i, item in enumerate(value):
-                    self._events.add_scalar(f"{name}/{i}", item, step)
-            elif isinstance(value, (int, float)):
-                self._events.add_scalar(name, value, step)
+                scalars |= {f"{name}/{i}": item for i, item in enumerate(value)}
+            else:
+                scalars[name] = value
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()])
+        try:
+            if self._file is None:
+                self._rows.append(row)
+            else:
+                self._file.write(json.dumps(row) + "\n")
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self._path)) from e
 
     def flush(self) -> None:
-        """Makes everything written so far visible to readers."""
-        self._events.flush()
+        """Makes everything written so far visible to readers.
+
+        Raises:
+          OSError: it can't be written; the file is named.
+        """
+        try:
+            self._events.flush()
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self._path.parent / "tensorboard")) from e
         if self._file is None:
-            self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+            self._write_all()
+
+    def _write_all(self) -> None:
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-        self._events.close()
-        if self._file is not None:
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Of two errors the first is the one to tell: closing a file on a full disk fails again.
+        unsaid = () if kind is None else (OSError,)
+        with contextlib.suppress(*unsaid):
+            self.flush()
+        for file in (self._events, self._file):
+            with contextlib.suppress(*unsaid):
+                if file is not None:
+                    file.close()
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, Any]]:

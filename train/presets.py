@@ -4,6 +4,7 @@ Each preset's docstring gives its command, hardware, time and what to expect.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from routing_jax.models import DecoderConfig
 from routing_jax.routers import TokenRouterConfig
@@ -42,7 +43,7 @@ def recall(length: int) -> TrainConfig:
         # Half precision where cuDNN's attention pays; short lengths are meant for a CPU.
         model=_RECALL_MODEL.replace(dtype="float32" if length < 1024 else "bfloat16"),
         curriculum=CurriculumConfig(
-            lengths=stages, learn_steps=3000, ramp_steps=150, hold_steps=1500
+            explore=0.3, lengths=stages, learn_steps=3000, ramp_steps=150, hold_steps=1500
         ),
         optimizer=OptimizerConfig(learning_rate=5e-3),
         batch_tokens=max(4096, 16 * length),
@@ -110,7 +111,12 @@ def language_model() -> TrainConfig:
             remat=False,
         ),
         curriculum=CurriculumConfig(
-            learn_steps=600, ramp_steps=600, hold_steps=1900, threshold=1.0, target=0.24
+            explore=0.0,
+            learn_steps=560,
+            ramp_steps=1500,
+            hold_steps=1000,
+            threshold=1.0,
+            target=0.24,
         ),
         optimizer=OptimizerConfig(
             learning_rate=1.5e-3,
@@ -125,8 +131,8 @@ def language_model() -> TrainConfig:
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
-    **{f"recall-{n}": (lambda n=n: recall(n)) for n in (128, 256, 512, 1024, 2048, 4096, 8192)},
-    **{f"multi-query-{n}": (lambda n=n: multi_query(n)) for n in (128, 256, 512)},
+    **{f"recall-{n}": partial(recall, n) for n in (128, 256, 512, 1024, 2048, 4096, 8192)},
+    **{f"multi-query-{n}": partial(multi_query, n) for n in (128, 256, 512)},
     "unmarked-128": lambda: unmarked(128),
     "unmarked-128-summary": lambda: unmarked(128, summary=256),
     "mqar-256": lambda: mqar(256),

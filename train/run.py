@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 import routing_jax
 from routing_jax.checkpoint import Checkpointer, CheckpointError
@@ -71,7 +72,7 @@ def describe(config: TrainConfig) -> str:
         + (f", after {', '.join(map(str, config.curriculum.lengths))}" if config.curriculum.lengths
            else ""),
         f"model       {params:,} parameters, layers {model.layers}, width {model.width}",
-        f"mesh        " + " × ".join(f"{k} {v}" for k, v in mesh.shape.items())
+        "mesh        " + " × ".join(f"{k} {v}" for k, v in mesh.shape.items())
         + f" on {device_name()}",
         f"tokens      {config.batch_tokens:,} a step, at most {most:,} steps, "
         f"{most * config.batch_tokens / 1e6:,.0f} M in all",
@@ -80,10 +81,25 @@ def describe(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def prepare_workdir(
+def read_config(workdir: epath.Path) -> TrainConfig:
+    """The configuration of the run in a folder.
+
+    Raises:
+      ValueError: there is none, or it is damaged or of another version.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no run: there is no config.json in it.")
+    try:
+        return config_from_dict(json.loads(path.read_bytes()))
+    except ValueError as e:
+        raise ValueError(f"{path} cannot be read: {str(e).rstrip('.')}.") from e
+
+
+def find_start(
     config: TrainConfig, workdir: str | epath.Path, *, resume: bool, resume_step: int | None = None
 ) -> int | None:
-    """Makes the run's folder, or finds where to go on in it.
+    """Where a run starts in its folder; nothing is written.
 
     Args:
       config: the run.
@@ -95,31 +111,35 @@ def prepare_workdir(
       The checkpoint to restore, or None to start anew.
 
     Raises:
-      ValueError: the folder holds a run and neither resume nor resume_step is given.
+      ValueError: the folder holds a run and neither resume nor resume_step is given, or it holds
+        later steps of another configuration than this, which would be mixed with this one's.
       CheckpointError: resume_step is not there.
     """
     workdir = epath.Path(workdir)
     path = workdir / "config.json"
-    ours = json.dumps(config_to_dict(config), indent=2)
-    resume = resume or resume_step is not None
-    if path.exists() and not resume:
-        same = path.read_text() == ours
+    held = path.read_bytes() if path.exists() else None
+    same = held == json.dumps(config_to_dict(config), indent=2).encode()
+    with Checkpointer(workdir / "checkpoints") as checkpoints:
+        steps = checkpoints.steps()
+    if (held is not None or steps) and not resume and resume_step is None:
         raise ValueError(
             f"workdir {workdir} holds {'this' if same else 'a run with another'} "
             f"configuration{' already' if same else ''}; pass --resume to go on with it, or a new "
             "folder."
         )
-    steps: list[int] = []
-    if resume and (workdir / "checkpoints").exists():
-        with Checkpointer(workdir / "checkpoints") as checkpoints:
-            steps = checkpoints.steps()
     if resume_step is not None and resume_step not in steps:
         raise CheckpointError(
             f"resume_step is {resume_step}; {workdir} has checkpoints of steps {steps}."
         )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(ours)
+    later = [step for step in steps if resume_step is not None and step > resume_step]
+    if later and not same:
+        raise ValueError(
+            f"resume_step is {resume_step}; {workdir} has later checkpoints, of steps {later}, "
+            "with another configuration: remove them, or copy the folder without them."
+        )
+    if jax.process_count() > 1:
+        # Each process has to look before the first one writes the configuration.
+        multihost_utils.sync_global_devices("found where to start")
     if resume_step is not None:
         return resume_step
     return steps[-1] if steps else None
@@ -136,10 +156,7 @@ def load_run(workdir: str | epath.Path, step: int | None = None) -> tuple[TrainC
       ValueError: the folder holds no run, or no checkpoint.
     """
     workdir = epath.Path(workdir)
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ValueError(f"{workdir} holds no run: there is no config.json in it.")
-    config = config_from_dict(json.loads(path.read_text()))
+    config = read_config(workdir)
     mesh = train_mesh(config)
     with Checkpointer(workdir / "checkpoints") as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.latest() if step is None else step
@@ -204,6 +221,9 @@ def finish_run(
     heat = None
     if jax.process_count() == 1:
         heat = routed_tokens(config.model, params, sample.tokens)[0].astype(int).tolist()
+    names = None
+    if isinstance(config.data, RecallConfig):
+        names = [config.data.token_name(int(token)) for token in sample.tokens[0]]
     result = Result(
         experiment=labels["experiment"],
         task=labels["task"],
@@ -229,13 +249,17 @@ def finish_run(
         config=config_to_dict(config),
         history=thin_history(read_metrics(workdir)),
         heatmap=heat if config.data.length <= 512 else None,
-        heatmap_tokens=None,
+        heatmap_tokens=names if heat is not None and config.data.length <= 512 else None,
     )
     if jax.process_index() == 0:
         if result.history:
-            plot_history({labels["variant"]: result.history}, workdir / "history.png")
+            plot_history(
+                {labels["variant"]: result.history},
+                workdir / "history.png",
+                least_usage=result.least_usage,
+            )
         if heat is not None:
-            plot_heatmap(heat, None, workdir / "heatmap.png", f"{labels['task']}: who attended")
+            plot_heatmap(heat, names, workdir / "heatmap.png", f"{labels['task']}: who attended")
         write_result(result, workdir / "result.json")
     return result
 
@@ -275,8 +299,10 @@ def run(
     if not quiet and jax.process_index() == 0:
         print(describe(config), flush=True)
     # Refuse a corpus or length that will not do before the folder is made.
-    next(batches(config.data, split="validation", seed=0, batch_size=1))
-    start = prepare_workdir(config, workdir, resume=resume, resume_step=resume_step)
+    batches(config.data, split="validation", seed=0, batch_size=1)
+    for length in config.lengths:
+        batches(config.data, split="train", seed=config.seed, batch_size=1, length=length)
+    start = find_start(config, workdir, resume=resume, resume_step=resume_step)
     trained = train(config, workdir, resume_step=start, quiet=quiet)
     return finish_run(config, workdir, trained, labels=labels)
 
@@ -285,10 +311,11 @@ __all__ = [
     "describe",
     "device_name",
     "evaluate_run",
+    "find_start",
     "finish_run",
     "least_usage",
     "load_run",
-    "prepare_workdir",
+    "read_config",
     "run",
     "versions",
 ]

@@ -11,6 +11,7 @@ from routing_jax.models import Decoder, init_params
 from routing_jax.train.config import OptimizerConfig, TrainConfig
 from routing_jax.train.curriculum import (
     CurriculumState,
+    auxiliary_weight,
     decay_progress,
     finished,
     init_curriculum,
@@ -27,6 +28,13 @@ class TrainState(NamedTuple):
     opt_state: Any
     curriculum: CurriculumState
     key: jax.Array  # raw key data; the noise of a step is folded in from its number
+
+
+class _Price(NamedTuple):
+    """What the loss adds to the task's own: λ, and the weight of the routers' auxiliary losses."""
+
+    penalty: jax.Array
+    auxiliary: jax.Array
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -75,8 +83,8 @@ def make_train_step(
     optimizer = make_optimizer(config.optimizer)
     weighs = config.curriculum.weighs
 
-    def loss_fn(params: Any, batch: Batch, rng: jax.Array, lam: jax.Array, total: jax.Array):
-        out = model.apply({"params": params}, batch.tokens, rng=rng, mode="train")
+    def loss_fn(params: Any, batch: Batch, rng: jax.Array, price: _Price, total: jax.Array):
+        out: Any = model.apply({"params": params}, batch.tokens, rng=rng, mode="train")
         nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, batch.targets)
         hits = (jnp.argmax(out.logits, axis=-1) == batch.targets) * batch.weights
         spent = {
@@ -84,20 +92,25 @@ def make_train_step(
             "cost": jnp.mean(out.reports.cost),
             "kv_cost": jnp.mean(out.reports.kv_cost),
             "usage": jnp.mean(out.reports.usage),
+            "aux": jnp.mean(out.reports.aux),
         }
         loss = jnp.sum(nll * batch.weights) / total
         share = 1.0 / config.accumulation
         metrics = {"loss": loss, "accuracy": jnp.sum(hits) / total}
         metrics |= {name: share * value for name, value in spent.items()}
-        return loss + lam * share * spent[weighs], metrics
+        penalty = price.penalty * spent[weighs] + price.auxiliary * spent["aux"]
+        return loss + share * penalty, metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        lam = penalty_weight(config.curriculum, state.curriculum)
+        price = _Price(
+            penalty_weight(config.curriculum, state.curriculum),
+            auxiliary_weight(config.curriculum, state.curriculum),
+        )
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.curriculum.step)
         total = jnp.maximum(jnp.sum(batch.weights), 1e-9)
         gradient = jax.grad(loss_fn, has_aux=True)
         if config.accumulation == 1:
-            grads, metrics = gradient(state.params, batch, rng, lam, total)
+            grads, metrics = gradient(state.params, batch, rng, price, total)
         else:
             # Interleaved, so that every microbatch lies on all devices of the batch.
             n = config.accumulation
@@ -105,17 +118,17 @@ def make_train_step(
 
             def accumulate(sums, inputs):
                 part, i = inputs
-                new = gradient(state.params, part, jax.random.fold_in(rng, i), lam, total)
+                new = gradient(state.params, part, jax.random.fold_in(rng, i), price, total)
                 return jax.tree.map(jnp.add, sums, new), None
 
             shapes = jax.eval_shape(
-                gradient, state.params, jax.tree.map(lambda x: x[0], micro), rng, lam, total
+                gradient, state.params, jax.tree.map(lambda x: x[0], micro), rng, price, total
             )
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (micro, jnp.arange(n)))
 
         rate = learning_rate(config, state.curriculum)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         curriculum = update_curriculum(
@@ -127,7 +140,7 @@ def make_train_step(
         keep = finite & ~finished(config.curriculum, state.curriculum)
         new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)
         metrics |= {
-            "lambda": lam,
+            "lambda": price.penalty,
             "learning_rate": rate,
             "gradient_norm": norm,
             "finite": finite,

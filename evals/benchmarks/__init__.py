@@ -1,0 +1,1 @@
+"""Speed, measured with router, table and gather inside the timing."""

@@ -141,7 +141,7 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     if row["milliseconds"] is None:
-        return "failed"
+        return "skipped" if "skipped" in row["error"] else "failed"
     ratio = f" ({row['speedup']:.3g}×)" if row["speedup"] else ""
     return f"{row['milliseconds']:.3g}{ratio}"
 
@@ -174,7 +174,7 @@ def table(rows: list[Row]) -> str:
         for length in lengths:
             line = [found.get((length, usage)) for usage in usages]
             dense = next((r["dense_milliseconds"] for r in line if r), None)
-            shown = "failed" if dense is None else f"{dense:.3g}"
+            shown = "none" if dense is None else f"{dense:.3g}"
             lines.append(f"| {length} | {shown} | {' | '.join(map(_cell, line))} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

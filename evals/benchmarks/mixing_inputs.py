@@ -29,7 +29,7 @@ def choose_tokens(length: int, tokens: int, seed: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    """Standard normal numbers of a shape and dtype, made on the device (rbg: fast for gigabytes)."""
+    """Standard normal numbers of a shape, made on the device (rbg: gigabytes in no time)."""
     return jax.random.normal(jax.random.key(seed, impl="rbg"), shape, dtype)
 
 

@@ -4,7 +4,7 @@ A cache is contiguous: row b of `keys` holds sequence b's keys at their position
 are kept for every token, attended or not, since any later token may attend to them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ class LayerCache(NamedTuple):
       summary: [B,R] float32, the token router's recurrent summary.
     """
 
-    keys: jax.Array | None = None
-    values: jax.Array | None = None
-    history: jax.Array | None = None
-    summary: jax.Array | None = None
+    keys: Any = None
+    values: Any = None
+    history: Any = None
+    summary: Any = None
 
 
 def write_kv(
@@ -58,7 +58,8 @@ def push_history(history: jax.Array, x: jax.Array, positions: jax.Array) -> jax.
       x: [B,T,D].
       positions: [B,T] int32; −1 marks padding, after the valid tokens.
 
-    >>> push_history(jnp.zeros((1, 2, 1)), jnp.ones((1, 3, 1)), jnp.array([[0, -1, -1]])).ravel().tolist()
+    >>> history, x = jnp.zeros((1, 2, 1)), jnp.ones((1, 3, 1))
+    >>> push_history(history, x, jnp.array([[0, -1, -1]])).ravel().tolist()
     [0.0, 1.0]
     """
     joined = jnp.concatenate([history, x.astype(history.dtype)], axis=1)

@@ -43,6 +43,7 @@ class FullAttention(nn.Module):
         if cache is not None:
             cache = write_kv(cache, k, v, positions)
         if mode == "decode":
+            assert cache is not None  # the decoder refuses this mode without one
             y = decode_attention(q, cache.keys, cache.values, positions[:, 0] + 1)
         else:
             y = dense_attention(
@@ -50,5 +51,7 @@ class FullAttention(nn.Module):
             )
         one = jnp.float32(1)
         share = jnp.float32(heads.num_kv_heads / heads.num_heads)
-        report = LayerReport(cost=one, kv_cost=share, usage=one, choice=positions >= 0)
+        report = LayerReport(
+            cost=one, kv_cost=share, usage=one, aux=jnp.float32(0), choice=positions >= 0
+        )
         return project_out(y, weights), cache, report

@@ -26,12 +26,15 @@ class LayerReport(NamedTuple):
       cost: scalar, multiply-adds for mixing ÷ those of full causal attention.
       kv_cost: scalar, key/value bytes read ÷ those that dense multi-head attention reads.
       usage: scalar, the fraction of tokens that attended.
+      aux: scalar, the router's own auxiliary loss, to be weighted and added by the trainer; for
+        token routers minus the gates' mean entropy in nats, which keeps them undecided.
       choice: [B,T] bool, which tokens attended.
     """
 
     cost: jax.Array
     kv_cost: jax.Array
     usage: jax.Array
+    aux: jax.Array
     choice: jax.Array
 
 

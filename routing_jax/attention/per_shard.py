@@ -39,6 +39,15 @@ def over_batch_and_heads(
 
     Returns:
       What `fn` returns, for the whole batch.
+
+    >>> import jax.numpy as jnp
+    >>> x, ids, one = jnp.ones((2, 3, 4)), jnp.zeros((2, 3), int), jnp.ones((4, 1, 2))
+    >>> weights = AttentionWeights(one, one, one, one.transpose(1, 2, 0))
+    >>> def sums(x, positions, choice, segment_ids, weights, total):
+    ...     values = jnp.einsum("BTD,DKH->BTKH", x, weights.value)
+    ...     return total(jnp.einsum("BTNH,NHD->BTD", values, weights.out)), (values, values)
+    >>> over_batch_and_heads(sums, x, ids, ids, None, weights, HeadsConfig(1, 1, 2))[0].shape
+    (2, 3, 4)
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -47,7 +56,8 @@ def over_batch_and_heads(
     head = _HEAD_AXIS if split else None
     batch_devices = mesh.shape[_BATCH_AXES[0]] * mesh.shape[_BATCH_AXES[1]]
     batch = _BATCH_AXES if x.shape[0] % batch_devices == 0 else None
-    into, out = P(None, head, None), P(head, None, None)
+    into: Any = P(None, head, None)
+    out: Any = P(head, None, None)
 
     def total(y: jax.Array) -> jax.Array:
         return jax.lax.psum(y, _HEAD_AXIS) if split else y

@@ -49,6 +49,14 @@ def make_attention_weights(
       heads: head counts and sizes.
       width: D.
       dtype: compute dtype.
+
+    >>> class Layer(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self):
+    ...         return make_attention_weights(self, HeadsConfig(4, 2, 8), 16, jnp.bfloat16)
+    >>> weights, _ = Layer().init_with_output(jax.random.key(0))
+    >>> weights.query.shape, weights.key.shape, weights.out.shape
+    ((16, 4, 8), (16, 2, 8), (4, 8, 16))
     """
     N, K, H = heads.num_heads, heads.num_kv_heads, heads.head_dim
     into = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
@@ -64,7 +72,14 @@ def make_attention_weights(
 def project_queries(
     x: jax.Array, positions: jax.Array, weights: AttentionWeights, heads: HeadsConfig
 ) -> jax.Array:
-    """Queries [B,T,N,H] of x [B,T,D], turned to their positions [B,T]."""
+    """Queries [B,T,N,H] of x [B,T,D], turned to their positions [B,T].
+
+    >>> into = jnp.ones((4, 1, 2))
+    >>> weights = AttentionWeights(into, into, into, into.transpose(1, 2, 0))
+    >>> heads = HeadsConfig(num_heads=1, num_kv_heads=1, head_dim=2, rope_theta=0)
+    >>> project_queries(jnp.ones((1, 1, 4)), jnp.array([[0]]), weights, heads).tolist()
+    [[[[4.0, 4.0]]]]
+    """
     q = jnp.einsum("BTD,DNH->BTNH", x, weights.query)
     return apply_rope(q, positions, heads.rope_theta) if heads.rope_theta else q
 
@@ -72,12 +87,26 @@ def project_queries(
 def project_keys_values(
     x: jax.Array, positions: jax.Array, weights: AttentionWeights, heads: HeadsConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [B,T,K,H] of x [B,T,D], keys turned to their positions [B,T]."""
+    """Keys and values [B,T,K,H] of x [B,T,D], keys turned to their positions [B,T].
+
+    >>> into = jnp.ones((4, 1, 2))
+    >>> weights = AttentionWeights(into, into, 2 * into, into.transpose(1, 2, 0))
+    >>> heads = HeadsConfig(num_heads=1, num_kv_heads=1, head_dim=2, rope_theta=0)
+    >>> k, v = project_keys_values(jnp.ones((1, 1, 4)), jnp.array([[0]]), weights, heads)
+    >>> k.ravel().tolist(), v.ravel().tolist()
+    ([4.0, 4.0], [8.0, 8.0])
+    """
     k = jnp.einsum("BTD,DKH->BTKH", x, weights.key)
     v = jnp.einsum("BTD,DKH->BTKH", x, weights.value)
     return (apply_rope(k, positions, heads.rope_theta) if heads.rope_theta else k), v
 
 
 def project_out(y: jax.Array, weights: AttentionWeights) -> jax.Array:
-    """Head outputs [B,T,N,H] to the model's width [B,T,D]."""
+    """Head outputs [B,T,N,H] to the model's width [B,T,D].
+
+    >>> into = jnp.ones((4, 1, 2))
+    >>> weights = AttentionWeights(into, into, into, into.transpose(1, 2, 0))
+    >>> project_out(jnp.ones((1, 1, 1, 2)), weights).ravel().tolist()
+    [2.0, 2.0, 2.0, 2.0]
+    """
     return jnp.einsum("BTNH,NHD->BTD", y, weights.out)

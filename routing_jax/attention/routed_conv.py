@@ -1,6 +1,7 @@
 """Routed Attention: each token of each layer takes attention or a convolution.
 
-y = g·Attention(x) + (1 − g)·Conv(x), with g a hard gate from what the token holds (M. Bee, 2025).
+y = g·Attention(x) + (1 − g)·Conv(x), with g a hard gate from what the token holds (MikeyBeez, a
+GitHub community post).
 Training computes both branches, so that each has a gradient; evaluation, prefill and decode
 attend only for the routed tokens. Keys and values are made for every token.
 """
@@ -29,7 +30,13 @@ from routing_jax.kernels import (
     dense_attention,
     map_routed,
 )
-from routing_jax.routers import Routing, TokenRouter, TokenRouterConfig, straight_through
+from routing_jax.routers import (
+    Routing,
+    TokenRouter,
+    TokenRouterConfig,
+    binary_entropy,
+    straight_through,
+)
 
 
 def attend_routed(
@@ -52,6 +59,14 @@ def attend_routed(
 
     Returns:
       ([B,T,D], 0 where not chosen; (keys, values) [B,T,K,H]).
+
+    >>> heads = HeadsConfig(num_heads=1, num_kv_heads=1, head_dim=2)
+    >>> into = jnp.ones((2, 1, 2))
+    >>> weights = AttentionWeights(into, into, into, into.transpose(1, 2, 0))
+    >>> x, positions = jnp.ones((1, 3, 2)), jnp.arange(3)[None]
+    >>> choice = jnp.array([[False, True, False]])
+    >>> attend_routed(x, positions, choice, None, weights, heads)[0][0, :, 0].tolist()
+    [0.0, 4.0, 0.0]
     """
 
     def local(x, positions, choice, segment_ids, weights, total: Callable):
@@ -105,19 +120,31 @@ def routed_conv_cost(
       router: the token router's config.
       conv_width: W.
       width: D.
+
+    >>> choice, probs = jnp.array([[False, True]]), jnp.array([[0.1, 0.9]])
+    >>> routing = Routing(choice, probs, logits=jnp.array([[-2.2, 2.2]]))
+    >>> heads, router = HeadsConfig(1, 1, head_dim=8), TokenRouterConfig(hidden=1)
+    >>> report = routed_conv_cost(routing, jnp.arange(2)[None], None, heads, router, 2, width=8)
+    >>> round(float(report.kv_cost), 3), float(report.usage)  # token 1 sees 2 of the 3 pairs
+    (0.667, 0.5)
     """
     valid = positions >= 0
-    gate = straight_through(routing.choice, jnp.where(valid, routing.probs, 0))
+    # The noise-free gate: in training, what the layer would spend if it were used as it is now.
+    opens = (routing.logits > 0) & valid
+    gate = straight_through(opens, jnp.where(valid, routing.probs, 0))
     pairs = visible_pairs(positions, segment_ids)
     seen = jnp.maximum(pairs.sum(), 1)  # a batch of nothing but padding spends 0, not 0/0
     dense = attention_work(seen, heads.num_heads, heads.head_dim)
     tokens = valid.sum(dtype=jnp.float32)  # times a layer's work, int32 would overflow
     overhead = tokens * (router.work(width) + conv_width * width)
     attended = jnp.sum(gate * pairs)
+    entropy = jnp.sum(jnp.where(valid, binary_entropy(routing.logits), 0))
+    some = jnp.maximum(tokens, 1)
     return LayerReport(
         cost=(attention_work(attended, heads.num_heads, heads.head_dim) + overhead) / dense,
         kv_cost=attended / seen * (heads.num_kv_heads / heads.num_heads),
-        usage=gate.sum() / jnp.maximum(tokens, 1),
+        usage=gate.sum() / some,
+        aux=-entropy / some,
         choice=routing.choice,
     )
 
@@ -167,6 +194,7 @@ class RoutedConv(nn.Module):
             mix = gate[:, :, None].astype(x.dtype)
             y = mix * project_out(y, weights) + (1 - mix) * conv
         elif mode == "decode":
+            assert cache is not None  # the decoder refuses this mode without one
             k, v = project_keys_values(x, positions, weights, heads)
             cache = write_kv(cache, k, v, positions)
             q = project_queries(x, positions, weights, heads)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from routing_jax.attention import HeadsConfig
@@ -88,7 +88,7 @@ class DecoderConfig:
     mlp_width: int = 128
     rope_theta: float = 10_000.0
     conv_width: int = 4
-    router: TokenRouterConfig = TokenRouterConfig()
+    router: TokenRouterConfig = field(default_factory=TokenRouterConfig)
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -77,7 +77,11 @@ class SwiGLU(nn.Module):
 
 
 def make_mixer(config: DecoderConfig, kind: str) -> nn.Module:
-    """The mixer of one layer, named by its kind."""
+    """The mixer of one layer, named by its kind.
+
+    >>> type(make_mixer(DecoderConfig(), "conv")).__name__
+    'CausalConv'
+    """
     if kind == "full":
         return FullAttention(config.heads, name="mixer")
     if kind == "conv":
@@ -212,7 +216,13 @@ class Decoder(nn.Module):
 
 
 def stack_layers(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
-    """Parameters of the unrolled model as the scanned one holds them: leaves [repeats, …]."""
+    """Parameters of the unrolled model as the scanned one holds them: leaves [repeats, …].
+
+    >>> config = DecoderConfig(width=8, layers="conv*3", mlp_width=0)
+    >>> stacked = stack_layers(init_params(config, jax.random.key(0)), config)
+    >>> stacked["layers"]["block_0"]["mixer"]["conv"].shape
+    (3, 4, 8)
+    """
     repeats = len(config.mixers) // len(repeating_pattern(config.mixers))
     rest = {k: v for k, v in params.items() if not k.startswith("layers_")}
     layers = [params[f"layers_{i}"] for i in range(repeats)]
@@ -220,7 +230,12 @@ def stack_layers(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any
 
 
 def unstack_layers(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `stack_layers`: parameters of the scanned model, unrolled."""
+    """The inverse of `stack_layers`: parameters of the scanned model, unrolled.
+
+    >>> config = DecoderConfig(width=8, layers="conv*3", mlp_width=0, scan=True)
+    >>> sorted(unstack_layers(init_params(config, jax.random.key(0)), config))
+    ['embedding', 'final_norm', 'head', 'layers_0', 'layers_1', 'layers_2']
+    """
     repeats = len(config.mixers) // len(repeating_pattern(config.mixers))
     rest = {k: v for k, v in params.items() if k != "layers"}
     layers = {
@@ -286,5 +301,9 @@ def init_cache(
 
 
 def count_params(params: Any) -> int:
-    """How many numbers a parameter tree holds (arrays or shapes)."""
+    """How many numbers a parameter tree holds (arrays or shapes).
+
+    >>> count_params({"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)})
+    40
+    """
     return sum(leaf.size for leaf in jax.tree.leaves(params))

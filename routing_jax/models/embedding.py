@@ -34,7 +34,8 @@ def _backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
     table, tokens = saved
     flat = gradient.reshape(-1, gradient.shape[-1])
     if table.shape[0] > _ONE_HOT_ROWS:
-        return jnp.zeros_like(table).at[tokens.reshape(-1)].add(flat.astype(table.dtype)), None
+        rows = jnp.zeros(table.shape, jnp.float32).at[tokens.reshape(-1)].add(flat)
+        return rows.astype(table.dtype), None
     one_hot = jax.nn.one_hot(tokens.reshape(-1), table.shape[0], dtype=flat.dtype)
     rows = jnp.einsum(
         "RV,RD->VD",

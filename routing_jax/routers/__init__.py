@@ -1,6 +1,6 @@
 """Who decides where attention is worth its cost."""
 
-from routing_jax.routers.gates import Gate, binary_gate, straight_through
+from routing_jax.routers.gates import Gate, binary_entropy, binary_gate, straight_through
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.token import TokenRouter, TokenRouterConfig, TokenRouting, seen_before
 
@@ -10,6 +10,7 @@ __all__ = [
     "TokenRouter",
     "TokenRouterConfig",
     "TokenRouting",
+    "binary_entropy",
     "binary_gate",
     "seen_before",
     "straight_through",

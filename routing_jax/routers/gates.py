@@ -59,3 +59,15 @@ def binary_gate(logits: jax.Array, rng: jax.Array | None, temperature: float = 1
     choice = noisy > 0
     soft = jax.nn.sigmoid(noisy / temperature)
     return Gate(choice, straight_through(choice, soft), probs)
+
+
+def binary_entropy(logits: jax.Array) -> jax.Array:
+    """Entropy of a gate that opens with probability σ(logit), in nats.
+
+    Args:
+      logits: any shape.
+
+    >>> round(float(binary_entropy(jnp.array(0.0))), 4)  # log 2
+    0.6931
+    """
+    return jax.nn.softplus(logits) - logits * jax.nn.sigmoid(logits)

@@ -1,6 +1,6 @@
 """Token routing: each token decides, from what it holds, whether to attend.
 
-Routed Attention (M. Bee, 2025): y = g·Attention(x) + (1 − g)·Conv(x) with a hard gate g.
+Routed Attention (MikeyBeez, a GitHub community post): y = g·Attention(x) + (1 − g)·Conv(x), g hard.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,10 @@ from routing_jax.kernels import segment_starts
 from routing_jax.routers.gates import binary_gate
 from routing_jax.routers.routing import Routing
 
+_HASH_BINS = 64
+# Sharp enough that a softmax over 64 random scores is close to one-hot, soft enough to be trained.
+_HASH_SHARPNESS = 8.0
+
 
 @dataclass(frozen=True)
 class TokenRouterConfig:
@@ -25,7 +29,8 @@ class TokenRouterConfig:
       bias: initial logit; positive starts with attention nearly everywhere.
       temperature: of the soft gate behind the straight-through gradient.
       usage: for kind 'random', the share of tokens it lets attend.
-      summary: bins of a recurrent summary of the tokens seen so far; 0 for none.
+      summary: bins of a recurrent count of the tokens seen so far, hashed 64 bins at a time;
+        0 for none.
     """
 
     kind: Literal["learned", "random"] = "learned"
@@ -44,8 +49,20 @@ class TokenRouterConfig:
             raise ValueError(f"router.temperature is {self.temperature}; it must be above 0.")
         if not 0 < self.usage < 1:
             raise ValueError(f"router.usage is {self.usage}; it must lie between 0 and 1.")
-        if self.summary < 0:
-            raise ValueError(f"router.summary is {self.summary}; it must be at least 0.")
+        if self.summary < 0 or (self.summary > _HASH_BINS and self.summary % _HASH_BINS):
+            raise ValueError(
+                f"router.summary is {self.summary}; it must be 0 to {_HASH_BINS}, or a multiple of "
+                f"{_HASH_BINS}."
+            )
+
+    @property
+    def hashes(self) -> int:
+        """Hash functions of the summary; each adds one feature to the router's input.
+
+        >>> TokenRouterConfig(summary=256).hashes
+        4
+        """
+        return -(-self.summary // _HASH_BINS)
 
     def work(self, width: int) -> int:
         """Multiply-adds the router spends on one token of the given width D.
@@ -55,7 +72,7 @@ class TokenRouterConfig:
         """
         if self.kind == "random":
             return width
-        features = width + self.summary
+        features = width + self.hashes
         return features * self.hidden + self.hidden + (width + 1) * self.summary
 
 
@@ -74,39 +91,39 @@ class TokenRouting(NamedTuple):
 
 
 def seen_before(
-    features: jax.Array,
+    assignment: jax.Array,
     valid: jax.Array,
     state: jax.Array | None,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """How much of each token's features earlier tokens have already shown: O(T·R), recurrent.
+    """How often each token's bins were hit by earlier tokens: a soft count sketch, O(T·R).
 
-    With features close to one-hot this is a counting filter: bin r of the output says how often
-    token t's bin r was hit before. It is linear attention with R-dimensional keys and no values
-    (Katharopoulos et al. 2020), which a convolution cannot express.
+    With a one-hot assignment, hash h says how many earlier tokens fell into this token's bin: 0
+    means that it has surely not been seen (Cormode & Muthukrishnan 2005). It is linear attention
+    without values (Katharopoulos et al. 2020), and a convolution cannot express it.
 
     Args:
-      features: [B,T,R], non-negative.
+      assignment: [B,T,E,R], each token's distribution over the R bins of E hashes.
       valid: [B,T] bool; other tokens leave no trace.
-      state: [B,R], what earlier calls have summed up, or None.
+      state: [B,E,R], what earlier calls have summed up, or None.
       segment_ids: [B,T] int32; a segment starts from nothing, as if `state` were zero.
 
     Returns:
-      ([B,T,R] seen, [B,R] the state after the last token).
+      ([B,T,E] counts, [B,E,R] the state after the last token).
 
-    >>> f = jnp.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
-    >>> seen_before(f, jnp.ones((1, 3), bool), None)[0].tolist()
-    [[[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]]
+    >>> hits = jnp.array([[[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 0.0]]]])
+    >>> seen_before(hits, jnp.ones((1, 3), bool), None)[0].ravel().tolist()
+    [0.0, 0.0, 1.0]
     """
-    features = jnp.where(valid[:, :, None], features, 0)
-    total = jnp.cumsum(features, axis=1)
+    assignment = jnp.where(valid[:, :, None, None], assignment, 0)
+    total = jnp.cumsum(assignment, axis=1)
     if state is not None:
         total = total + state[:, None]
-    earlier = total - features
+    earlier = total - assignment
     if segment_ids is not None:
-        starts = segment_starts(segment_ids)[:, :, None]
+        starts = segment_starts(segment_ids)[:, :, None, None]
         earlier -= jnp.take_along_axis(earlier, starts, axis=1)
-    return features * earlier, total[:, -1]
+    return jnp.sum(assignment * earlier, axis=-1), total[:, -1]
 
 
 class TokenRouter(nn.Module):
@@ -137,9 +154,12 @@ class TokenRouter(nn.Module):
         init = nn.initializers.normal(0.02)
         features = x
         if cfg.summary:
-            bins = self.param("summary", nn.initializers.normal(1.0), (D, cfg.summary))
-            assignment = jax.nn.softmax(x @ bins / D**0.5, axis=-1)
-            seen, summary = seen_before(assignment, valid, summary, segment_ids)
+            bins = cfg.summary // cfg.hashes
+            scores = x @ self.param("summary", nn.initializers.normal(1.0), (D, cfg.summary))
+            scores = (scores * (_HASH_SHARPNESS / D**0.5)).reshape(*valid.shape, cfg.hashes, bins)
+            state = None if summary is None else summary.reshape(-1, cfg.hashes, bins)
+            seen, state = seen_before(jax.nn.softmax(scores, axis=-1), valid, state, segment_ids)
+            summary = state.reshape(-1, cfg.summary)
             features = jnp.concatenate([x, seen], axis=-1)
         else:
             summary = None

@@ -29,15 +29,21 @@ def make_mixer(kind, bias=0.0, summary=0):
     return RoutedConv(HEADS, TokenRouterConfig(hidden=4, bias=bias, summary=summary), W)
 
 
+def make_params(mixer, x, positions):
+    """From numpy, as compiling an initialiser takes longer than the rest of a test."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(mixer.init, jax.random.key(0), x, positions)["params"]
+    router = shapes.pop("router", {})
+    params = {k: rng.normal(size=s.shape) / s.shape[0] ** 0.5 for k, s in shapes.items()}
+    if router:  # scores that differ from token to token
+        params["router"] = {k: rng.normal(size=s.shape) * (s.ndim > 0) for k, s in router.items()}
+    return jax.tree.map(np.float32, params)
+
+
 def start(mixer, batch=2, length=10):
-    """Inputs, and parameters whose router scores differ from token to token."""
-    x = jax.random.normal(jax.random.key(0), (batch, length, D))
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    params = jax.jit(mixer.init)(jax.random.key(1), x, positions)["params"]
-    if "router" in params:
-        router = jax.tree.map(lambda p: 30 * p if p.ndim else p, params["router"])
-        params = {**params, "router": router}
-    return {"params": params}, x, positions
+    x = np.random.default_rng(0).normal(size=(batch, length, D)).astype(np.float32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    return {"params": make_params(mixer, x, positions)}, x, positions
 
 
 def reach(mixer, mode, rng=None, length=10):
@@ -111,7 +117,7 @@ def test_rows_do_not_look_at_each_other(kind):
     params, x, positions = start(mixer, 3)
     apply = jax.jit(lambda x: mixer.apply(params, x, positions, mode="eval")[0])
     order = np.array([2, 0, 1])
-    shuffled = apply(np.asarray(x)[order])
+    shuffled = apply(x[order])
     np.testing.assert_allclose(shuffled, np.asarray(apply(x))[order], rtol=1e-5, atol=1e-6)
 
 
@@ -156,7 +162,7 @@ def test_full_attention_costs_one_and_reads_its_share_of_heads():
 def test_a_batch_of_padding_costs_nothing(kind):
     mixer = make_mixer(kind)
     params, x, positions = start(mixer)
-    _, _, report = jax.jit(mixer.apply)(params, x, jnp.full_like(positions, -1))
+    _, _, report = jax.jit(mixer.apply)(params, x, np.full_like(positions, -1))
     assert float(report.cost) == float(report.kv_cost) == float(report.usage) == 0
 
 

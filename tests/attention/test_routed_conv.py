@@ -12,8 +12,9 @@ B, T, D, W = 3, 64, 8, 3  # capacities 0, 8, 12, 16, 64
 HEADS = HeadsConfig(num_heads=4, num_kv_heads=2, head_dim=4)
 ROUTER = TokenRouterConfig(hidden=4, summary=3)
 MIXER = RoutedConv(HEADS, ROUTER, W)
+LENGTHS = np.array([[T], [5], [40]])
 FULL = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-RAGGED = np.where(FULL < np.array([[T], [5], [40]]), FULL, -1)
+RAGGED = np.where(LENGTHS > FULL, FULL, -1)
 SEGMENTS = np.tile(np.repeat(np.arange(4, dtype=np.int32), [20, 3, 25, 16]), (B, 1))
 
 apply = jax.jit(
@@ -29,13 +30,21 @@ decode = jax.jit(
 )
 
 
+def make_params(mixer, x, positions):
+    """From numpy, as compiling an initialiser takes longer than the rest of a test."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(mixer.init, jax.random.key(0), x, positions)["params"]
+    router = shapes.pop("router", {})
+    params = {k: rng.normal(size=s.shape) / s.shape[0] ** 0.5 for k, s in shapes.items()}
+    if router:  # scores that differ from token to token
+        params["router"] = {k: rng.normal(size=s.shape) * (s.ndim > 0) for k, s in router.items()}
+    return jax.tree.map(np.float32, params)
+
+
 @pytest.fixture(scope="module")
 def inputs():
-    """Parameters whose router scores differ from token to token, and x."""
-    x = jax.random.normal(jax.random.key(0), (B, T, D))
-    params = jax.jit(MIXER.init)(jax.random.key(1), x, FULL)["params"]
-    router = jax.tree.map(lambda p: 30 * p if p.ndim else p, params["router"])
-    return {**params, "router": router}, x
+    x = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+    return make_params(MIXER, x, FULL), x
 
 
 def with_bias(params, bias):
@@ -155,10 +164,13 @@ def test_cost_counts_the_work_and_its_gradient_the_soft_work(segment_ids):
         routed += soft[b, t] > 0.5
         other += W * D  # taps
         R, hidden = ROUTER.summary, ROUTER.hidden
-        other += D * R + R + (D + R) * hidden + hidden  # bins, seen, hidden layer, score
+        other += D * R + R + (D + 1) * hidden + hidden  # bins, count, hidden layer, score
     assert float(report.cost) == pytest.approx((attend + other) / dense, rel=1e-5)
     assert float(report.kv_cost) == pytest.approx(attend / dense * K / N, rel=1e-5)
     assert float(report.usage) == pytest.approx(routed / tokens, rel=1e-6)
+
+    entropy = -soft * np.log(soft) - (1 - soft) * np.log(1 - soft)
+    assert float(report.aux) == pytest.approx(-entropy[RAGGED >= 0].mean(), rel=1e-5)
 
     slope = soft * (1 - soft)
     shares = {
@@ -182,15 +194,17 @@ def test_cost_of_a_long_wide_layer_does_not_overflow():
     assert float(report.cost) == pytest.approx(want, rel=1e-3)
 
 
-def test_training_draws_its_gates_and_reports_what_it_drew(inputs):
+def test_training_draws_its_gates_and_reports_them_without_noise(inputs):
     params, x = inputs
     routed = with_bias(params, 0.0)
     one, two = (apply(routed, x, FULL, None, "train", jax.random.key(s)) for s in (0, 1))
     quiet = apply(routed, x, FULL, None, "masked", jax.random.key(0))
     assert np.any(one[2].choice != two[2].choice)
     np.testing.assert_array_equal(quiet[2].choice, apply(routed, x, FULL, None, "eval")[2].choice)
+    # What it reports is what the layer would spend without noise.
     for _, _, report in (one, two, quiet):
-        assert float(report.usage) == pytest.approx(np.mean(report.choice), rel=1e-6)
+        assert float(report.usage) == pytest.approx(float(quiet[2].choice.mean()), rel=1e-6)
+        assert float(report.cost) == float(quiet[2].cost)
 
 
 def test_training_gives_both_branches_and_the_router_a_gradient(inputs):

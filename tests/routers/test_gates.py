@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing_jax.routers import binary_gate, straight_through
+from routing_jax.routers import binary_entropy, binary_gate, straight_through
 
 # Much nearer to 0 a float32 sigmoid rounds to one half exactly.
 LOGITS = st.floats(2**-20, 50, width=32).flatmap(lambda x: st.sampled_from([x, -x]))
@@ -64,3 +64,17 @@ def test_gate_has_the_gradient_of_the_soft_gate(temperature, rng):
     gradient = jax.grad(lambda x: jnp.sum(binary_gate(x, key, temperature).value))(logits)
     soft = 1 / (1 + np.exp(-(np.asarray(logits, np.float64) + noise) / temperature))
     np.testing.assert_allclose(gradient, soft * (1 - soft) / temperature, rtol=1e-4, atol=1e-7)
+
+
+def test_entropy_is_that_of_the_odds_and_its_gradient_finite_everywhere():
+    logits = np.array([-1e4, -60.0, -3.0, -0.1, 0.0, 0.1, 3.0, 60.0, 1e4], np.float32)
+    odds = 1 / (1 + np.exp(-logits[2:-2].astype(np.float64)))
+    want = -odds * np.log(odds) - (1 - odds) * np.log(1 - odds)
+    entropy = np.asarray(binary_entropy(jnp.array(logits)))
+    np.testing.assert_allclose(entropy[2:-2], want, rtol=1e-5)
+    np.testing.assert_allclose(entropy[[0, 1, -2, -1]], 0, atol=1e-5)
+    gradient = jax.grad(lambda x: binary_entropy(x).sum())(jnp.array(logits))
+    np.testing.assert_allclose(
+        gradient[2:-2], -logits[2:-2] * odds * (1 - odds), rtol=1e-5, atol=1e-8
+    )
+    assert np.all(np.isfinite(gradient))

@@ -19,8 +19,8 @@ def make_router(seed=0, bias=0.0, **fields):
     x = jax.random.normal(jax.random.key(seed), (B, T, D))
     valid = jnp.arange(T)[None] < jnp.array([[T], [T - 4]])
     params = TokenRouter(config).init(jax.random.key(1), x, valid)
-    params = jax.tree.map(lambda p: 30 * p if p.ndim else p, params)
-    return TokenRouter(config), params, x, valid
+    scaled = {k: 30 * p if k in ("hidden", "out") else p for k, p in params["params"].items()}
+    return TokenRouter(config), {"params": scaled}, x, valid
 
 
 @pytest.mark.parametrize("summary", [0, 3])
@@ -55,25 +55,44 @@ def test_half_precision_input_is_scored_in_float32():
     np.testing.assert_array_equal(half.logits, full.logits)
 
 
-def seen_by_loop(features, valid, state):
-    features = np.asarray(features, np.float64)
-    seen, now = np.zeros(features.shape), np.array(state, np.float64)
-    for b, t in np.ndindex(features.shape[:2]):
+def seen_by_loop(assignment, valid, state, segment_ids=None):
+    assignment = np.asarray(assignment, np.float64)
+    seen, now = np.zeros(assignment.shape[:3]), np.array(state, np.float64)
+    for b, t in np.ndindex(valid.shape):
+        if segment_ids is not None and (t == 0 or segment_ids[b, t] != segment_ids[b, t - 1]):
+            now[b] = 0
         if valid[b, t]:
-            seen[b, t] = features[b, t] * now[b]
-            now[b] += features[b, t]
+            seen[b, t] = np.sum(assignment[b, t] * now[b], axis=-1)
+            now[b] += assignment[b, t]
     return seen, now
 
 
 def test_seen_before_counts_what_earlier_valid_tokens_showed():
     rng = np.random.default_rng(0)
-    features = rng.uniform(size=(B, T, 3)).astype(np.float32)
+    assignment = rng.dirichlet(np.ones(4), (B, T, 2)).astype(np.float32)
     valid = rng.uniform(size=(B, T)) < 0.7
-    for state in (None, rng.uniform(size=(B, 3)).astype(np.float32)):
-        want = seen_by_loop(features, valid, np.zeros((B, 3)) if state is None else state)
-        got = seen_before(jnp.array(features), jnp.array(valid), state)
+    for state in (None, rng.uniform(size=(B, 2, 4)).astype(np.float32)):
+        want = seen_by_loop(assignment, valid, np.zeros((B, 2, 4)) if state is None else state)
+        got = seen_before(jnp.array(assignment), jnp.array(valid), state)
         np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
+
+
+def test_seen_before_starts_anew_in_each_segment():
+    rng = np.random.default_rng(0)
+    assignment = rng.dirichlet(np.ones(4), (B, T, 2)).astype(np.float32)
+    segment_ids = np.array([[0] * 4 + [1] * 7, [3] * 1 + [0] * 5 + [9] * 5], np.int32)
+    valid = np.ones((B, T), bool)
+    got, _ = seen_before(jnp.array(assignment), jnp.array(valid), None, jnp.array(segment_ids))
+    want, _ = seen_by_loop(assignment, valid, np.zeros((B, 2, 4)), segment_ids)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_never_seen_counts_nothing_and_another_how_often():
+    tokens = np.array([[0, 1, 0, 2, 0, 1, 3, 0]])
+    one_hot = jax.nn.one_hot(tokens, 4)[:, :, None]
+    counts, _ = seen_before(one_hot, jnp.ones(tokens.shape, bool), None)
+    np.testing.assert_array_equal(counts[0, :, 0], [0, 0, 1, 0, 2, 1, 0, 3])
 
 
 def test_summary_carried_from_part_to_part_equals_the_whole():
@@ -115,7 +134,9 @@ def multiply_adds(jaxpr):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"summary": 3}, {"kind": "random"}], ids=["learned", "summary", "random"]
+    "fields",
+    [{}, {"summary": 3}, {"summary": 128}, {"kind": "random"}],
+    ids=["learned", "summary", "two hashes", "random"],
 )
 def test_work_is_what_the_router_multiplies(fields):
     router, params, x, valid = make_router(**fields)
@@ -153,6 +174,7 @@ def test_the_random_router_lets_its_share_attend_and_learns_nothing():
         ("usage", 0.0),
         ("usage", 1.0),
         ("summary", -1),
+        ("summary", 65),
     ],
 )
 def test_a_bad_field_is_named(field, value):

@@ -93,6 +93,18 @@ class RecallConfig:
         """Tokens in the vocabulary: keys, values, MARKER and FILLER, whether or not used."""
         return self.filler + 1
 
+    def token_name(self, token: int) -> str:
+        """What a token is, for people: a key k3, a value v7, MARKER or FILLER.
+
+        >>> RecallConfig(length=128).token_name(63)
+        'v0'
+        """
+        if token < self.keys:
+            return f"k{token}"
+        if token < self.marker:
+            return f"v{token - self.keys}"
+        return "MARKER" if token == self.marker else "FILLER"
+
     def floor(self) -> int:
         """Count the tokens of a sequence that must attend at the least, in one layer: its queries.
 
@@ -132,6 +144,21 @@ def _fit(config: RecallConfig, length: int) -> _Layout:
 def _permutations(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
     """[rows, size] int32, each row a random order of range(size)."""
     return rng.permuted(np.tile(np.arange(size, dtype=np.int32), (rows, 1)), axis=1)
+
+
+def _distinct(rng: np.random.Generator, rows: int, size: int, count: int) -> np.ndarray:
+    """[rows, count] int32, each row distinct numbers below size in random order."""
+    if count * count > size:
+        return _permutations(rng, rows, size)[:, :count]
+    # Few of many: drawing freely and again where a row repeats itself is far cheaper than
+    # permuting all, and every distinct row stays equally likely.
+    drawn = rng.integers(0, size, (rows, count), dtype=np.int32)
+    while True:
+        ordered = np.sort(drawn, axis=1)
+        again = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
+        if not again.size:
+            return drawn
+        drawn[again] = rng.integers(0, size, (again.size, count), dtype=np.int32)
 
 
 def recall_batch(
@@ -180,7 +207,8 @@ def recall_batch(
             f"raise num_keys to {pairs}."
         )
     rng = generator(split, seed, step)
-    keys = _permutations(rng, batch_size, config.keys)
+    told = pairs if config.style == "pairs" else config.keys  # mqar's noise wants the others too
+    keys = _distinct(rng, batch_size, config.keys, told)
     values = rng.integers(config.keys, config.marker, (batch_size, pairs), dtype=np.int32)
 
     tokens = np.full((batch_size, length), config.filler, np.int32)

@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 from etils import epath
 
-from routing_jax.evals.plots import plot_heatmap, plot_history, plot_tradeoff
-from routing_jax.evals.readme import update_blocks
-from routing_jax.evals.results import Result, load_results, result_path, write_result
+from routing_jax.evals.report import ROUTED_ATTENTION as EXPERIMENT
+from routing_jax.evals.report import plot_routed_attention
+from routing_jax.evals.results import load_results, result_path, write_result
 from routing_jax.evals.tables import routed_attention_table
+from routing_jax.models import count_params, init_params
 from routing_jax.routers import TokenRouterConfig
 from routing_jax.train.config import TrainConfig
 from routing_jax.train.presets import get_preset
-from routing_jax.train.run import least_usage, run
-
-EXPERIMENT = "routed-attention"
+from routing_jax.train.run import least_usage, read_config, run
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class ReproduceArgs:
       only: run only those whose name TASK_VARIANT_sSEED matches this regular expression.
       max_minutes: start no further run after so many minutes; 0 for no limit.
       text: corpus of the language-model runs, as --data.source takes it.
-      readme: a Markdown file whose table block is brought up to date; empty for none.
       list: print the runs and stop.
     """
 
@@ -47,7 +46,6 @@ class ReproduceArgs:
     only: str = ""
     max_minutes: float = 0.0
     text: str = "stdlib"
-    readme: str = ""
     list: bool = False
 
 
@@ -70,12 +68,16 @@ def _layers(config: TrainConfig, kind: str) -> TrainConfig:
 
 
 def convolution_only(config: TrainConfig) -> TrainConfig:
-    """The model without attention, its MLP widened to the same number of parameters."""
-    model, wide = config.model, config.model.mlp_width
-    if wide:
-        heads = 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
-        wide += round(heads / 3 / 8) * 8  # SwiGLU has three matrices of width × mlp_width
-    return _layers(config, "conv").replace(model__mlp_width=wide)
+    """The model without attention, its MLP widened (or added) to the same number of parameters."""
+    conv = _layers(config, "conv")
+    missing = _parameters(config) - _parameters(conv)
+    column = 3 * config.model.width  # SwiGLU has three matrices of width × mlp_width
+    wide = config.model.mlp_width + round(missing / len(config.model.mixers) / column)
+    return conv.replace(model__mlp_width=wide)
+
+
+def _parameters(config: TrainConfig) -> int:
+    return count_params(jax.eval_shape(lambda: init_params(config.model, jax.random.key(0))))
 
 
 def random_router(config: TrainConfig) -> TrainConfig:
@@ -134,35 +136,12 @@ def runs(text: str = "stdlib") -> Iterator[Run]:
                 yield Run(task, variant, seed, VARIANTS[variant](base).replace(seed=seed))
 
 
-def render(results: list[Result], folder: epath.Path, readme: str = "") -> None:
-    """Writes the table and the plots from result files, and brings a README's block up to date.
-
-    Args:
-      results: of this experiment.
-      folder: where table.md and the plots go.
-      readme: a Markdown file with a block `table: routed-attention`, or empty.
-    """
-    table = routed_attention_table(results)
-    (folder / "table.md").write_text(table + "\n")
-    if readme:
-        path = epath.Path(readme)
-        path.write_text(update_blocks(path.read_text(), {EXPERIMENT: table}))
-    for task in sorted({r.task for r in results}):
-        mine = [r for r in results if r.task == task and r.seed == 0]
-        plot_history({r.variant: r.history for r in mine}, folder / f"history_{task}.png")
-        for r in mine:
-            if r.variant == "routed" and r.heatmap is not None:
-                plot_heatmap(
-                    r.heatmap, r.heatmap_tokens, folder / f"heatmap_{task}.png", f"{task}: attended"
-                )
-    recall = [r for r in results if r.task.startswith("recall")]
-    if recall:
-        plot_tradeoff(recall, folder / "tradeoff_recall.png")
-
-
 def reproduce(args: ReproduceArgs) -> int:
     """Makes every missing run that `only` names, then renders; returns the exit code."""
-    pattern = re.compile(args.only)
+    try:
+        pattern = re.compile(args.only)
+    except re.error as e:
+        raise ValueError(f"only is {args.only!r}, which is no regular expression: {e}.") from e
     wanted = [r for r in runs(args.text) if pattern.search(r.name)]
     if not wanted:
         raise ValueError(f"only is {args.only!r}, which names no run; --list shows them all.")
@@ -179,9 +158,15 @@ def reproduce(args: ReproduceArgs) -> int:
             print(f"stopped before {r.name}: {args.max_minutes} minutes are over")
             break
         print(f"== {r.name}", flush=True)
+        workdir = epath.Path(args.scratch) / EXPERIMENT / r.name
+        if (workdir / "config.json").exists() and read_config(workdir) != r.config:
+            raise ValueError(
+                f"{workdir} holds an unfinished run with another configuration; remove it, or give "
+                "another --scratch."
+            )
         result = run(
             r.config,
-            epath.Path(args.scratch) / EXPERIMENT / r.name,
+            workdir,
             resume=True,
             labels={"experiment": EXPERIMENT, "task": r.task, "variant": r.variant},
         )
@@ -192,6 +177,8 @@ def reproduce(args: ReproduceArgs) -> int:
             flush=True,
         )
     results = load_results(args.out, EXPERIMENT)
-    if results and not args.only:
-        render(results, epath.Path(args.out) / EXPERIMENT, args.readme)
+    if results:
+        folder = epath.Path(args.out) / EXPERIMENT
+        (folder / "table.md").write_text(routed_attention_table(results) + "\n")
+        plot_routed_attention(results, folder)
     return 0

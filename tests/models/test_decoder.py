@@ -1,0 +1,274 @@
+"""The decoder: causal, the same in every mode and every way of running its layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from routing_jax.models import (
+    Decoder,
+    DecoderConfig,
+    count_params,
+    init_cache,
+    init_params,
+    repeating_pattern,
+    stack_layers,
+    unstack_layers,
+)
+from routing_jax.routers import TokenRouterConfig
+
+MIXED = DecoderConfig(
+    vocab_size=24,
+    width=8,
+    layers="conv,routed,full",
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_width=12,
+    conv_width=3,
+    router=TokenRouterConfig(hidden=4, bias=0.0, summary=3),
+    dtype="float32",
+)
+SCANNED = MIXED.replace(layers="(conv,routed,full)*2", scan=True)
+# Compiling an initialiser takes longer than all else here, so parameters come from numpy, and one
+# test holds the initialiser itself against its unrolled form.
+
+
+@functools.cache
+def make_params(config):
+    """Parameters whose router scores differ from token to token."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        match path[-1].key:
+            case "bias":
+                return np.zeros_like(noise)
+            case "scale":
+                return 1 + 0.1 * noise
+            case "embedding" | "hidden" | "out" if leaf.ndim < 3:
+                return noise
+            case _:
+                return noise / leaf.shape[0] ** 0.5
+
+    unrolled = config.replace(scan=False)
+    shapes = jax.eval_shape(lambda: init_params(unrolled, jax.random.key(0)))
+    params = jax.tree_util.tree_map_with_path(fill, shapes)
+    return jax.device_get(stack_layers(params, config)) if config.scan else params
+
+
+@functools.cache
+def runner(config, mode):
+    """The jitted model: (params, tokens, positions, segment_ids, cache, rng) -> ModelOutput."""
+    return jax.jit(
+        lambda params, *args: Decoder(config).apply({"params": params}, *args, mode=mode)
+    )
+
+
+def with_bias(params, bias):
+    """The router bias of every routed layer set."""
+
+    def put(path, leaf):
+        return np.full_like(leaf, bias) if path[-1].key == "bias" else leaf
+
+    return jax.tree_util.tree_map_with_path(put, params)
+
+
+def tokens_of(batch, length, seed=0):
+    return np.random.default_rng(seed).integers(0, 24, (batch, length), dtype=np.int32)
+
+
+def test_no_gradient_reaches_back_from_later_tokens():
+    config, length = MIXED, 12
+    tokens = np.arange(length, dtype=np.int32)[None]  # each once, so that a row is a position
+
+    def outputs(embedding, rest):
+        args = ({**rest, "embedding": embedding}, tokens, None, None, None, jax.random.key(1))
+        return runner(config, "train")(*args).logits[0, :, 20:]  # 20… are never read
+
+    params = make_params(config)
+    jacobian = jax.jit(jax.jacobian(lambda e, p: outputs(e, p).sum(-1)))(
+        params["embedding"], params
+    )
+    size = np.abs(np.asarray(jacobian)[:, :length]).sum(-1)  # [T, S]
+    later = np.triu(np.ones((length, length), bool), 1)
+    assert np.all(size[later] == 0)
+    assert np.all(size[~later] > 0)
+
+
+USAGES = [-100.0, -2.0, 0.0, 2.0, 100.0]
+
+
+@pytest.mark.parametrize("config", [MIXED, SCANNED], ids=["unrolled", "scanned"])
+def test_skipping_equals_masking_at_every_usage(config):
+    tokens = tokens_of(3, 64)
+    usages = []
+    for bias in USAGES:
+        params = with_bias(make_params(config), bias)
+        masked = runner(config, "masked")(params, tokens)
+        skipped = runner(config, "eval")(params, tokens)
+        np.testing.assert_allclose(skipped.logits, masked.logits, rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(skipped.reports.choice, masked.reports.choice)
+        usages.append(float(skipped.reports.usage[1::3].mean()))
+    assert usages == sorted(usages)
+    assert usages[0] == 0
+    assert usages[-1] == 1
+    assert 0 < usages[2] < 1
+
+
+def test_packed_segments_equal_separate_sequences():
+    tokens, lengths = tokens_of(2, 40), (20, 20)
+    params = make_params(MIXED)
+    segments = np.tile(np.repeat(np.arange(2, dtype=np.int32), lengths), (2, 1))
+    packed = runner(MIXED, "eval")(params, tokens, None, segments).logits
+    parts = np.split(tokens, np.cumsum(lengths)[:-1], axis=1)
+    alone = [runner(MIXED, "eval")(params, part).logits for part in parts]
+    np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), rtol=1e-3, atol=1e-4)
+
+
+STARTS, STEPS = np.array([7, 1, 4, 3]), 8  # tokens of each prompt, and of its continuation
+
+
+@pytest.mark.parametrize("config", [MIXED, SCANNED], ids=["unrolled", "scanned"])
+def test_prefill_and_decode_equal_the_masked_model(config):
+    params = make_params(config)
+    tokens = tokens_of(len(STARTS), STARTS.max() + STEPS)
+    place = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    positions = np.where(place < (STARTS + STEPS)[:, None], place, -1)
+    want = runner(config, "masked")(params, tokens, positions)
+
+    width = STARTS.max()
+    prompt = np.where(place[:, :width] < STARTS[:, None], place[:, :width], -1)
+    cache = init_cache(config, len(STARTS), tokens.shape[1])
+    out = runner(config, "prefill")(params, tokens[:, :width], prompt, None, cache)
+    np.testing.assert_array_equal(out.cache.lengths, STARTS)
+    for b, count in enumerate(STARTS):
+        np.testing.assert_allclose(
+            out.logits[b, :count], want.logits[b, :count], rtol=1e-3, atol=1e-4
+        )
+
+    rows, mixtures = np.arange(len(STARTS)), set()
+    for step in range(STEPS):
+        at = STARTS + step
+        out = runner(config, "decode")(params, tokens[rows, at][:, None], None, None, out.cache)
+        np.testing.assert_allclose(out.logits[:, 0], want.logits[rows, at], rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(
+            out.reports.choice[:, :, 0], np.asarray(want.reports.choice)[:, rows, at]
+        )
+        mixtures |= set(np.asarray(out.reports.choice)[1::3].sum((1, 2)).tolist())
+    np.testing.assert_array_equal(out.cache.lengths, STARTS + STEPS)
+    assert mixtures & {1, 2, 3}  # routed and unrouted samples in one step
+
+
+def prefilled():
+    """Four rows of seven tokens, and what the model makes of them."""
+    tokens = tokens_of(4, 7)
+    positions = np.tile(np.arange(7, dtype=np.int32), (4, 1))
+    cache = init_cache(MIXED, 4, STARTS.max() + STEPS)
+    return tokens, runner(MIXED, "prefill")(make_params(MIXED), tokens, positions, None, cache)
+
+
+def test_decode_from_an_empty_cache_fills_it_as_prefill_does():
+    tokens, whole = prefilled()
+    cache, logits = init_cache(MIXED, 4, STARTS.max() + STEPS), []
+    for t in range(tokens.shape[1]):
+        out = runner(MIXED, "decode")(make_params(MIXED), tokens[:, t : t + 1], None, None, cache)
+        cache = out.cache
+        logits.append(out.logits)
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), whole.logits, rtol=1e-3, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(whole.cache), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_finished_row_leaves_its_cache_and_its_neighbours_alone():
+    params, start = make_params(MIXED), prefilled()[1].cache
+    token, done = tokens_of(4, 1, seed=1), np.array([False, True, False, True])
+    decode = runner(MIXED, "decode")
+    every = decode(params, token, None, None, start)
+    some = decode(params, token, np.where(done, -1, 7)[:, None].astype(np.int32), None, start)
+    np.testing.assert_allclose(some.logits[~done], every.logits[~done], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(some.cache.lengths, np.where(done, 7, 8))
+    for old, new in zip(jax.tree.leaves(start), jax.tree.leaves(some.cache), strict=True):
+        np.testing.assert_array_equal(old[done], new[done])
+    assert np.all(np.isfinite(some.reports.cost))
+
+
+@functools.cache
+def loss_and_gradient(config):
+    def loss(params, tokens):
+        out = Decoder(config).apply({"params": params}, tokens, rng=jax.random.key(5), mode="train")
+        value = jnp.mean(jax.nn.logsumexp(out.logits, -1) - out.logits[..., 3])
+        return value + jnp.mean(out.reports.cost), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def test_scanned_parameters_start_as_the_unrolled_ones():
+    small = MIXED.replace(layers="conv*2", mlp_width=0)
+    unrolled = init_params(small, jax.random.key(0))
+    scanned = init_params(small.replace(scan=True, remat=True), jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, scanned, stack_layers(unrolled, small))
+    jax.tree.map(np.testing.assert_array_equal, unstack_layers(scanned, small), unrolled)
+    first, second = (unrolled[f"layers_{i}"]["block_0"]["mixer"]["conv"] for i in range(2))
+    assert np.all(np.asarray(first) != np.asarray(second))
+
+
+def test_scan_and_remat_change_no_number():
+    plain = MIXED.replace(layers="(routed,conv)*2")
+    changed = plain.replace(scan=True, remat=True)
+    tokens = tokens_of(2, 16)
+    (want, want_out), want_gradient = loss_and_gradient(plain)(make_params(plain), tokens)
+    (got, got_out), gradient = loss_and_gradient(changed)(make_params(changed), tokens)
+    assert float(got) == pytest.approx(float(want), rel=1e-5)
+    np.testing.assert_array_equal(got_out.reports.choice, want_out.reports.choice)
+    assert np.any(got_out.reports.choice[0] != got_out.reports.choice[2])
+    np.testing.assert_allclose(got_out.logits, want_out.logits, rtol=1e-4, atol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, gradient, stack_layers(want_gradient, plain))
+
+
+def test_reports_stand_one_a_layer_in_order():
+    reports = runner(SCANNED, "eval")(make_params(SCANNED), tokens_of(3, 64)).reports
+    assert reports.choice.shape == (6, 3, 64)
+    np.testing.assert_array_equal(np.asarray(reports.usage)[[0, 2, 3, 5]], [0, 1, 0, 1])
+    np.testing.assert_array_equal(np.asarray(reports.cost)[[2, 5]], [1, 1])
+
+
+@pytest.mark.parametrize(
+    "layers", ["full", "conv", "routed", "conv,routed*2,full", "(conv,full)*2"]
+)
+def test_the_parameters_are_those_of_the_formula(layers):
+    config = MIXED.replace(layers=layers)
+    D, N, K, H, F, V, W = 8, 2, 1, 4, 12, 24, 3
+    attention, conv = D * N * H + 2 * D * K * H + N * H * D, W * D
+    R, hidden = 3, 4
+    router = D * R + (D + 1) * hidden + hidden + 1
+    mixer = {"full": attention, "conv": conv, "routed": attention + conv + router}
+    want = 2 * V * D + D + sum(mixer[kind] + 3 * D * F + 2 * D for kind in config.mixers)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert count_params(shapes) == want
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
+    scanned = jax.eval_shape(lambda: init_params(config.replace(scan=True), jax.random.key(0)))
+    assert count_params(scanned) == want
+    repeats = len(config.mixers) // len(repeating_pattern(config.mixers))
+    assert all(leaf.shape[0] == repeats for leaf in jax.tree.leaves(scanned["layers"]))
+
+
+def test_bfloat16_differs_from_float32_by_rounding():
+    config = MIXED.replace(layers="conv,full")
+    params, tokens = make_params(config), tokens_of(2, 16)
+    full = np.asarray(runner(config, "eval")(params, tokens).logits)
+    half = runner(config.replace(dtype="bfloat16"), "eval")(params, tokens).logits
+    assert half.dtype == jnp.float32
+    assert np.linalg.norm(half - full) < 0.03 * np.linalg.norm(full)
+
+
+def test_a_mode_without_what_it_needs_is_refused():
+    params, tokens = make_params(MIXED), tokens_of(2, 3)
+    for mode in ("prefill", "decode"):
+        with pytest.raises(ValueError, match=f"mode '{mode}' needs a cache; it is None"):
+            runner(MIXED, mode)(params, tokens)
+    with pytest.raises(ValueError, match=r"mode 'decode' takes tokens \[B,1\]; they are \(2, 3\)"):
+        runner(MIXED, "decode")(params, tokens, None, None, init_cache(MIXED, 2, 8))

@@ -1,0 +1,135 @@
+"""The same run on one device, on eight, and on two processes gives the same losses."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from routing_jax import cli
+from routing_jax.evals.results import read_result
+from routing_jax.train.metrics import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEXT = """
+    --data.length 16 --data.num-values 4 --curriculum.lengths --curriculum.learn-steps 4
+    --curriculum.ramp-steps 2 --curriculum.hold-steps 2 --model.width 16 --model.head-dim 8
+    --model.num-heads 2 --model.num-kv-heads 2 --model.mlp-width 16 --model.layers routed
+    --batch-tokens 256 --eval-sequences 32 --log-every 2 --checkpoint-every 100
+"""
+FLAGS = TEXT.split()
+
+
+def start(devices, code, *args):
+    # Compiled in a hurry: these programs run for a few steps.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(*processes):
+    """What each wrote to stderr, once all are done."""
+    said = [process.communicate(timeout=300) for process in processes]
+    for process, (out, error) in zip(processes, said):
+        assert process.returncode == 0, out + error
+    return [error for _, error in said]
+
+
+@pytest.fixture(scope="module")
+def alone(compile_cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    assert cli.main(["train", "recall-128", "--workdir", str(folder), *FLAGS]) == 0
+    return folder
+
+
+def assert_same_losses(folder, alone):
+    rows, want = read_metrics(folder), read_metrics(alone)
+    assert [row["step"] for row in rows] == [1, 2, 4, 6, 8]
+    for row, other in zip(rows, want, strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            np.testing.assert_allclose(row[name], other[name], rtol=2e-5, err_msg=name)
+
+
+def assert_same_result(folder, alone):
+    result, other = (read_result(path / "result.json") for path in (folder, alone))
+    assert (result.accuracy, result.sequences) == (other.accuracy, other.sequences)
+    for name in ("loss", "usage", "cost", "kv_cost", "usage_per_layer"):
+        np.testing.assert_allclose(getattr(result, name), getattr(other, name), rtol=2e-5)
+
+
+EIGHT = """
+import sys
+from routing_jax import cli
+from routing_jax.train.loop import train
+from routing_jax.train.run import read_config
+from etils import epath
+folder, alone, *flags = sys.argv[1:]
+train(read_config(epath.Path(alone)).replace(mesh__data=8), f"{folder}/data", quiet=True)
+main = ["train", "recall-128", *flags, "--workdir"]
+mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+assert cli.main([*main, f"{folder}/all", *mesh]) == 0
+assert cli.main([*main, f"{folder}/none", "--batch-tokens", "192"]) == 2
+"""
+
+
+def test_eight_devices_give_the_losses_of_one(alone, tmp_path):
+    (error,) = finish(start(8, EIGHT, tmp_path, alone, *FLAGS))
+    assert_same_losses(tmp_path / "data", alone)
+    assert_same_losses(tmp_path / "all", alone)
+    assert_same_result(tmp_path / "all", alone)
+    assert error == (
+        "error: batch_tokens is 192: 12 sequences of 16 do not divide among mesh.data × mesh.fsdp "
+        "× accumulation = 8.\n"
+    )
+    assert not (tmp_path / "none").exists()
+
+
+TWO = """
+import os, signal, sys
+import jax
+from etils import epath
+from routing_jax import cli
+from routing_jax.train import loop
+from routing_jax.train.run import read_config, run
+folder, port, index, *flags = sys.argv[1:]
+original = loop.batches
+def batches(*args, start_step=0, **kwargs):
+    for step, batch in enumerate(original(*args, start_step=start_step, **kwargs), start_step):
+        if step == 2 and index == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+loop.batches = batches
+join = ["--distributed", "--num-processes", "2", "--process-id", index]
+join += ["--coordinator-address", f"localhost:{port}"]
+assert cli.main(["train", "recall-128", "--workdir", folder, *flags, *join]) == 143
+config = read_config(epath.Path(folder))
+try:
+    loop.train_mesh(config.replace(mesh__data=1, mesh__tensor=2))
+except ValueError as error:
+    assert "mesh.data × mesh.fsdp = 1 must be a multiple of the 2 processes" in str(error), error
+else:
+    raise AssertionError("a batch whose rows no process could read alone")
+run(config, folder, resume=True, quiet=True)
+"""
+
+
+def test_two_processes_stop_together_and_give_the_losses_of_one(alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # Only process 1 is told to stop; both do, at the next step that is logged.
+    both = [start(1, TWO, tmp_path, port, index, *FLAGS) for index in range(2)]
+    for error in finish(*both):
+        assert "stopped by SIGTERM; step 4 is saved.\n" in error
+    assert_same_losses(tmp_path, alone)
+    assert_same_result(tmp_path, alone)
