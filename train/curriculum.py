@@ -33,7 +33,8 @@ class CurriculumConfig:
       ramp_steps: steps in which λ rises to its peak.
       hold_steps: steps after the ramp; the learning rate decays in ramp and hold.
       from_start: keep λ at its peak from the first step (the control that the source warns of).
-      reaction: when accuracy falls below the threshold in the ramp: 'none', 'pause' or 'back'.
+      reaction: while accuracy is below the threshold after phase 1: 'none', 'pause' (λ does not
+        rise) or 'back' (λ falls).
       target: stop raising λ while the weighed quantity is at or below this, and lower it while it
         is below nine tenths of it; 0 for no target.
     """
@@ -79,6 +80,13 @@ class CurriculumConfig:
         if self.reaction not in ("none", "pause", "back"):
             raise ValueError(
                 f"curriculum.reaction is {self.reaction!r}; accepted: 'none', 'pause', 'back'."
+            )
+        if self.lengths and self.lengths[0] < 1:
+            raise ValueError(f"curriculum.lengths is {self.lengths}; lengths must be at least 1.")
+        if self.from_start and (self.reaction != "none" or self.target):
+            raise ValueError(
+                f"curriculum.from_start keeps λ at its peak; reaction={self.reaction!r} and "
+                f"target={self.target} must be 'none' and 0 with it."
             )
         if any(b <= a for a, b in zip(self.lengths, self.lengths[1:])):
             raise ValueError(f"curriculum.lengths is {self.lengths}; lengths must rise.")
@@ -181,7 +189,7 @@ def update_curriculum(
     (1, 0.5)
     """
     smoothed = _EMA_DECAY * state.accuracy + (1 - _EMA_DECAY) * accuracy
-    good = smoothed >= config.threshold
+    good = smoothed >= config.threshold - 1e-5  # a float32 average of ones stays just below 1
     above = jnp.where(good, state.above + 1, 0)
     learning = state.ramp_start < 0
     last = len(config.lengths)
@@ -194,11 +202,11 @@ def update_curriculum(
 
     rate = 1.0 / max(1, config.ramp_steps)
     change = jnp.float32(rate)
-    if config.reaction != "none":
-        change = jnp.where(good, rate, 0.0 if config.reaction == "pause" else -rate)
     if config.target:
         too_low = weighed < 0.9 * config.target
-        change = jnp.where(weighed > config.target, change, jnp.where(too_low, -rate, 0.0))
+        change = jnp.where(weighed > config.target, rate, jnp.where(too_low, -rate, 0.0))
+    if config.reaction != "none":
+        change = jnp.where(good, change, jnp.minimum(change, -rate * (config.reaction == "back")))
     running = begin | ~learning
     ramp = jnp.where(running, jnp.clip(state.ramp + change, 0.0, 1.0), state.ramp)
 

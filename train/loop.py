@@ -168,8 +168,8 @@ def train(
         checkpoints = stack.enter_context(Checkpointer(workdir / "checkpoints"))
         like = abstract_state(config, mesh)
         seconds_before = 0.0
+        shardings = jax.tree.map(lambda s: s.sharding, like)
         if resume_step is None:
-            shardings = jax.tree.map(lambda s: s.sharding, like)
             state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
             step, stage = 0, int(state.curriculum.stage)
         else:
@@ -179,7 +179,10 @@ def train(
         if chief:
             workdir.mkdir(parents=True, exist_ok=True)
             write_whole(workdir / "config.json", json.dumps(config_to_dict(config), indent=2))
-        step_fn = jax.jit(make_train_step(config), donate_argnums=0)
+        # Said again for the outputs, or jit spells the same layout differently and compiles twice.
+        step_fn = jax.jit(
+            make_train_step(config), donate_argnums=0, out_shardings=(shardings, None)
+        )
         feed = _Feed(config, mesh)
         writer = stack.enter_context(MetricsWriter(workdir, step)) if chief else None
         progress = stack.enter_context(

@@ -295,7 +295,7 @@ def run(
     Returns:
       The result, also in `workdir/result.json`.
     """
-    labels = labels or {"experiment": "train", "task": epath.Path(workdir).name, "variant": "run"}
+    labels = labels or {"experiment": "train", "task": "run", "variant": "run"}
     if not quiet and jax.process_index() == 0:
         print(describe(config), flush=True)
     # Refuse a corpus or length that will not do before the folder is made.

@@ -41,7 +41,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW without its learning rate, which follows the curriculum instead of the step count."""
 
     def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+        # The scan over layers stacks its parameters: there, a vector has two dimensions.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: p.ndim - (path[0].key == "layers") > 1, params
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

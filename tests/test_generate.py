@@ -1,0 +1,97 @@
+"""Generating: the cache and the skipping change nothing, and a key decides every draw."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from routing_jax.generate import generate
+from routing_jax.models import Decoder, DecoderConfig, init_params
+from routing_jax.routers import TokenRouterConfig
+
+CONFIG = DecoderConfig(
+    vocab_size=24,
+    width=8,
+    layers="conv,routed,full",
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_width=12,
+    conv_width=3,
+    router=TokenRouterConfig(hidden=4, bias=0.0),
+    dtype="float32",
+)
+STEPS = 6
+LENGTHS = np.array([7, 1, 4])
+
+
+@functools.cache
+def make_params():
+    """Parameters large enough that tokens, gates and logits differ from each other."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), shapes)
+
+
+def prompts(pad):
+    tokens = np.full((len(LENGTHS), max(LENGTHS)), pad, np.int32)
+    rng = np.random.default_rng(1)
+    for row, length in zip(tokens, LENGTHS):
+        row[:length] = rng.integers(0, CONFIG.vocab_size, length)
+    return tokens
+
+
+@functools.cache
+def greedy():
+    return jax.jit(lambda params, t, n: generate(CONFIG, params, t, n, STEPS))
+
+
+def test_every_token_is_the_one_a_whole_new_reading_would_choose():
+    tokens = prompts(pad=0)
+    made = np.asarray(greedy()(make_params(), tokens, LENGTHS))
+    whole = np.zeros((len(LENGTHS), max(LENGTHS) + STEPS), np.int32)
+    for row, prompt, length, rest in zip(whole, tokens, LENGTHS, made):
+        row[: length + STEPS] = [*prompt[:length], *rest]
+    # No cache, no padding in front, no skipping: every branch computed for every token.
+    out = jax.jit(lambda p, t: Decoder(CONFIG).apply({"params": p}, t, mode="masked"))(
+        make_params(), whole
+    )
+    routed = np.asarray(out.reports.choice)[1]
+    assert routed.any()
+    assert not routed.all()
+    best = np.argmax(out.logits, axis=-1)
+    for row, length, rest in zip(best, LENGTHS, made):
+        assert row[length - 1 : length - 1 + STEPS].tolist() == rest.tolist()
+    assert len(np.unique(made)) > 3
+
+
+def test_what_pads_a_prompt_is_not_read():
+    made = [greedy()(make_params(), prompts(pad), LENGTHS) for pad in (0, 23)]
+    np.testing.assert_array_equal(*made)
+
+
+def test_a_key_decides_what_is_drawn_and_draws_follow_the_probabilities():
+    rows, temperature = 4096, 2.0
+    tokens = np.tile(prompts(0)[:1], (rows, 1))
+    lengths = np.full(rows, LENGTHS[0])
+    draw = jax.jit(
+        lambda params, rng: generate(
+            CONFIG, params, tokens, lengths, 2, temperature=temperature, rng=rng
+        )
+    )
+    first, again, other = (np.asarray(draw(make_params(), jax.random.key(k))) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).mean() > 0.3
+    logits = Decoder(CONFIG).apply({"params": make_params()}, tokens[:1], mode="masked").logits
+    expected = jax.nn.softmax(logits[0, -1] / temperature)
+    seen = np.bincount(first[:, 0], minlength=CONFIG.vocab_size) / rows
+    deviations = np.sqrt(expected * (1 - expected) / rows)
+    assert (np.abs(seen - expected) < 5 * deviations + 1e-3).all()
+
+
+@pytest.mark.parametrize(("temperature", "rng"), [(-1.0, jax.random.key), (0.5, lambda _: None)])
+def test_a_temperature_that_cannot_be_sampled_is_refused(temperature, rng):
+    with pytest.raises(ValueError, match=rf"temperature is {temperature}; it must be at least 0"):
+        generate(CONFIG, {}, prompts(0), LENGTHS, 1, temperature=temperature, rng=rng(0))

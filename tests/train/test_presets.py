@@ -1,0 +1,130 @@
+"""Presets: each says what it is for, builds, and trains, in every variant of the experiment."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from routing_jax.models import repeating_pattern
+from routing_jax.train import presets
+from routing_jax.train.curriculum import init_curriculum
+from routing_jax.train.data import RecallConfig, batches
+from routing_jax.train.experiments.routed_attention import VARIANTS
+from routing_jax.train.presets import PRESETS, get_preset
+from routing_jax.train.step import init_state, make_train_step
+
+LENGTH = 32
+
+
+def shrink(config):
+    """The same run with one repeat of its layers, at the smallest sizes that keep its features."""
+    model, router = config.model, config.model.router
+    small = {"num_queries": min(2, config.data.num_queries)} if is_recall(config) else {}
+    if is_recall(config):
+        small |= {"num_values": 4, "num_keys": 0}
+    return config.replace(
+        **{f"data__{name}": value for name, value in small.items()},
+        data__length=LENGTH,
+        curriculum__lengths=(16,) if config.curriculum.lengths else (),
+        model__layers=",".join(repeating_pattern(model.mixers)),
+        model__width=8,
+        model__head_dim=4,
+        model__num_heads=1,
+        model__num_kv_heads=1,
+        model__mlp_width=min(8, model.mlp_width),
+        model__router=type(router)(
+            kind=router.kind, hidden=2, usage=router.usage, summary=min(4, router.summary)
+        ),
+        batch_tokens=2 * LENGTH,
+    )
+
+
+def is_recall(config):
+    return isinstance(config.data, RecallConfig)
+
+
+def filled_state(config):
+    """A state with random parameters, which costs nothing to compile."""
+    shapes = jax.eval_shape(lambda: init_state(config))
+    rng = np.random.default_rng(0)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    params = jax.tree.map(
+        lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), s.dtype), shapes.params
+    )
+    return zeros._replace(params=params, curriculum=init_curriculum(config.curriculum))
+
+
+@functools.cache
+def take_one_step(config):
+    """Runs a step, primitive by primitive: compiling one a preset would take minutes."""
+    batch = next(batches(config.data, split="train", seed=0, batch_size=2))
+    before = filled_state(config)
+    with jax.disable_jit():
+        return before, *make_train_step(config)(before, batch)
+
+
+def assert_trains(config):
+    before, after, metrics = take_one_step(config)
+    assert bool(metrics["finite"])
+    assert int(after.curriculum.step) == 1
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
+    assert moved["embedding"]
+    assert moved["head"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for name in "abcdef":
+        (folder / name).write_bytes(rng.integers(32, 127, 2000, np.uint8).tobytes())
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_a_step(name, text):
+    config = get_preset(name)
+    if not is_recall(config):
+        config = config.replace(data__source=text)
+    assert_trains(shrink(config))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["recall-128", "lm"])
+def test_every_variant_takes_a_step(name, variant, text):
+    config = get_preset(name)
+    if not is_recall(config):
+        config = config.replace(data__source=text)
+    # Shrunk before and after: a variant may size its parts by what it replaces.
+    assert_trains(shrink(VARIANTS[variant](shrink(config))))
+
+
+def test_every_maker_says_how_long_and_what_to_expect():
+    makers = (
+        presets.recall,
+        presets.multi_query,
+        presets.mqar,
+        presets.unmarked,
+        presets.language_model,
+    )
+    for maker in makers:
+        for word in ("Command: `routing-jax train ", "Hardware and time: ", "Expect: "):
+            assert word in maker.__doc__, (maker.__name__, word)
+
+
+def test_lengths_and_tasks_are_those_of_the_names():
+    for name in PRESETS:
+        config = get_preset(name)
+        if is_recall(config):
+            assert str(config.data.length) in name.split("-")
+            assert config.data.marked == ("unmarked" not in name and name != "mqar-256"
+                                          and name != "mqar-256-summary")  # fmt: skip
+            assert (config.data.style == "mqar") == name.startswith("mqar")
+            assert bool(config.model.router.summary) == name.endswith("summary")
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"^preset 'recal' is unknown; accepted: recall-128, "):
+        get_preset("recal")
