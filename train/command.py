@@ -87,7 +87,9 @@ def parse[T](kind: type[T], args: Sequence[str], prog: str, default: T | None = 
 def _one_sentence(box: str) -> str:
     """What the first part of tyro's box says, and the flags that it suggests instead."""
     bare = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in box.splitlines()]
-    parts = re.split(r"\s*─{8,}\s*", " ".join(" ".join(line.split()) for line in bare[1:]))
+    # The first line is a title; rules between parts are of hyphens where the terminal is ASCII.
+    parts = re.split(r"\s*[─-]{8,}\s*", " ".join(" ".join(line.split()) for line in bare[1:]))
+    parts = [part for part in parts if part]
     # Our own sentences name the field; tyro's prefix says where it was built.
     sentence = re.sub(r"^Error parsing (config(\.\w+)*|\w+Args): ", "", parts[0]).rstrip(".")
     for part in parts[1:]:

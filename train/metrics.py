@@ -21,7 +21,8 @@ def write_whole(path: epath.Path, text: str) -> None:
         draft.write_text(text)
         draft.replace(path)
     except BaseException as e:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
         if isinstance(e, OSError):
             raise OSError(e.errno, e.strerror, str(path)) from e
         raise

@@ -252,15 +252,19 @@ def finish_run(
         heatmap_tokens=names if heat is not None and config.data.length <= 512 else None,
     )
     if jax.process_index() == 0:
-        if result.history:
-            plot_history(
-                {labels["variant"]: result.history},
-                workdir / "history.png",
-                least_usage=result.least_usage,
-            )
-        if heat is not None:
-            plot_heatmap(heat, names, workdir / "heatmap.png", f"{labels['task']}: who attended")
-        write_result(result, workdir / "result.json")
+        try:
+            write_result(result, workdir / "result.json")
+            if result.history:
+                plot_history(
+                    {labels["variant"]: result.history},
+                    workdir / "history.png",
+                    least_usage=result.least_usage,
+                )
+            if heat is not None:
+                title = f"{labels['task']}: who attended"
+                plot_heatmap(heat, names, workdir / "heatmap.png", title)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(workdir)) from e
     return result
 
 

@@ -5,13 +5,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from routing_jax import cli
+from routing_jax.evals.evaluate import Evaluation
 from routing_jax.evals.results import read_result
+from routing_jax.train.command import TrainArgs, parse
+from routing_jax.train.loop import train
 from routing_jax.train.metrics import read_metrics
+from routing_jax.train.presets import get_preset
+from routing_jax.train.run import evaluate_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = """
@@ -24,11 +29,9 @@ FLAGS = TEXT.split()
 
 
 def start(devices, code, *args):
-    # Compiled in a hurry: these programs run for a few steps.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
-        "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.Popen(
@@ -47,12 +50,20 @@ def finish(*processes):
 @pytest.fixture(scope="module")
 def alone(compile_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    assert cli.main(["train", "recall-128", "--workdir", str(folder), *FLAGS]) == 0
-    return folder
+    config = parse(TrainArgs, FLAGS, "test", TrainArgs(get_preset("recall-128"), "")).config
+    trained = train(config, folder, quiet=True)
+    return Alone(folder, evaluate_run(config, trained.state.params))
+
+
+class Alone(NamedTuple):
+    """The run on one device."""
+
+    folder: Path
+    evaluation: Evaluation
 
 
 def assert_same_losses(folder, alone):
-    rows, want = read_metrics(folder), read_metrics(alone)
+    rows, want = read_metrics(folder), read_metrics(alone.folder)
     assert [row["step"] for row in rows] == [1, 2, 4, 6, 8]
     for row, other in zip(rows, want, strict=True):
         assert row.keys() == other.keys()
@@ -61,7 +72,7 @@ def assert_same_losses(folder, alone):
 
 
 def assert_same_result(folder, alone):
-    result, other = (read_result(path / "result.json") for path in (folder, alone))
+    result, other = read_result(folder / "result.json"), alone.evaluation
     assert (result.accuracy, result.sequences) == (other.accuracy, other.sequences)
     for name in ("loss", "usage", "cost", "kv_cost", "usage_per_layer"):
         np.testing.assert_allclose(getattr(result, name), getattr(other, name), rtol=2e-5)
@@ -83,7 +94,7 @@ assert cli.main([*main, f"{folder}/none", "--batch-tokens", "192"]) == 2
 
 
 def test_eight_devices_give_the_losses_of_one(alone, tmp_path):
-    (error,) = finish(start(8, EIGHT, tmp_path, alone, *FLAGS))
+    (error,) = finish(start(8, EIGHT, tmp_path, alone.folder, *FLAGS))
     assert_same_losses(tmp_path / "data", alone)
     assert_same_losses(tmp_path / "all", alone)
     assert_same_result(tmp_path / "all", alone)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from routing_jax import cli
 from routing_jax.checkpoint import Checkpointer
 from routing_jax.evals.results import read_result
 from routing_jax.train import loop
@@ -131,8 +132,7 @@ def test_a_killed_process_resumes_to_the_same_losses(whole, tiny_flags, tmp_path
     killed = python("-c", SIGNALLED, str(int(signal.SIGKILL)), "train", *args)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert newest(folder) in (5, 10)
-    resumed = python("-m", "routing_jax.train", *args, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    assert cli.main(["train", *args, "--resume"]) == 0
     assert lines(folder) == whole.text
     assert read_result(folder / "result.json").steps == 24
 

@@ -94,7 +94,8 @@ VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "routed": lambda c: c,
     "penalty-from-start": lambda c: c.replace(curriculum__from_start=True),
     "no-penalty": lambda c: c.replace(curriculum__peak=0.0),
-    "full": lambda c: _layers(c, "full"),
+    # Without a convolution only positions tell a token what stood before it.
+    "full": lambda c: _layers(c, "full").replace(model__rope_theta=10_000.0),
     "conv": convolution_only,
     "random": random_router,
     "routed+pause": lambda c: c.replace(curriculum__reaction="pause"),
@@ -132,8 +133,9 @@ def runs(text: str = "stdlib") -> Iterator[Run]:
         if task == "lm":
             base = base.replace(data__source=text)
         for variant in variants:
+            config = VARIANTS[variant](base)
             for seed in seeds:
-                yield Run(task, variant, seed, VARIANTS[variant](base).replace(seed=seed))
+                yield Run(task, variant, seed, config.replace(seed=seed))
 
 
 def reproduce(args: ReproduceArgs) -> int:
