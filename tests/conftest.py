@@ -41,7 +41,7 @@ def compile_cache(_compile_cache_folder: Path) -> Iterator[None]:
         "jax_enable_compilation_cache": True,
         "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

@@ -16,6 +16,7 @@ from routing_jax.train.presets import PRESETS, get_preset
 from routing_jax.train.step import init_state, make_train_step
 
 LENGTH = 32
+ROUTED = get_preset("recall-128")
 
 
 def shrink(config):
@@ -63,6 +64,13 @@ def take_one_step(config):
     return before, *jax.jit(make_train_step(config))(before, batch)
 
 
+@functools.cache
+def trace(config):
+    shapes = jax.eval_shape(lambda: init_state(config))
+    batch = next(batches(config.data, split="train", seed=0, batch_size=2))
+    jax.eval_shape(make_train_step(config), shapes, batch)
+
+
 def assert_trains(config):
     before, after, metrics = take_one_step(config)
     assert bool(metrics["finite"])
@@ -89,17 +97,33 @@ def test_every_preset_takes_a_step(name, text, compile_cache):
     assert_trains(shrink(config))
 
 
-PLANNED = {(run.task, run.variant): None for run in runs()}
-SHRUNK_ALIKE = ("recall-256", "recall-512", "recall-2048", "recall-4096", "recall-8192")
+PLANNED = list(dict.fromkeys((run.task, run.variant) for run in runs()))
+# What differs from the preset in its curriculum alone is traced here, and run with the slow tests.
+SAME_MODEL = [v for v, make in VARIANTS.items() if make(ROUTED).model == ROUTED.model]
 
 
-@pytest.mark.parametrize(("name", "variant"), [p for p in PLANNED if p[0] not in SHRUNK_ALIKE])
-def test_every_variant_takes_a_step(name, variant, text, compile_cache):
+def variant_of(name, variant, text):
     config = get_preset(name)
     if not is_recall(config):
         config = config.replace(data__source=text)
     # Shrunk before and after: a variant may size its parts by what it replaces.
-    assert_trains(shrink(VARIANTS[variant](shrink(config))))
+    return shrink(VARIANTS[variant](shrink(config)))
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in SAME_MODEL])
+def test_every_variant_of_the_model_takes_a_step(variant, text, compile_cache):
+    assert_trains(variant_of("recall-128", variant, text))
+
+
+@pytest.mark.parametrize(("name", "variant"), PLANNED)
+def test_every_planned_variant_can_be_traced(name, variant, text):
+    trace(variant_of(name, variant, text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "variant"), PLANNED)
+def test_every_planned_variant_takes_a_step(name, variant, text, compile_cache):
+    assert_trains(variant_of(name, variant, text))
 
 
 def test_every_maker_says_how_long_and_what_to_expect():

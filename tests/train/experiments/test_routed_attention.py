@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import pytest
 
-from routing_jax.evals.results import load_results, read_result, result_path
+from routing_jax.evals.results import load_results, result_path
 from routing_jax.models import count_params, init_params
+from routing_jax.train.config import config_to_dict
 from routing_jax.train.experiments import routed_attention
 from routing_jax.train.experiments.routed_attention import (
     EXPERIMENT,
@@ -19,8 +21,7 @@ from routing_jax.train.experiments.routed_attention import (
 )
 from routing_jax.train.loop import Interrupted
 from routing_jax.train.presets import PRESETS, get_preset
-from routing_jax.train.run import least_usage
-from routing_jax.train.run import run as real_run
+from routing_jax.train.run import least_usage, run
 
 
 def parameters(config):
@@ -70,7 +71,7 @@ def test_every_run_is_planned_once_with_three_seeds_where_the_claim_is_made():
 @pytest.fixture(scope="module")
 def example(tiny_run, tmp_path_factory):
     """A real result of a tiny run."""
-    return real_run(tiny_run, tmp_path_factory.mktemp("example"), quiet=True)
+    return run(tiny_run, tmp_path_factory.mktemp("example"), quiet=True)
 
 
 @pytest.fixture
@@ -141,16 +142,14 @@ def test_an_interrupted_run_leaves_no_result_and_is_made_again(lab, tmp_path, mo
     assert seeds(tmp_path) == [0]
 
 
-def test_an_unfinished_run_of_another_configuration_is_not_gone_on_with(
-    lab, tiny_run, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(routed_attention, "run", real_run)
-    reproduce(arguments(tmp_path, only="s1$"))
-    path = result_path(tmp_path / "out", EXPERIMENT, "recall-128", "routed", 1)
-    assert read_result(path).seed == 1
-    path.unlink()
-    changed = [Run("recall-128", "routed", 1, tiny_run.replace(optimizer__learning_rate=1e-4))]
-    monkeypatch.setattr(routed_attention, "runs", lambda text: iter(changed))
-    with pytest.raises(ValueError, match=r"recall-128_routed_s1 holds an unfinished run with anot"):
+def test_an_unfinished_run_of_another_configuration_is_not_gone_on_with(lab, tiny_run, tmp_path):
+    workdir = tmp_path / "scratch" / EXPERIMENT / "recall-128_routed_s1"
+    workdir.mkdir(parents=True)
+    changed = tiny_run.replace(seed=1, optimizer__learning_rate=1e-4)
+    (workdir / "config.json").write_text(json.dumps(config_to_dict(changed)))
+    with pytest.raises(ValueError, match=rf"^{workdir} holds an unfinished run with another conf"):
         reproduce(arguments(tmp_path, only="s1$"))
-    assert not path.exists()
+    assert (lab, seeds(tmp_path)) == ([], [])
+    (workdir / "config.json").write_text(json.dumps(config_to_dict(tiny_run.replace(seed=1))))
+    assert reproduce(arguments(tmp_path, only="s1$")) == 0
+    assert (lab, seeds(tmp_path)) == ([1], [1])
