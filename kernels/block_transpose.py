@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from routing_jax.kernels.block_table import BlockTable
+from routing_jax.kernels.block_table import BlockTable, visible_blocks
 
 
 @jax.tree_util.register_dataclass
@@ -69,3 +69,47 @@ def transpose_table(table: BlockTable, num_blocks: int) -> TransposedTable:
         dense_tiles=jnp.sort(tiles, axis=-1),
         capacity=C,
     )
+
+
+def dense_runs(
+    table: BlockTable,
+    transposed: TransposedTable,
+    num_queries: int,
+    num_keys: int,
+    *,
+    q_positions: jax.Array | None = None,
+    causal: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """Which of the dense tiles attend to each key block: they follow one another.
+
+    A dense tile sees the blocks below its visible count. Positions ascend, so of the dense tiles
+    those that see a block are a run, cut short by the tiles that hold no query at all.
+
+    Args:
+      table: the table.
+      transposed: its transpose.
+      num_queries: T.
+      num_keys: S.
+      q_positions: [B,T] int32, each query's position; −1 marks an unused slot.
+      causal: whether later keys are hidden.
+
+    Returns:
+      (first, counts), each [B,K,J] int32: the run's start in `dense_tiles`, and its length. B is
+      the larger of the table's and q_positions'.
+
+    >>> table = BlockTable(jnp.full((1, 1, 3), -1), jnp.zeros((1, 1, 3, 1), jnp.int32), 8, 8)
+    >>> first, counts = dense_runs(table, transpose_table(table, 3), 24, 24)
+    >>> first.tolist(), counts.tolist()
+    ([[[0, 1, 2]]], [[[3, 2, 1]]])
+    """
+    _, K, M = transposed.dense_tiles.shape
+    J = transposed.offsets.shape[2] - 1
+    visible = visible_blocks(table, num_queries, num_keys, q_positions=q_positions, causal=causal)
+    visible = jnp.pad(visible, ((0, 0), (0, 1)))  # of 'no tile'
+    B = max(visible.shape[0], transposed.dense_tiles.shape[0])
+    batch = jnp.arange(B)[:, None, None] if visible.shape[0] > 1 else 0
+    seen = visible[batch, jnp.broadcast_to(transposed.dense_tiles, (B, K, M))]
+    runs = jnp.where(seen > 0, seen, J + 1)
+    search = jax.vmap(jax.vmap(lambda run: jnp.searchsorted(run, jnp.arange(1, J + 1))))
+    first = search(runs).astype(jnp.int32)
+    return first, jnp.maximum((seen > 0).sum(axis=2, keepdims=True, dtype=jnp.int32) - first, 0)

@@ -33,7 +33,10 @@ def public_functions() -> list[tuple[str, str | None]]:
     found = []
     for room in ROOMS_WITH_EXAMPLES:
         for path in sorted((PACKAGE / room).rglob("*.py")):
-            if path.name.startswith(("_", ONE_DEVICE_PREFIX)):
+            inside = path.relative_to(PACKAGE)
+            if path.name.startswith("_") or any(
+                part.startswith(ONE_DEVICE_PREFIX) for part in inside.parts
+            ):
                 continue
             for node in ast.parse(path.read_text()).body:
                 if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):

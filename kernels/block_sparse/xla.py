@@ -27,8 +27,7 @@ from routing_jax.kernels.block_sparse.xla_tiles import (
     query_tiles,
     with_none,
 )
-from routing_jax.kernels.block_table import visible_blocks
-from routing_jax.kernels.block_transpose import transpose_table
+from routing_jax.kernels.block_transpose import dense_runs, transpose_table
 from routing_jax.kernels.online_softmax import add_piece, empty_softmax, finish_softmax, matmul
 from routing_jax.kernels.ragged_rows import map_rows
 
@@ -130,24 +129,14 @@ def _query_gradients(call: TiledCall, outputs: _OutputTiles):
 def _key_gradients(call: TiledCall, outputs: _OutputTiles, q_positions):
     """The gradients dk and dv [B·K·J,block_kv,H]: each block over the tiles that attend to it."""
     transposed = transpose_table(call.table, call.J)
-    C, K = transposed.capacity, call.table.counts.shape[1]
+    C = transposed.capacity
     shape = (call.B, call.K, call.J)
     listed = jnp.broadcast_to(jnp.diff(transposed.offsets), shape)
 
-    # A dense tile sees the blocks below its visible count. Positions ascend, so of the dense
-    # tiles those that see a block are a run, cut short by the tiles that hold no query at all.
-    visible = visible_blocks(
-        call.table, call.T, call.S, q_positions=q_positions, causal=call.options.causal
+    runs = dense_runs(
+        call.table, transposed, call.T, call.S, q_positions=q_positions, causal=call.options.causal
     )
-    visible = jnp.pad(visible, ((0, 0), (0, 1)))  # of 'no tile'
-    batch = jnp.arange(call.B)[:, None, None] if visible.shape[0] > 1 else 0
-    seen = visible[batch, jnp.broadcast_to(transposed.dense_tiles, (call.B, K, call.M))]
-    runs = jnp.where(seen > 0, seen, call.J + 1)
-    search = jax.vmap(jax.vmap(lambda run: jnp.searchsorted(run, jnp.arange(1, call.J + 1))))
-    first_dense = jnp.broadcast_to(search(runs), shape).astype(jnp.int32)
-    dense = jnp.maximum(
-        jnp.broadcast_to((seen > 0).sum(axis=2, keepdims=True), shape) - first_dense, 0
-    )
+    first_dense, dense = (jnp.broadcast_to(x, shape) for x in runs)
 
     def step(rows, lengths):
         batch, head, block = call.split(rows, call.J)

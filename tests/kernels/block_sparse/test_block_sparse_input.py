@@ -71,7 +71,7 @@ BAD_INPUTS = {
     "no scale": ({"scale": float("nan")}, "scale must be a finite Python number; it is nan"),
     "implementation": (
         {"implementation": "cuda"},
-        r"implementation must be None or one of \[.*'xla'\]; it is 'cuda'",
+        r"implementation must be None or one of \[.*'xla'.*\]; it is 'cuda'",
     ),
 }
 

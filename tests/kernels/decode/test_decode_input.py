@@ -76,7 +76,7 @@ BAD_INPUTS = {
         r"block_bias \[B,K,C\] must have shape \(2, 2, 2\), or 1 for B or K",
     ),
     "scale": ({"scale": "1"}, "scale must be a finite Python number; it is '1'"),
-    "implementation": ({"implementation": "cuda"}, r"None or one of \[.*'xla'\]; it is 'cuda'"),
+    "implementation": ({"implementation": "cuda"}, r"None or one of \[.*'xla'.*\]; it is 'cuda'"),
 }
 
 

@@ -1,0 +1,232 @@
+"""One call of block-sparse attention as the Hopper kernels see it: padded arrays, plain tables."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
+from routing_jax.kernels.block_table import ceil_div, row_lengths
+from routing_jax.kernels.hopper import LOG2_E, WARPGROUP_ROWS, hopper_refusal
+
+_HEAD_DIMS = (64, 128, 256)
+_BLOCKS = (64, 128)
+
+
+class Arrays(NamedTuple):
+    """What the kernels read. T, S and H are padded: to whole tiles, whole blocks, and 64s.
+
+    Attributes:
+      q: [B,T,N,H].
+      k: [B,S,K,H].
+      v: [B,S,K,H].
+      lengths: [B,K,M] int32, blocks that a row visits; here and below B and K may be 1.
+      unmasked: [B,K,M] int32, how many of them, the first ones, every query of the tile sees whole.
+      dense: [B,K,M] int32, 1 for rows that visit block i in step i.
+      indices: [B,K,M,C] int32.
+      positions: [B,T] int32 or None for 0, 1, 2, …; −1 for a query that sees nothing.
+      q_segments: [B,T] int32 or None.
+      k_segments: [B,S] int32 or None.
+      bias: [B,K,M,C] float32 in units of log2, or None.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    lengths: jax.Array
+    unmasked: jax.Array
+    dense: jax.Array
+    indices: jax.Array
+    positions: jax.Array | None
+    q_segments: jax.Array | None
+    k_segments: jax.Array | None
+    bias: jax.Array | None
+
+
+class Output(NamedTuple):
+    """What the backward pass knows of each query; T is padded.
+
+    Attributes:
+      d_out: [B,T,N,H], the cotangent of the output.
+      lse: [B,N,T] float32, the log-sum-exp in units of log2; +inf where nothing was seen, so that
+        P = exp2(S − inf) = 0.
+      delta: [B,N,T] float32, Σ_h dO·O − dLSE, so that dS = P·(dP − δ).
+    """
+
+    d_out: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+class Columns(NamedTuple):
+    """The table by columns: which tiles attend to each key block. B and K may be 1.
+
+    Attributes:
+      offsets: [B,K,J+1] int32, as in `TransposedTable`.
+      entries: [B,K,M·C] int32.
+      dense_tiles: [B,K,M] int32.
+      first_dense: [B,K,J] int32, which of the dense tiles is the first that sees a block.
+      dense_counts: [B,K,J] int32, how many do; they follow one another.
+    """
+
+    offsets: jax.Array
+    entries: jax.Array
+    dense_tiles: jax.Array
+    first_dense: jax.Array
+    dense_counts: jax.Array
+
+
+class Geometry(NamedTuple):
+    """The static sizes of one call.
+
+    Attributes:
+      B: sequences.
+      T: queries, before padding.
+      S: keys, before padding.
+      N: query heads.
+      K: kv heads.
+      H: head dim, padded.
+      M: query tiles.
+      J: key blocks.
+      C: slots of a table row.
+      block_q: queries a tile.
+      block_kv: keys a block.
+      causal: whether later keys are hidden.
+      scale: what logits are multiplied by, in units of log2.
+    """
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    M: int
+    J: int
+    C: int
+    block_q: int
+    block_kv: int
+    causal: bool
+    scale: float
+
+    @property
+    def G(self) -> int:  # noqa: N802
+        """Query heads a kv head."""
+        return self.N // self.K
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of 64 rows, the share of one warpgroup, in the G heads of one tile."""
+        return self.G * self.block_q // WARPGROUP_ROWS
+
+    @property
+    def pairs(self) -> int:
+        """Items a tile and kv head: two warpgroups, with a chunk each."""
+        return ceil_div(self.chunks, 2)
+
+    @property
+    def items(self) -> int:
+        """Items in all."""
+        return self.B * self.K * self.M * self.pairs
+
+    def place(self, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A chunk's head within the group and its first row within the tile."""
+        row = chunk * WARPGROUP_ROWS
+        return lax.div(row, self.block_q), lax.rem(row, self.block_q)
+
+
+def refusal(options: AttentionOptions, inputs: AttentionInputs) -> str | None:
+    """Why the Hopper kernels do not run this call here; None if they do."""
+    return unsupported(options, inputs) or hopper_refusal()
+
+
+def unsupported(options: AttentionOptions, inputs: AttentionInputs) -> str | None:
+    """Why the Hopper kernels run this call on no device; None if they do."""
+    table, head_dim = inputs.table, inputs.q.shape[-1]
+    if inputs.q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, and q is {inputs.q.dtype}"
+    if head_dim > max(_HEAD_DIMS):
+        return f"it takes head dims up to {max(_HEAD_DIMS)}, and q has {head_dim}"
+    if table.block_q not in _BLOCKS or table.block_kv not in _BLOCKS:
+        return (
+            f"it takes blocks of {' and '.join(map(str, _BLOCKS))}, and the table has "
+            f"{table.block_q}×{table.block_kv}"
+        )
+    if options.scale <= 0:
+        return f"it takes a positive scale, and scale is {options.scale}"
+    return None
+
+
+def pad_axis(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
+    """Pads an axis to `size`."""
+    if x.shape[axis] == size:
+        return x
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, pad, constant_values=fill)
+
+
+def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometry, Arrays]:
+    """Cuts a call to the kernels' measure; nothing is copied where it fits already."""
+    q, k, v, table, bias, positions, segments = inputs
+    (B, T, N, _), (S, K, head_dim) = q.shape, k.shape[1:]
+    H = min(h for h in _HEAD_DIMS if h >= head_dim)
+    M, J = table.num_tiles, ceil_div(S, table.block_kv)
+    geometry = Geometry(
+        B, T, S, N, K, H, M, J, table.capacity, table.block_q, table.block_kv,
+        options.causal, options.scale * LOG2_E,
+    )  # fmt: skip
+    lengths = row_lengths(table, T, S, q_positions=positions, causal=options.causal)
+    q_segments = k_segments = None
+    if segments is not None:
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        positions = jnp.where(positions < S, positions, -1)
+        q_segments = jnp.take_along_axis(segments, jnp.maximum(positions, 0), axis=1)
+        q_segments = pad_axis(q_segments.astype(jnp.int32), 1, M * table.block_q)
+        k_segments = pad_axis(segments.astype(jnp.int32), 1, J * table.block_kv)
+    if positions is not None:
+        positions = pad_axis(positions, 1, M * table.block_q, fill=-1)
+    arrays = Arrays(
+        pad_axis(pad_axis(q, 3, H), 1, M * table.block_q),
+        pad_axis(pad_axis(k, 3, H), 1, J * table.block_kv),
+        pad_axis(pad_axis(v, 3, H), 1, J * table.block_kv),
+        lengths,
+        _unmasked(options, geometry, table, lengths, positions, segments),
+        table.dense.astype(jnp.int32),
+        table.indices,
+        positions,
+        q_segments,
+        k_segments,
+        None if bias is None else bias.astype(jnp.float32) * LOG2_E,
+    )
+    return geometry, arrays
+
+
+def _unmasked(options, geometry: Geometry, table, lengths, positions, segments) -> jax.Array:
+    """How many blocks of each row lie wholly before its tile's first query, and before S.
+
+    Rows ascend, so these come first, and only the others pay for masks.
+    """
+    if segments is not None:
+        return jnp.zeros_like(lengths)
+    if positions is None:
+        first = jnp.arange(geometry.M, dtype=jnp.int32)[None] * geometry.block_q
+    else:
+        first = positions[:, :: geometry.block_q]
+    ends = jnp.full_like(first, geometry.S)
+    if options.causal:
+        ends = jnp.minimum(first + 1, geometry.S)
+    whole = jnp.maximum(ends, 0)[:, None] // geometry.block_kv  # [B,1,M]
+    listed = (jnp.arange(geometry.C)[None, None, None] < table.counts[..., None]) & (
+        table.indices < whole[..., None]
+    )
+    count = jnp.where(table.dense, whole, listed.sum(axis=-1, dtype=jnp.int32))
+    return jnp.minimum(count, lengths)
+
+
+def at(shape: tuple[int, ...], batch: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where an array that may be broadcast over B and K keeps a (sequence, kv head)."""
+    zero = jnp.int32(0)
+    return (batch if shape[0] > 1 else zero, head if shape[1] > 1 else zero)
