@@ -32,6 +32,7 @@ class ShardingRules:
 _DIMENSIONS: dict[str, tuple[str, ...]] = {
     "embedding": ("vocab", "width"),
     "head": ("width", "vocab"),
+    "head_bias": ("vocab",),
     "mixer/query": ("width", "heads", "head_dim"),
     "mixer/key": ("width", "kv_heads", "head_dim"),
     "mixer/value": ("width", "kv_heads", "head_dim"),

@@ -73,6 +73,7 @@ class DecoderConfig:
       router: the token router of routed layers.
       norm_eps: added to the mean square in RMSNorm.
       tie_embeddings: use the embedding as output projection.
+      head_bias: add a bias to the logits, so that what is rarely an answer is ruled out at once.
       dtype: compute dtype; parameters and softmax stay float32.
       attention: 'cudnn', 'xla', or None for the best one here.
       scan: run the repeating pattern of layers as one loop: faster to compile, same numbers.
@@ -91,6 +92,7 @@ class DecoderConfig:
     router: TokenRouterConfig = field(default_factory=TokenRouterConfig)
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    head_bias: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["xla", "cudnn"] | None = None
     scan: bool = False

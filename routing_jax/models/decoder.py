@@ -212,6 +212,9 @@ class Decoder(nn.Module):
         logits = jnp.einsum(
             "BTD,DV->BTV", x, head.astype(dtype), preferred_element_type=jnp.float32
         )
+        if cfg.head_bias:
+            bias = self.param("head_bias", nn.initializers.zeros, (cfg.vocab_size,))
+            logits += bias[None, None]
         return ModelOutput(logits, cache, reports)
 
 

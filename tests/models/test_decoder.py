@@ -256,6 +256,17 @@ def test_the_parameters_are_those_of_the_formula(layers):
     assert all(leaf.shape[0] == repeats for leaf in jax.tree.leaves(scanned["layers"]))
 
 
+def test_the_head_bias_is_added_to_the_logits():
+    config = MIXED.replace(layers="conv", head_bias=True)
+    params, tokens = make_params(config), tokens_of(2, 16)
+    assert params["head_bias"].shape == (24,)
+    assert np.abs(params["head_bias"]).min() > 0
+    without = {name: leaf for name, leaf in params.items() if name != "head_bias"}
+    got = runner(config, "eval")(params, tokens).logits
+    plain = runner(config.replace(head_bias=False), "eval")(without, tokens).logits
+    np.testing.assert_allclose(got - plain, np.broadcast_to(params["head_bias"], got.shape), 1e-4)
+
+
 def test_bfloat16_differs_from_float32_by_rounding():
     config = MIXED.replace(layers="conv,full")
     params, tokens = make_params(config), tokens_of(2, 16)

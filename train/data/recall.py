@@ -48,6 +48,9 @@ class RecallConfig:
     """Values in the vocabulary; an untaught guess is right once in as many times."""
     num_keys: int = 0
     """Keys in the vocabulary; 0: as many as a sequence of this length needs."""
+    keys_per_token: int = 0
+    """pairs: a shorter sequence of a curriculum of lengths draws from the first so many keys times
+    its length; 0: from all keys. Hundreds of keys at length 8 are too rare to start from."""
 
     def __post_init__(self):
         if self.style not in ("pairs", "mqar"):
@@ -56,6 +59,10 @@ class RecallConfig:
             raise ValueError(f"num_queries={self.num_queries} must be at least 1.")
         if self.num_values < 2:
             raise ValueError(f"num_values={self.num_values} must be at least 2.")
+        if self.keys_per_token < 0 or (self.keys_per_token and self.style == "mqar"):
+            raise ValueError(
+                f"keys_per_token={self.keys_per_token} must be at least 0, and 0 for style='mqar'."
+            )
         pairs, queries = _fit(self, self.length)
         if queries < self.num_queries:
             raise ValueError(
@@ -208,7 +215,10 @@ def recall_batch(
         )
     rng = generator(split, seed, step)
     told = pairs if config.style == "pairs" else config.keys  # mqar's noise wants the others too
-    keys = _distinct(rng, batch_size, config.keys, told)
+    drawn_from = config.keys
+    if config.keys_per_token and length < config.length:
+        drawn_from = min(config.keys, config.keys_per_token * length)
+    keys = _distinct(rng, batch_size, drawn_from, told)
     values = rng.integers(config.keys, config.marker, (batch_size, pairs), dtype=np.int32)
 
     tokens = np.full((batch_size, length), config.filler, np.int32)

@@ -195,11 +195,23 @@ def test_the_floor_is_one_attended_token_a_query():
         ({"num_keys": 62}, "num_keys=62 must be 0 or at least 63"),
         ({"num_keys": -1}, "num_keys=-1"),
         ({"style": "pear"}, "style='pear'"),
+        ({"keys_per_token": -1}, "keys_per_token=-1 must be at least 0"),
+        ({"keys_per_token": 9, "style": "mqar"}, "keys_per_token=9 must be .* 0 for style='mqar'"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         RecallConfig(**fields)
+
+
+def test_shorter_sequences_draw_from_few_keys_and_the_task_from_all():
+    config = RecallConfig(length=128, keys_per_token=4)
+    for length, drawn_from in ((4, 16), (8, 32), (64, 63), (128, 63)):
+        tokens = make(config, batch_size=400, length=length).tokens
+        keys = set(tokens[tokens < config.keys].tolist())
+        assert keys == set(range(drawn_from))
+    everything = RecallConfig(length=128)
+    np.testing.assert_array_equal(make(config).tokens, make(everything).tokens)
 
 
 def test_lengths_out_of_range_are_named():
