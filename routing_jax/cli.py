@@ -8,7 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from routing_jax.evals.benchmarks import mixing
+from routing_jax.evals.benchmarks import attention, mixing
+from routing_jax.evals.benchmarks.attention import AttentionBenchConfig
+from routing_jax.evals.benchmarks.attention_flex import leave_memory_for_torch
 from routing_jax.evals.benchmarks.mixing import MixingBenchConfig
 from routing_jax.train.command import EXIT_BAD_INPUT, guarded, parse, train_command
 from routing_jax.train.presets import PRESETS
@@ -113,13 +115,35 @@ class BenchArgs:
     out: str = "runs/bench/mixing.json"
 
 
+@dataclass(frozen=True)
+class BenchAttentionArgs:
+    """Measure block-sparse attention beside dense attention and FlexAttention.
+
+    Attributes:
+      config: what is measured.
+      out: the JSON file to write; a plot goes beside it.
+    """
+
+    config: Annotated[AttentionBenchConfig, tyro.conf.arg(name="")]
+    out: str = "runs/bench/attention.json"
+
+
 def bench_command(args: Sequence[str]) -> int:
-    """Runs `bench mixing`."""
-    if not args or args[0] != "mixing":
-        raise ValueError(f"bench takes 'mixing'; {args[0] if args else 'nothing'!r} was given.")
-    default = BenchArgs(mixing.default_config())
-    parsed = parse(BenchArgs, args[1:], "routing-jax bench mixing", default)
-    mixing.main(parsed.config, Path(parsed.out))
+    """Runs `bench mixing` or `bench attention`."""
+    name = args[0] if args else "nothing"
+    if name == "mixing":
+        default = BenchArgs(mixing.default_config())
+        parsed = parse(BenchArgs, args[1:], "routing-jax bench mixing", default)
+        mixing.main(parsed.config, Path(parsed.out))
+    elif name == "attention":
+        leave_memory_for_torch()  # before default_config starts the device
+        default_attention = BenchAttentionArgs(attention.default_config())
+        wanted = parse(
+            BenchAttentionArgs, args[1:], "routing-jax bench attention", default_attention
+        )
+        attention.main(wanted.config, Path(wanted.out))
+    else:
+        raise ValueError(f"bench takes 'mixing' or 'attention'; {name!r} was given.")
     return 0
 
 

@@ -4,14 +4,26 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import jax
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu13",
+    "nvidia-cuda-runtime",
+    "torch",
+    "triton",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -27,6 +39,26 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def ptxas_version() -> str | None:
+    """What `ptxas --version` says of the assembler that jax compiles kernels with; None without.
+
+    jax takes it from NVIDIA's packages where they are installed, else from the path.
+    """
+    folders = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
+    path = os.pathsep.join([*map(str, sorted(folders)), os.environ.get("PATH", "")])
+    ptxas = shutil.which("ptxas", path=path)
+    if ptxas is None:
+        return None
+    try:
+        found = subprocess.run(
+            [ptxas, "--version"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    versions = re.findall(r"\bV(\d+(?:\.\d+)+)", found.stdout)
+    return versions[-1] if versions else None
 
 
 def _device() -> str:

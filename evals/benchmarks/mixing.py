@@ -7,8 +7,6 @@ layer. Dense attention is cuDNN's on a GPU and XLA's in blocks elsewhere.
 
 import concurrent.futures
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import jax
 from routing_jax.evals.benchmarks.environment import environment
 from routing_jax.evals.benchmarks.mixing_cases import Case, cases
 from routing_jax.evals.benchmarks.mixing_config import MixingBenchConfig, Part, default_config
+from routing_jax.evals.benchmarks.running import Clock, error_text, write_json
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.kernels import default_implementation
 
@@ -26,11 +25,6 @@ __all__ = ["MixingBenchConfig", "default_config", "main", "run", "table"]
 
 Row = dict[str, Any]
 Program = Callable[[list[State]], list[State]]
-
-
-def _error(error: Exception) -> str:
-    """A failure in one line, for a row."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _count_sets(config: MixingBenchConfig, case: Case) -> int:
@@ -46,18 +40,6 @@ def _compile(config: MixingBenchConfig, length: int, case: Case) -> Program:
     return chained(case.step, config.calls(length)).lower(shapes).compile()
 
 
-class _Clock:
-    """The time left of a budget; 0 seconds for no limit."""
-
-    def __init__(self, seconds: float):
-        self._end = time.monotonic() + seconds if seconds else float("inf")
-        self._seconds = seconds
-
-    def check(self) -> None:
-        if time.monotonic() > self._end:
-            raise TimeoutError(f"skipped: the {self._seconds:g} s allowed were spent.")
-
-
 def _measure(config: MixingBenchConfig, length: int, case: Case, program: Program) -> Timing:
     sets = _count_sets(config, case)
     calls = -(-config.calls(length) // sets) * sets
@@ -66,7 +48,7 @@ def _measure(config: MixingBenchConfig, length: int, case: Case, program: Progra
     return timing
 
 
-def _rows(config: MixingBenchConfig, part: Part, clock: _Clock) -> Iterator[Row]:
+def _rows(config: MixingBenchConfig, part: Part, clock: Clock) -> Iterator[Row]:
     """The rows of one part. All its programs are compiled before any is timed."""
     cases_at = {length: cases(config, part, length) for length in config.lengths}
     with concurrent.futures.ThreadPoolExecutor(config.compile_threads) as pool:
@@ -84,7 +66,7 @@ def _rows(config: MixingBenchConfig, part: Part, clock: _Clock) -> Iterator[Row]
             clock.check()
             return _measure(config, length, case, program), None
         except Exception as error:  # one size that fails must not cost the others
-            return None, _error(error)
+            return None, error_text(error)
 
     for length, (dense_case, *routed_cases) in cases_at.items():
         dense, dense_error = measure(length, dense_case)
@@ -120,7 +102,7 @@ def run(config: MixingBenchConfig, report: Callable[[dict[str, Any]], None] | No
       milliseconds and spread (interquartile range) of one call, the same for dense, and speedup;
       a row that failed holds `error`, and None for what is missing.
     """
-    start, clock = time.monotonic(), _Clock(config.seconds)
+    start, clock = time.monotonic(), Clock(config.seconds)
     result: dict[str, Any] = {
         **environment(),
         "attention": default_implementation(jax.numpy.dtype(config.dtype)),
@@ -180,13 +162,6 @@ def table(rows: list[Row]) -> str:
     return "\n\n".join(blocks)
 
 
-def _write_json(result: dict[str, Any], out: Path) -> None:
-    """Replaces `out` at once: a reader sees the old file or the new one, whole."""
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, out)
-
-
 def main(config: MixingBenchConfig, out: Path) -> dict[str, Any]:
     """Runs the benchmark, prints each row as it comes and the table last, and writes JSON.
 
@@ -203,7 +178,7 @@ def main(config: MixingBenchConfig, out: Path) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def report(result: dict[str, Any]) -> None:
-        _write_json(result, out)
+        write_json(result, out)
         if len(result["rows"]) == 1:
             print(
                 f"{result['device']}, {config.dtype}: {config.num_heads} query and "

@@ -1,0 +1,239 @@
+"""The steps that the attention benchmark times in jax: what each reads, does and writes."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from routing_jax.evals.benchmarks.attention_cases import (
+    Case,
+    dense_flops,
+    flops,
+    make_positions,
+    make_table,
+    page_bytes,
+    random_pages,
+    random_scores,
+)
+from routing_jax.evals.benchmarks.attention_config import AttentionBenchConfig, Part
+from routing_jax.evals.benchmarks.mixing_inputs import normal
+from routing_jax.evals.benchmarks.timing import State
+from routing_jax.kernels import (
+    block_sparse_attention,
+    block_sparse_decode,
+    compacted_attention,
+    contiguous_pages,
+    default_implementation,
+    dense_attention,
+    listed_pages,
+    table_from_scores,
+    transpose_table,
+)
+
+
+class Program(NamedTuple):
+    """One step of one peer.
+
+    Attributes:
+      peer: who does it.
+      work: FLOPs or bytes of a call that its rate counts; 0 where a rate says nothing.
+      step: State -> State, with what it writes added or replaced.
+      inputs: makes what the step reads from a seed.
+      reads: bytes that a call reads; None for all of the inputs.
+    """
+
+    peer: str
+    work: float
+    step: Callable[[State], State]
+    inputs: Callable[[int], State]
+    reads: int | None = None
+
+    def bytes_read(self) -> int:
+        """`reads`, or the size of the inputs."""
+        if self.reads is not None:
+            return self.reads
+        leaves = jax.tree.leaves(jax.eval_shape(self.inputs, 0))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    def state(self, seed: int) -> State:
+        """Inputs, and room for the outputs: nan, which shows where a part is never written."""
+        inputs = self.inputs(seed)
+        written = jax.eval_shape(self.step, inputs)
+
+        def fill(shape: jax.ShapeDtypeStruct) -> jax.Array:
+            value = jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0
+            return jnp.full(shape.shape, value, shape.dtype)
+
+        outputs = {name: leaf for name, leaf in written.items() if name not in inputs}
+        return inputs | jax.tree.map(fill, outputs)
+
+
+def attention_inputs(config: AttentionBenchConfig, case: Case, seed: int) -> State:
+    """Random q, k, v and dy, the table, and what else the case has: positions, a bias."""
+    T, S, H = case.queries, case.length, case.head_dim
+    shapes = {"q": (T, case.num_heads), "k": (S, case.num_kv_heads), "v": (S, case.num_kv_heads)}
+    if case.part != "forward":
+        shapes["dy"] = shapes["q"]
+    state: State = {
+        name: normal(seed + i, (1, *shape, H), config.dtype)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    state["table"] = make_table(case, seed)
+    positions = make_positions(case, config.seed)
+    if positions is not None:
+        state["positions"] = jnp.asarray(positions)
+    if case.variant == "block_bias":
+        state["bias"] = normal(seed + 9, state["table"].indices.shape, "float32")
+    return state
+
+
+def sparse_attention(implementation: str | None, state: State) -> jax.Array:
+    """Block-sparse attention over the state's table."""
+    out = block_sparse_attention(
+        state["q"],
+        state["k"],
+        state["v"],
+        state["table"],
+        block_bias=state.get("bias"),
+        q_positions=state.get("positions"),
+        implementation=implementation,
+    )
+    assert isinstance(out, jax.Array)  # no log-sum-exp was asked for
+    return out
+
+
+def full_attention(state: State) -> jax.Array:
+    """Dense causal attention: of every query, or of compacted ones."""
+    q, k, v = (state[name] for name in "qkv")
+    if "positions" in state:
+        return compacted_attention(q, k, v, state["positions"])
+    return dense_attention(q, k, v)
+
+
+def forward(attend: Callable[[State], jax.Array], state: State) -> State:
+    """The state with y."""
+    return state | {"y": attend(state)}
+
+
+def forward_backward(attend: Callable[[State], jax.Array], state: State) -> State:
+    """The state with y and, as 'd' and a name, the gradient of y·dy by q, k, v and bias."""
+    inputs = {name: state[name] for name in ("q", "k", "v", "bias") if name in state}
+    y, vjp = jax.vjp(lambda inputs: attend(state | inputs), inputs)
+    (gradients,) = vjp(state["dy"])
+    return state | {"y": y} | {f"d{name}": leaf for name, leaf in gradients.items()}
+
+
+def _attention(config: AttentionBenchConfig, case: Case, listed: int) -> list[Program]:
+    inputs = functools.partial(attention_inputs, config, case)
+    run = forward_backward if case.part == "forward_backward" else forward
+    sparse = functools.partial(run, functools.partial(sparse_attention, config.implementation))
+    found = [Program("block_sparse", flops(case, listed), sparse, inputs)]
+    if case.blocks == 0 and case.variant in (None, "few_queries", "group3"):
+
+        def without_table(seed: int) -> State:
+            return {name: leaf for name, leaf in inputs(seed).items() if name != "table"}
+
+        work = flops(case, listed) if case.variant == "few_queries" else dense_flops(case)
+        found.append(Program("dense", work, functools.partial(run, full_attention), without_table))
+    return found
+
+
+def _decode(config: AttentionBenchConfig, case: Case, listed: int) -> list[Program]:
+    B, S, N, K, H = case.batch, case.length, case.num_heads, case.num_kv_heads, case.head_dim
+    itemsize = jnp.dtype(config.dtype).itemsize
+
+    def cache(shape: tuple[int, ...], seed: int) -> State:
+        return {
+            "q": normal(seed, (B, 1, N, H), config.dtype),
+            "k": normal(seed + 1, shape, config.dtype),
+            "v": normal(seed + 2, shape, config.dtype),
+        }
+
+    def pool(seed: int) -> State:
+        table = contiguous_pages(B, case.num_blocks)
+        return cache((B * case.num_blocks, case.block, K, H), seed) | {
+            "pages": listed_pages(table, *random_pages(case, seed)),
+            "lengths": jnp.full(B, S, jnp.int32),
+        }
+
+    def sparse(state: State) -> State:
+        operands = (state[name] for name in ("q", "k", "v", "pages", "lengths"))
+        return state | {"y": block_sparse_decode(*operands, implementation=config.implementation)}
+
+    def dense(state: State) -> State:
+        implementation = default_implementation(jnp.dtype(config.dtype))
+        operands = (state[name] for name in "qkv")
+        y = jax.nn.dot_product_attention(*operands, implementation=implementation)
+        return state | {"y": y}
+
+    read = page_bytes(case, listed, itemsize)
+    found = [Program("block_sparse", read, sparse, pool, read)]
+    if case.blocks == 0:
+        found.append(Program("dense", read, dense, functools.partial(cache, (B, S, K, H))))
+    return found
+
+
+def _table(config: AttentionBenchConfig, case: Case, listed: int) -> list[Program]:
+    """Selection from scores, its transpose, both together, and the forward pass beside them."""
+    M = J = case.num_blocks
+
+    def scores(seed: int) -> State:
+        return {"scores": random_scores(seed, (1, case.num_kv_heads, M, J))}
+
+    def select(state: State) -> State:
+        table = table_from_scores(
+            state["scores"], case.blocks, block_q=case.block, block_kv=case.block
+        ).table
+        return state | {"table": table}
+
+    def transpose(state: State) -> State:
+        return state | {"transposed": transpose_table(state["table"], J)}
+
+    def both(state: State) -> State:
+        return transpose(select(state))
+
+    forward_case = case._replace(part="forward")
+    (attention, *_) = _attention(config, forward_case, listed)
+    return [
+        attention._replace(peer="forward"),
+        Program("selection", 0, select, scores),
+        Program("transpose", 0, transpose, lambda seed: {"table": make_table(case, seed)}),
+        Program("selection and transpose", 0, both, scores),
+    ]
+
+
+def ceilings(config: AttentionBenchConfig) -> list[Program]:
+    """What the device reaches on the simplest work: a square matmul, and reading and writing."""
+    size = config.matmul_size
+    count = config.copy_bytes // jnp.dtype(config.dtype).itemsize
+
+    def matrices(seed: int) -> State:
+        return {name: normal(seed + i, (size, size), config.dtype) for i, name in enumerate("ab")}
+
+    def negated(state: State) -> State:
+        return state | {"y": -state["x"]}  # not a copy, which the compiler could elide
+
+    return [
+        Program("matmul", 2.0 * size**3, lambda s: s | {"y": s["a"] @ s["b"]}, matrices),
+        Program(
+            "copy",
+            2 * config.copy_bytes,
+            negated,
+            lambda seed: {"x": normal(seed, (count,), config.dtype)},
+        ),
+    ]
+
+
+def programs(config: AttentionBenchConfig, case: Case, listed: int) -> list[Program]:
+    """The jax programs of a case that the config's peers ask for; dense attention only at blocks 0.
+
+    Args:
+      config: sizes and peers.
+      case: of any part but 'agreement' and 'ceiling'.
+      listed: what `listed_blocks` says of it.
+    """
+    build: dict[Part, Callable] = {"decode": _decode, "table": _table}
+    found = build.get(case.part, _attention)(config, case, listed)
+    return [p for p in found if p.peer in config.peers or case.part == "table"]
