@@ -139,9 +139,10 @@ def _program(
             plgpu.barrier_wait(q_full.at[buffer])
 
             def add_piece(step, state, masked):
-                maximum, total, values = state
+                maximum, total, values, bias = state
                 stage = lax.rem(past + step, stages)
-                bias = item.bias(step) if inputs.bias is not None else None
+                # Read a step ahead: it comes from global memory.
+                next_bias = None if bias is None else item.bias(step + 1)
                 start = item.first_key(step) if masked else None
                 plgpu.barrier_wait(full[0].at[stage])
 
@@ -185,19 +186,20 @@ def _program(
 
                 values = pl.run_state(add_values)(plgpu.ACC.init(values))
                 plgpu.barrier_arrive(empty[1].at[stage])
-                return raised, total, values
+                return raised, total, values, next_bias
 
             state = (
                 row_vector(_ROWS, -jnp.inf),
                 row_vector(_ROWS, 0.0),
                 accumulator(_ROWS, geometry.H),
+                None if inputs.bias is None else item.bias(jnp.int32(0)),
             )
             whole, steps = item.unmasked, item.steps
             state = lax.fori_loop(0, whole, functools.partial(add_piece, masked=False), state)
             state = lax.fori_loop(whole, steps, functools.partial(add_piece, masked=True), state)
             if catch_up:
                 pl.when(warpgroup == 0)(take_turns)
-            maximum, total, values = state
+            maximum, total, values, _ = state
             if inputs.positions is not None:
                 live = positions_of(inputs, item.batch, q_rows) >= 0
                 total = jnp.where(live, total, 0.0)
@@ -210,7 +212,7 @@ def _program(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_q, out_ref.at[item.batch, q_rows, head])
             plgpu.copy_smem_to_gmem(own_lse, lse_ref.at[item.batch, head, q_rows])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_empty.at[buffer])
             return past + steps
 

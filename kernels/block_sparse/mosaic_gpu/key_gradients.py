@@ -171,7 +171,7 @@ def _program(
             own_k[...] = total.astype(k_smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_k, result.at[own])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == warpgroups)
     def _():

@@ -152,7 +152,7 @@ def _program(
             own_q[...] = (dq * (geometry.scale / LOG2_E)).astype(q_smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_q, results[0].at[item.batch, q_rows, head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_empty.at[warpgroup])
             return past + steps
 
