@@ -126,7 +126,7 @@ def runs(text: str = "stdlib") -> Iterator[Run]:
         ("mqar-256", ("routed", "routed+summary", "full", "conv"), _THREE),
         ("mqar-256-marked", ("routed",), _THREE),
         ("lm", ("routed", "full"), _THREE),
-        ("lm", ("conv", "random"), (0,)),
+        ("lm", ("conv", "random", "no-penalty"), (0,)),
     ]
     for task, variants, seeds in plan:
         base = get_preset(task)
