@@ -8,11 +8,12 @@ import json
 import math
 import re
 import statistics
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
+
+from routing_jax.files import write_whole
 
 HISTORY_KEYS = ("step", "loss", "accuracy", "lambda", "usage", "cost", "length")
 MAX_HISTORY = 200
@@ -221,20 +222,18 @@ def result_path(
 
 
 def write_result(result: Result, path: epath.PathLike) -> None:
-    """Writes a result whole or not at all; a file that stood there stays until then."""
+    """Writes a result whole or not at all; a file that stood there stays until then.
+
+    Raises:
+      OSError: it can't be written; the file is named.
+    """
     path = epath.Path(path)
     # Serialised first: what JSON cannot hold must not leave a file.
     values = dataclasses.asdict(result).items()
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in values]
     text = "{\n" + ",\n".join(lines) + "\n}\n"  # a field a line, for readable differences
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, text)
 
 
 def read_result(path: epath.PathLike) -> Result:

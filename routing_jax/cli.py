@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,9 @@ from routing_jax.evals.benchmarks import attention, mixing
 from routing_jax.evals.benchmarks.attention import AttentionBenchConfig
 from routing_jax.evals.benchmarks.attention_flex import leave_memory_for_torch
 from routing_jax.evals.benchmarks.mixing import MixingBenchConfig
+from routing_jax.sharding import make_mesh
 from routing_jax.train.command import EXIT_BAD_INPUT, guarded, parse, train_command
+from routing_jax.train.config import MeshConfig
 from routing_jax.train.presets import PRESETS
 
 
@@ -24,11 +26,13 @@ class EvalArgs:
       workdir: the run's folder.
       step: which checkpoint; the newest when not given.
       length: sequence length; the task's own when not given.
+      mesh: how the devices here are laid out; not the run's own, which may have had others.
     """
 
     workdir: Annotated[str, tyro.conf.Positional]
     step: int | None = None
     length: int | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 def eval_command(args: Sequence[str]) -> int:
@@ -36,8 +40,9 @@ def eval_command(args: Sequence[str]) -> int:
     parsed = parse(EvalArgs, args, "routing-jax eval")
     from routing_jax.train.run import evaluate_run, load_run
 
-    config, params, step = load_run(parsed.workdir, parsed.step)
-    result = evaluate_run(config, params, length=parsed.length)
+    mesh = make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
+    config, params, step = load_run(parsed.workdir, parsed.step, mesh)
+    result = evaluate_run(config, params, mesh, length=parsed.length)
     print(f"step           {step}")
     for name, value in result._asdict().items():
         text = ", ".join(f"{v:.5f}" for v in value) if isinstance(value, tuple) else f"{value:.6g}"

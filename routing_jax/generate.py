@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from routing_jax.kernels.checks import known_values, refuse_rows
 from routing_jax.models import Decoder, DecoderCache, DecoderConfig, init_cache
 
 
@@ -27,6 +28,10 @@ def prefill(
     Returns:
       ([B,V] logits after each prompt's last token, the cache).
 
+    Raises:
+      ValueError: a length outside 1…T, or a prompt longer than the cache; both only where lengths
+        are concrete. Under jit, what does not fit is dropped, as `Decoder` says.
+
     >>> from routing_jax.models import init_params
     >>> config = DecoderConfig(width=8, head_dim=8, mlp_width=0)
     >>> params = init_params(config, jax.random.key(0))
@@ -35,6 +40,12 @@ def prefill(
     ((2, 256), [4, 2])
     """
     B, T = tokens.shape
+    _, (known,) = known_values(lengths)
+    refuse_rows(
+        (known < 1) | (known > T),
+        f"lengths must be from 1 to {T}, the tokens given of each prompt",
+        lambda row: f"is {known[row]}",
+    )
     index = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.where(index < lengths[:, None], index, -1)
     cache = init_cache(config, B, cache_length)
@@ -57,6 +68,10 @@ def decode_step(
 
     Returns:
       ([B,V] logits, the cache).
+
+    Raises:
+      ValueError: a sequence's cache is full, where its lengths are concrete. Under jit they are
+        not: the token's key is dropped and it attends without itself, as do all that follow.
 
     >>> from routing_jax.models import init_params
     >>> config = DecoderConfig(width=8, head_dim=8, mlp_width=0)
@@ -95,7 +110,9 @@ def generate(
       [B,steps] int32.
 
     Raises:
-      ValueError: a temperature below 0, or above 0 without a key.
+      ValueError: a temperature below 0, or above 0 without a key; before the first step, a length
+        outside 1…T where lengths are concrete. The cache is made for T + `steps` tokens, which
+        lengths up to T never overrun.
 
     >>> from routing_jax.models import init_params
     >>> config = DecoderConfig(width=8, head_dim=8, mlp_width=0)

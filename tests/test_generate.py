@@ -3,50 +3,30 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from routing_jax.generate import generate
-from routing_jax.models import Decoder, DecoderConfig, init_params
-from routing_jax.routers import TokenRouterConfig
+from routing_jax.generate import generate, prefill
+from routing_jax.models import Decoder
 
-CONFIG = DecoderConfig(
-    vocab_size=24,
-    width=8,
-    layers="conv,routed,full",
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
-    mlp_width=12,
-    conv_width=3,
-    router=TokenRouterConfig(hidden=4, bias=0.0),
-    dtype="float32",
-)
-SIMPLE = CONFIG.replace(layers="conv", mlp_width=0)
+from .small_model import MIXED, make_params
+
+SIMPLE = MIXED.replace(layers="conv", mlp_width=0)
 STEPS = 6
 LENGTHS = np.array([7, 1, 4])
-
-
-@functools.cache
-def make_params(config=CONFIG):
-    """Parameters large enough that tokens, gates and logits differ from each other."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), shapes)
 
 
 def prompts(pad):
     tokens = np.full((len(LENGTHS), max(LENGTHS)), pad, np.int32)
     rng = np.random.default_rng(1)
     for row, length in zip(tokens, LENGTHS):
-        row[:length] = rng.integers(0, CONFIG.vocab_size, length)
+        row[:length] = rng.integers(0, MIXED.vocab_size, length)
     return tokens
 
 
 @functools.cache
 def greedy():
-    return jax.jit(lambda params, t, n: generate(CONFIG, params, t, n, STEPS))
+    return jax.jit(lambda params, t, n: generate(MIXED, params, t, n, STEPS))
 
 
 def test_every_token_is_the_one_a_whole_new_reading_would_choose():
@@ -56,7 +36,7 @@ def test_every_token_is_the_one_a_whole_new_reading_would_choose():
     for row, prompt, length, rest in zip(whole, tokens, LENGTHS, made):
         row[: length + STEPS] = [*prompt[:length], *rest]
     # No cache, no padding in front, no skipping: every branch computed for every token.
-    out = jax.jit(lambda p, t: Decoder(CONFIG).apply({"params": p}, t, mode="masked"))(
+    out = jax.jit(lambda p, t: Decoder(MIXED).apply({"params": p}, t, mode="masked"))(
         make_params(), whole
     )
     routed = np.asarray(out.reports.choice)[1]
@@ -94,4 +74,18 @@ def test_a_key_decides_what_is_drawn_and_draws_follow_the_probabilities():
 @pytest.mark.parametrize(("temperature", "rng"), [(-1.0, jax.random.key), (0.5, lambda _: None)])
 def test_a_temperature_that_cannot_be_sampled_is_refused(temperature, rng):
     with pytest.raises(ValueError, match=rf"temperature is {temperature}; it must be at least 0"):
-        generate(CONFIG, {}, prompts(0), LENGTHS, 1, temperature=temperature, rng=rng(0))
+        generate(MIXED, {}, prompts(0), LENGTHS, 1, temperature=temperature, rng=rng(0))
+
+
+@pytest.mark.parametrize("wrong", [0, 8])
+def test_a_length_that_the_prompts_do_not_have_is_refused_before_anything_runs(wrong):
+    with pytest.raises(
+        ValueError, match=rf"^lengths must be from 1 to 7, .*; row \(1,\) is {wrong}\.$"
+    ):
+        generate(MIXED, {}, prompts(0), np.array([7, wrong, 4]), STEPS)
+
+
+def test_a_prompt_longer_than_its_cache_is_refused():
+    said = r"positions must be below 6, .*; row \(0,\) reaches 6\."
+    with pytest.raises(ValueError, match=said):
+        prefill(MIXED, make_params(), prompts(0), LENGTHS, 6)

@@ -19,11 +19,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from routing_jax.checkpoint import Checkpointer
+from routing_jax.files import write_whole
 from routing_jax.sharding import make_mesh, put_batch, tree_shardings
 from routing_jax.train.config import TrainConfig, config_to_dict
 from routing_jax.train.curriculum import finished
 from routing_jax.train.data import Batch, batches
-from routing_jax.train.metrics import MetricsWriter, Progress, write_whole
+from routing_jax.train.metrics import MetricsWriter, Progress
 from routing_jax.train.step import TrainState, init_state, make_train_step
 
 

@@ -4,28 +4,11 @@ import contextlib
 import json
 import sys
 import time
-import uuid
 from typing import Any, Self
 
 from etils import epath
 
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all; what stood there stays until then.
-
-    Raises:
-      OSError: it can't be written; the file is named.
-    """
-    draft = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        draft.write_text(text)
-        draft.replace(path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise OSError(e.errno, e.strerror, str(path)) from e
-        raise
+from routing_jax.files import write_whole
 
 
 class MetricsWriter:

@@ -1,46 +1,31 @@
 """A whole run: check, plan, train, evaluate, and leave a folder that tells the story."""
 
-import importlib.metadata
 import itertools
 import json
-import platform
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 import routing_jax
 from routing_jax.checkpoint import Checkpointer, CheckpointError
 from routing_jax.evals.evaluate import Evaluation, evaluate, routed_tokens
 from routing_jax.evals.mixing_time import mixing_milliseconds
 from routing_jax.evals.plots import plot_heatmap, plot_history
+from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.models import count_params
-from routing_jax.sharding import put_batch
+from routing_jax.sharding import make_mesh, put_batch
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
 from routing_jax.train.data import RecallConfig, batches
 from routing_jax.train.loop import Trained, abstract_state, train, train_mesh
 from routing_jax.train.metrics import read_metrics
 
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # those that a result depends on
 _EVAL_SEED_OFFSET = 1_000_003  # evaluation data of no training seed
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    names = ("jax", "jaxlib", "flax", "optax", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), "routing_jax": routing_jax.__version__, **found}
-
-
-def device_name() -> str:
-    """What the first device is, and how many there are."""
-    kind = jax.devices()[0].device_kind
-    if jax.default_backend() == "cpu":
-        kind = f"CPU ({platform.machine()})"
-    count = jax.device_count()
-    return kind if count == 1 else f"{count} x {kind}"
 
 
 def least_usage(config: TrainConfig) -> float | None:
@@ -73,7 +58,7 @@ def describe(config: TrainConfig) -> str:
            else ""),
         f"model       {params:,} parameters, layers {model.layers}, width {model.width}",
         "mesh        " + " × ".join(f"{k} {v}" for k, v in mesh.shape.items())
-        + f" on {device_name()}",
+        + f" on {all_devices()}",
         f"tokens      {config.batch_tokens:,} a step, at most {most:,} steps, "
         f"{most * config.batch_tokens / 1e6:,.0f} M in all",
         f"memory      about {memory / 2**20:,.0f} MiB a device",
@@ -145,19 +130,23 @@ def find_start(
     return steps[-1] if steps else None
 
 
-def load_run(workdir: str | epath.Path, step: int | None = None) -> tuple[TrainConfig, Any, int]:
+def load_run(
+    workdir: str | epath.Path, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[TrainConfig, Any, int]:
     """A finished or interrupted run: its configuration, parameters and step.
 
     Args:
       workdir: the run's folder.
       step: which checkpoint; the newest when None.
+      mesh: where the parameters go, whatever mesh they were trained on; copies on all devices here
+        when None.
 
     Raises:
       ValueError: the folder holds no run, or no checkpoint.
     """
     workdir = epath.Path(workdir)
     config = read_config(workdir)
-    mesh = train_mesh(config)
+    mesh = mesh or make_mesh()
     with Checkpointer(workdir / "checkpoints") as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.latest() if step is None else step
         if step is None:
@@ -167,17 +156,24 @@ def load_run(workdir: str | epath.Path, step: int | None = None) -> tuple[TrainC
 
 
 def evaluate_run(
-    config: TrainConfig, params: Any, *, first_place: bool = False, length: int | None = None
+    config: TrainConfig,
+    params: Any,
+    mesh: Mesh | None = None,
+    *,
+    first_place: bool = False,
+    length: int | None = None,
 ) -> Evaluation:
-    """Evaluates on held-out sequences of the task, on the run's mesh.
+    """Evaluates on held-out sequences of the task.
 
     Args:
       config: the run.
       params: its parameters.
+      mesh: the one that the parameters are on; that of all devices here, as `load_run`'s, when
+        None.
       first_place: recall only: the queried pair at positions 0–1, as published.
       length: T; the task's own when None.
     """
-    mesh = train_mesh(config)
+    mesh = mesh or make_mesh()
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     length = length or config.data.length
     size = max(1, min(config.eval_sequences, config.batch_tokens // length) // parts) * parts
@@ -211,10 +207,11 @@ def finish_run(
     workdir = epath.Path(workdir)
     params = trained.state.params
     is_recall = isinstance(config.data, RecallConfig)
-    held_out = evaluate_run(config, params)
+    mesh = train_mesh(config)
+    held_out = evaluate_run(config, params, mesh)
     first = None
     if isinstance(config.data, RecallConfig) and config.data.style == "pairs":
-        first = evaluate_run(config, params, first_place=True).accuracy
+        first = evaluate_run(config, params, mesh, first_place=True).accuracy
     sample = next(
         batches(config.data, split="validation", seed=config.seed + _EVAL_SEED_OFFSET, batch_size=1)
     )
@@ -244,8 +241,8 @@ def finish_run(
         parameters=count_params(params),
         minutes=trained.seconds / 60,
         mixing_ms=_mixing_ms(config, params),
-        device=device_name(),
-        versions=versions(),
+        device=all_devices(),
+        versions={"routing_jax": routing_jax.__version__, **versions(_PACKAGES)},
         config=config_to_dict(config),
         history=thin_history(read_metrics(workdir)),
         heatmap=heat if config.data.length <= 512 else None,
@@ -313,7 +310,6 @@ def run(
 
 __all__ = [
     "describe",
-    "device_name",
     "evaluate_run",
     "find_start",
     "finish_run",
@@ -321,5 +317,4 @@ __all__ = [
     "load_run",
     "read_config",
     "run",
-    "versions",
 ]

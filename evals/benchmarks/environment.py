@@ -1,9 +1,7 @@
 """Where a benchmark ran: device, driver, versions and date, for its result file."""
 
 import datetime
-import importlib.metadata
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from routing_jax.evals.provenance import first_device, versions
 
 _PACKAGES = (
     "jax",
@@ -33,10 +33,10 @@ def environment() -> dict[str, Any]:
     ['backend', 'date', 'device', 'driver', 'versions']
     """
     return {
-        "device": _device(),
+        "device": first_device(),
         "backend": jax.default_backend(),
         "driver": _driver(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(_PACKAGES),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -57,18 +57,8 @@ def ptxas_version() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    versions = re.findall(r"\bV(\d+(?:\.\d+)+)", found.stdout)
-    return versions[-1] if versions else None
-
-
-def _device() -> str:
-    """The accelerator's name, or the processor's with its number of cores."""
-    if jax.default_backend() != "cpu":
-        return jax.devices()[0].device_kind
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    named = re.findall(r"\bV(\d+(?:\.\d+)+)", found.stdout)
+    return named[-1] if named else None
 
 
 def _driver() -> str | None:
@@ -81,13 +71,3 @@ def _driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.split("\n")[0].strip() or None
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -1,10 +1,11 @@
 """What every benchmark's run needs: a time limit, errors as text, results written whole."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+from routing_jax.files import write_whole
 
 
 class Clock:
@@ -30,7 +31,9 @@ def error_text(error: Exception) -> str:
 
 
 def write_json(result: dict[str, Any], out: Path) -> None:
-    """Replaces `out` at once: a reader sees the old file or the new one, whole."""
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, out)
+    """Replaces `out` at once: a reader sees the old file or the new one, whole.
+
+    Raises:
+      OSError: it can't be written; the file is named.
+    """
+    write_whole(out, json.dumps(result, indent=1, allow_nan=False) + "\n")

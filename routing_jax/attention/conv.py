@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.cache import LayerCache, push_history
-from routing_jax.attention.mixer import LayerReport, Mode, attention_work, visible_pairs
+from routing_jax.attention.mixer import LayerReport, Mode, attention_work, check_mode, visible_pairs
 from routing_jax.attention.projections import HeadsConfig
 from routing_jax.kernels import causal_conv
 
@@ -81,6 +81,7 @@ class CausalConv(nn.Module):
         mode: Mode = "eval",
     ) -> tuple[jax.Array, LayerCache | None, LayerReport]:
         """Mixes the tokens of x [B,T,D]; see the class."""
+        check_mode(mode)
         kernel = conv_kernel(self, self.conv_width, x.shape[-1], x.dtype)
         y, cache = conv_branch(x, kernel, positions, segment_ids, cache)
         pairs = visible_pairs(positions, segment_ids).sum()

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.cache import LayerCache, write_kv
-from routing_jax.attention.mixer import LayerReport, Mode
+from routing_jax.attention.mixer import LayerReport, Mode, check_mode
 from routing_jax.attention.projections import (
     HeadsConfig,
     make_attention_weights,
@@ -36,6 +36,7 @@ class FullAttention(nn.Module):
         mode: Mode = "eval",
     ) -> tuple[jax.Array, LayerCache | None, LayerReport]:
         """Mixes the tokens of x [B,T,D]; see the class."""
+        check_mode(mode)
         heads = self.heads
         weights = make_attention_weights(self, heads, x.shape[-1], x.dtype)
         q = project_queries(x, positions, weights, heads)

@@ -3,7 +3,7 @@
 A mixer is called as `(x, positions, segment_ids, cache, rng, mode) -> (y, cache, LayerReport)`.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,20 @@ train: both branches, noisy gates, gradients. masked: both branches, no noise (t
 skipping is tested against). eval: no noise, unrouted work skipped. prefill: eval, and fills an
 empty cache. decode: one token a sequence, from the cache.
 """
+
+
+def check_mode(mode: str) -> None:
+    """Refuses what is no Mode, which would run as some other one; every mixer calls it first.
+
+    Raises:
+      ValueError: `mode` is not one of them.
+
+    >>> check_mode("evaluate")
+    Traceback (most recent call last):
+    ValueError: mode is 'evaluate'; accepted: train, eval, masked, prefill, decode.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}; accepted: {', '.join(get_args(Mode))}.")
 
 
 class LayerReport(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from routing_jax.attention.cache import LayerCache, write_kv
 from routing_jax.attention.conv import conv_branch, conv_kernel
-from routing_jax.attention.mixer import LayerReport, Mode, attention_work, visible_pairs
+from routing_jax.attention.mixer import LayerReport, Mode, attention_work, check_mode, visible_pairs
 from routing_jax.attention.per_shard import over_batch_and_heads
 from routing_jax.attention.projections import (
     AttentionWeights,
@@ -171,6 +171,7 @@ class RoutedConv(nn.Module):
         mode: Mode = "eval",
     ) -> tuple[jax.Array, LayerCache | None, LayerReport]:
         """Mixes the tokens of x [B,T,D]; see the class."""
+        check_mode(mode)
         heads, width = self.heads, x.shape[-1]
         weights = make_attention_weights(self, heads, width, x.dtype)
         kernel = conv_kernel(self, self.conv_width, width, x.dtype)

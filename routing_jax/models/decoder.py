@@ -14,6 +14,7 @@ from routing_jax.attention import (
     Mode,
     RoutedConv,
 )
+from routing_jax.kernels.checks import known_values, refuse_rows
 from routing_jax.models.config import DecoderConfig, repeating_pattern
 from routing_jax.models.embedding import embed
 
@@ -28,6 +29,18 @@ class DecoderCache(NamedTuple):
 
     layers: tuple[LayerCache, ...]
     lengths: jax.Array
+
+
+def _check_room(cache: DecoderCache, positions: jax.Array) -> None:
+    """Refuses positions [B,T] that the cache has no place for; without keys it has no end."""
+    sizes = [layer.keys.shape[-3] for layer in cache.layers if layer.keys is not None]
+    if sizes:
+        _, (known,) = known_values(positions)
+        refuse_rows(
+            (known >= sizes[0]).any(-1),
+            f"positions must be below {sizes[0]}, the most tokens a sequence of this cache holds",
+            lambda row: f"reaches {known[row].max()}",
+        )
 
 
 class ModelOutput(NamedTuple):
@@ -136,6 +149,9 @@ class Decoder(nn.Module):
 
     `apply({'params': p}, tokens [B,T], positions, segment_ids, cache, rng, mode) -> ModelOutput`.
     Use `init_params` for its parameters: they are the same with and without scan.
+    A position past the cache's end raises ValueError where positions are concrete. Under jit they
+    are not: the key is dropped and later tokens do not see it, so the caller has to count, or to
+    run under `checkify.checkify(f, errors=checkify.user_checks)`, which reports it.
 
     >>> model = Decoder(DecoderConfig(width=8, head_dim=8, mlp_width=0))
     >>> params = init_params(model.config, jax.random.key(0))
@@ -167,6 +183,8 @@ class Decoder(nn.Module):
             positions = jnp.broadcast_to(
                 jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + start, tokens.shape
             )
+        if cache is not None:
+            _check_room(cache, positions)
         embedding = self.param(
             "embedding", nn.initializers.normal(1.0), (cfg.vocab_size, cfg.width)
         )

@@ -46,6 +46,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(make_result, tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_result_that_cannot_be_put_in_place_is_named(make_result, tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match=r"taken(\.json)? can't be written: .*directory"):
+        write_result(make_result(), tmp_path / "taken")
+
+
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(make_result, tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_result(make_result(config={"rate": math.nan}), tmp_path / "result.json")

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from routing_jax.models import (
     Decoder,
-    DecoderConfig,
     count_params,
     init_cache,
     init_params,
@@ -17,46 +17,10 @@ from routing_jax.models import (
     stack_layers,
     unstack_layers,
 )
-from routing_jax.routers import TokenRouterConfig
 
-MIXED = DecoderConfig(
-    vocab_size=24,
-    width=8,
-    layers="conv,routed,full",
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
-    mlp_width=12,
-    conv_width=3,
-    router=TokenRouterConfig(hidden=4, bias=0.0, summary=3),
-    dtype="float32",
-)
+from ..small_model import MIXED, make_params
+
 SCANNED = MIXED.replace(layers="(conv,routed,full)*2", scan=True)
-# Compiling an initialiser takes longer than all else here, so parameters come from numpy, and one
-# test holds the initialiser itself against its unrolled form.
-
-
-@functools.cache
-def make_params(config):
-    """Parameters whose router scores differ from token to token."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        noise = rng.normal(size=leaf.shape).astype(np.float32)
-        match path[-1].key:
-            case "bias":
-                return np.zeros_like(noise)
-            case "scale":
-                return 1 + 0.1 * noise
-            case "embedding" | "hidden" | "out" if leaf.ndim < 3:
-                return noise
-            case _:
-                return noise / leaf.shape[0] ** 0.5
-
-    unrolled = config.replace(scan=False)
-    shapes = jax.eval_shape(lambda: init_params(unrolled, jax.random.key(0)))
-    params = jax.tree_util.tree_map_with_path(fill, shapes)
-    return jax.device_get(stack_layers(params, config)) if config.scan else params
 
 
 @functools.cache
@@ -283,3 +247,37 @@ def test_a_mode_without_what_it_needs_is_refused():
             runner(MIXED, mode)(params, tokens)
     with pytest.raises(ValueError, match=r"mode 'decode' takes tokens \[B,1\]; they are \(2, 3\)"):
         runner(MIXED, "decode")(params, tokens, None, None, init_cache(MIXED, 2, 8))
+
+
+def test_an_unknown_mode_is_refused():
+    for config in (MIXED, SCANNED, MIXED.replace(layers="conv")):
+        with pytest.raises(ValueError, match=r"^mode is 'evaluate'; accepted: train, eval, masked"):
+            jax.eval_shape(runner(config, "evaluate"), make_params(config), tokens_of(2, 3))
+
+
+@pytest.mark.parametrize("config", [MIXED, SCANNED], ids=["unrolled", "scanned"])
+def test_what_a_cache_has_no_room_for_is_refused_where_positions_are_known(config):
+    def step(params, tokens, cache):
+        return Decoder(config).apply({"params": params}, tokens, cache=cache, mode="decode").cache
+
+    params, tokens = make_params(config), tokens_of(2, 1)
+    full = init_cache(config, 2, 8)._replace(lengths=jnp.array([3, 8]))
+    said = r"positions must be below 8, the most tokens a sequence of this cache holds; "
+    with pytest.raises(ValueError, match=said + r"row \(1,\) reaches 8"):
+        step(params, tokens, full)
+    checked = jax.jit(checkify.checkify(step, errors=checkify.user_checks))
+    error, _ = checked(params, tokens, full)
+    with pytest.raises(checkify.JaxRuntimeError, match=said + "some row breaks this"):
+        error.throw()
+    error, after = checked(params, tokens, full._replace(lengths=jnp.array([3, 7])))
+    error.throw()
+    np.testing.assert_array_equal(after.lengths, [4, 8])
+
+
+def test_a_cache_without_keys_has_no_end():
+    config = MIXED.replace(layers="conv", mlp_width=0)
+    cache = init_cache(config, 2, 8)._replace(lengths=jnp.array([3, 8]))
+    out = Decoder(config).apply(
+        {"params": make_params(config)}, tokens_of(2, 1), cache=cache, mode="decode"
+    )
+    np.testing.assert_array_equal(out.cache.lengths, [4, 9])

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
+from routing_jax.cli import main
 from routing_jax.evals.evaluate import Evaluation
 from routing_jax.evals.results import read_result
 from routing_jax.train.command import TrainArgs, parse
@@ -79,7 +81,7 @@ def assert_same_result(folder, alone):
 
 
 EIGHT = """
-import sys
+import contextlib, sys
 from routing_jax import cli
 from routing_jax.train.loop import train
 from routing_jax.train.run import read_config
@@ -89,20 +91,46 @@ train(read_config(epath.Path(alone)).replace(mesh__data=8), f"{folder}/data", qu
 main = ["train", "recall-128", *flags, "--workdir"]
 mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
 assert cli.main([*main, f"{folder}/all", *mesh]) == 0
+with open(f"{folder}/on_eight.txt", "w") as said, contextlib.redirect_stdout(said):
+    assert cli.main(["eval", f"{folder}/all", "--mesh.fsdp", "4"]) == 0
 assert cli.main([*main, f"{folder}/none", "--batch-tokens", "192"]) == 2
 """
 
 
-def test_eight_devices_give_the_losses_of_one(alone, tmp_path):
-    (error,) = finish(start(8, EIGHT, tmp_path, alone.folder, *FLAGS))
-    assert_same_losses(tmp_path / "data", alone)
-    assert_same_losses(tmp_path / "all", alone)
-    assert_same_result(tmp_path / "all", alone)
+@pytest.fixture(scope="module")
+def eight(alone, tmp_path_factory):
+    """The runs on eight devices, and what was said to the one that was refused."""
+    folder = tmp_path_factory.mktemp("eight")
+    (error,) = finish(start(8, EIGHT, folder, alone.folder, *FLAGS))
+    return folder, error
+
+
+def test_eight_devices_give_the_losses_of_one(alone, eight):
+    folder, error = eight
+    assert_same_losses(folder / "data", alone)
+    assert_same_losses(folder / "all", alone)
+    assert_same_result(folder / "all", alone)
     assert error == (
         "error: batch_tokens is 192: 12 sequences of 16 do not divide among mesh.data × mesh.fsdp "
         "× accumulation = 8.\n"
     )
-    assert not (tmp_path / "none").exists()
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize("said", ["on_eight.txt", None], ids=["eight devices", "one device"])
+def test_a_run_is_evaluated_on_the_devices_at_hand(eight, said, capsys):
+    folder, _ = eight
+    workdir = folder / "all"  # trained with mesh.fsdp=2 and mesh.tensor=2
+    if said is None:
+        assert jax.device_count() == 1
+        assert main(["eval", str(workdir)]) == 0
+        text = capsys.readouterr().out
+    else:
+        text = (folder / said).read_text()
+    shown = dict(line.split(None, 1) for line in text.splitlines())
+    result = read_result(workdir / "result.json")
+    for name in ("sequences", "accuracy", "loss", "usage", "cost", "kv_cost"):
+        assert float(shown[name]) == pytest.approx(getattr(result, name), rel=2e-5), name
 
 
 TWO = """

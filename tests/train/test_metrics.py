@@ -3,11 +3,10 @@
 import json
 import struct
 
-import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from routing_jax.train import metrics
-from routing_jax.train.metrics import MetricsWriter, Progress, read_metrics, write_whole
+from routing_jax.train.metrics import MetricsWriter, Progress, read_metrics
 
 VALUES = {"loss": 0.5, "usage_per_layer": [0.25, 1.0], "length": 8}
 SHOWN = {"length": 8, "loss": 1.5, "accuracy": 0.25, "lambda": 0.1, "usage": 0.5, "cost": 0.75}
@@ -70,19 +69,6 @@ def test_a_torn_last_line_is_dropped(tmp_path):
 
 def test_a_folder_without_metrics_has_none(tmp_path):
     assert read_metrics(tmp_path) == []
-
-
-def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path):
-    path = metrics.epath.Path(tmp_path / "config.json")
-    path.write_text("old")
-    write_whole(path, "new")
-    assert path.read_text() == "new"
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "\ud800")
-    with pytest.raises(NotADirectoryError, match=r"config\.json/below'$"):
-        write_whole(path / "below", "text")
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_progress_is_a_line_a_step_and_nothing_when_quiet(capsys):

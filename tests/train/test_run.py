@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 
 from routing_jax.checkpoint import Checkpointer, CheckpointError
+from routing_jax.evals.provenance import all_devices
 from routing_jax.evals.results import read_result
 from routing_jax.train import loop
 from routing_jax.train.config import config_from_dict, config_to_dict
@@ -46,6 +47,10 @@ def test_the_result_is_what_the_saved_parameters_do(tiny_run, finished):
     folder, result = finished
     config, params, step = load_run(folder)
     assert config == tiny_run
+    assert result.device == all_devices()
+    assert set(result.versions) == {
+        "python", "routing_jax", "jax", "jaxlib", "flax", "optax", "numpy"
+    }  # fmt: skip
     assert (step, result.steps, result.tokens) == (24, 24, 24 * 256)
     again = evaluate_run(config, params)
     for name in ("accuracy", "loss", "usage", "cost", "kv_cost", "sequences"):
@@ -78,7 +83,7 @@ def test_the_plan_tells_the_size_of_the_run(tiny_run):
     text = describe(tiny_run)
     assert re.search(r"recall, length 16, after 8\n", text)
     assert re.search(r"[\d,]+ parameters, layers routed, width 8\n", text)
-    assert "data 1 × fsdp 1 × tensor 1 on CPU" in text
+    assert f"data 1 × fsdp 1 × tensor 1 on {all_devices()}" in text
     assert "256 a step, at most 24 steps" in text
     # 20.8 M parameters, their gradients and two moments take 318 MiB alone.
     memory = re.search(r"about ([\d,]+) MiB", describe(get_preset("lm")))[1]
