@@ -86,7 +86,7 @@ def _has_libtpu() -> bool:
 
 NEEDS = {
     "gpu": (_has_gpu, "needs an NVIDIA GPU; where there is one: JAX_PLATFORMS=cuda pytest -m gpu"),
-    "tpu": (_has_libtpu, "needs libtpu: install the extra 'tpu'"),
+    "tpu": (_has_libtpu, "needs libtpu: install the extra 'tpu-aot'"),
 }
 
 

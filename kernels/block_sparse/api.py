@@ -12,6 +12,7 @@ from routing_jax.kernels.block_sparse.implementation import (
     Implementation,
 )
 from routing_jax.kernels.block_sparse.mosaic_gpu import MOSAIC_GPU
+from routing_jax.kernels.block_sparse.mosaic_tpu import MOSAIC_TPU
 from routing_jax.kernels.block_sparse.xla import XLA
 from routing_jax.kernels.block_table import BlockTable, check_table
 from routing_jax.kernels.checks import (
@@ -27,8 +28,9 @@ from routing_jax.kernels.checks import (
 from routing_jax.kernels.choice import choose
 
 # In the order in which they are tried when the caller names none. XLA refuses nothing, so Mosaic
-# behind it runs only by name: its tests have not all passed on a Hopper GPU yet.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (XLA, MOSAIC_GPU)
+# behind it runs only by name: its tests have not all passed on a Hopper GPU yet, and nothing of
+# it has run on a TPU.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (XLA, MOSAIC_GPU, MOSAIC_TPU)
 
 _INTEGERS = ("int32", "int16", "int8", "uint32", "uint16", "uint8")
 
@@ -69,7 +71,8 @@ def block_sparse_attention(
         position (none, if that lies past S).
       causal: whether keys after a query's position are hidden.
       scale: what q·k is multiplied by; 1/√H when None.
-      implementation: 'xla' (what None stands for), or 'mosaic_gpu' (Hopper GPUs).
+      implementation: 'xla' (what None stands for), 'mosaic_gpu' (Hopper GPUs), or
+        'mosaic_tpu'.
       return_lse: whether to return the log-sum-exp too.
 
     Returns:

@@ -1,0 +1,254 @@
+"""One call of block-sparse attention as the TPU kernels see it: tiles, and plain rows of blocks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
+from routing_jax.kernels.block_table import ceil_div, row_lengths
+
+_LANES = 128
+_HEAD_DIM = 256
+_BLOCKS = (64, 128, 256, 512)
+_CAPACITY = 16384  # a row's list stands in scalar memory twice, and so does its bias
+_VMEM = 40 * 2**20  # of the 64 MiB that the smallest of the current chips has
+HEADER = 3  # entries before a row's blocks
+
+
+class Arrays(NamedTuple):
+    """What the kernels read. X is the flat (sequence, kv head).
+
+    Attributes:
+      q: [X,M,R,H], the G heads of a tile below each other, R their rows and padding.
+      k: [X·J,block_kv,H].
+      v: [X·J,block_kv,H].
+      rows: [X,M,1,3+C] int32: blocks to visit; 1 if that is block i in step i (a dense row); how
+        many of them, the first ones, every query sees whole; the listed blocks.
+      queries: [B or 1,M,1 or 2,R] int32: positions, −1 for a query that sees nothing; segments.
+      k_segments: [B·J,1,block_kv] int32, to whole lanes, or None.
+      bias: [X,M,1,C] float32 or None.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    rows: jax.Array
+    queries: jax.Array
+    k_segments: jax.Array | None
+    bias: jax.Array | None
+
+
+class Geometry(NamedTuple):
+    """The static sizes of one call.
+
+    Attributes:
+      B: sequences.
+      T: queries, before padding.
+      S: keys, before padding.
+      K: kv heads.
+      G: query heads a kv head.
+      H: head dim, padded.
+      R: rows of a tile, padded.
+      M: query tiles.
+      J: key blocks.
+      C: slots of a table row.
+      block_q: queries a tile.
+      block_kv: keys a block.
+      causal: whether later keys are hidden.
+      scale: what logits are multiplied by.
+    """
+
+    B: int
+    T: int
+    S: int
+    K: int
+    G: int
+    H: int
+    R: int
+    M: int
+    J: int
+    C: int
+    block_q: int
+    block_kv: int
+    causal: bool
+    scale: float
+
+    @property
+    def X(self) -> int:  # noqa: N802
+        """Sequences times kv heads."""
+        return self.B * self.K
+
+
+def refusal(options: AttentionOptions, inputs: AttentionInputs) -> str | None:
+    """Why the TPU kernels do not run this call here; None if they do."""
+    return unsupported(options, inputs) or tpu_refusal()
+
+
+def tpu_refusal() -> str | None:
+    """Why kernels for TPUs cannot run on the default device; None if they can.
+
+    >>> tpu_refusal() is None or "TPU" in tpu_refusal()
+    True
+    """
+    device = jax.devices()[0]
+    if device.platform == "tpu":
+        return None
+    return f"it needs a TPU and the default device is {device.device_kind}"
+
+
+def unsupported(options: AttentionOptions, inputs: AttentionInputs) -> str | None:
+    """Why the TPU kernels run this call on no device; None if they do."""
+    del options
+    table, head_dim = inputs.table, inputs.q.shape[-1]
+    if head_dim > _HEAD_DIM:
+        return f"it takes head dims up to {_HEAD_DIM}, and q has {head_dim}"
+    if table.block_q not in _BLOCKS or table.block_kv not in _BLOCKS:
+        return (
+            f"it takes blocks of {', '.join(map(str, _BLOCKS))}, and the table has "
+            f"{table.block_q}×{table.block_kv}"
+        )
+    if table.capacity > _CAPACITY:
+        return f"it takes table rows of up to {_CAPACITY} slots, and the table has {table.capacity}"
+    needed = vector_memory(_geometry(AttentionOptions(True, 1.0), inputs), inputs)
+    if needed > _VMEM:
+        return (
+            f"it holds a tile with all heads of its group in {_VMEM >> 20} MiB, and this call "
+            f"needs {ceil_div(needed, 2**20)} MiB"
+        )
+    return None
+
+
+def vector_memory(geometry: Geometry, inputs: AttentionInputs) -> int:
+    """An upper estimate of the bytes that the greediest of the kernels, a gradient, holds.
+
+    Twice q and d_out, or a ring of them; a ring of k and v; accumulators; five arrays of logits;
+    and with a bias two sums for each slot.
+    """
+    width = 2 if inputs.q.dtype == jnp.bfloat16 else 4
+    R, H, block_kv = geometry.R, geometry.H, geometry.block_kv
+    tiles = 2 * STAGES * (R + block_kv) * H * width
+    sums = 2 * (R + 2 * block_kv) * H * 4
+    logits = 5 * R * block_kv * 4
+    slots = 0 if inputs.block_bias is None else 2 * (geometry.C + 8) * R * 4
+    return tiles + sums + logits + slots
+
+
+STAGES = 3  # of the rings: copies of two steps are under way during a third
+
+
+def pad_axis(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
+    """Pads an axis to `size`."""
+    if x.shape[axis] == size:
+        return x
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, pad, constant_values=fill)
+
+
+def _geometry(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
+    (B, T, N, H), (S, K), table = inputs.q.shape, inputs.k.shape[1:3], inputs.table
+    G = N // K
+    return Geometry(
+        B, T, S, K, G,
+        ceil_div(H, _LANES) * _LANES, ceil_div(G * table.block_q, _LANES) * _LANES,
+        table.num_tiles, ceil_div(S, table.block_kv), table.capacity,
+        table.block_q, table.block_kv, options.causal, options.scale,
+    )  # fmt: skip
+
+
+def query_tiles(geometry: Geometry, x: jax.Array, fill: float = 0) -> jax.Array:
+    """[B,T,N,…] -> [X,M,R,…], the heads of a group below each other."""
+    B, M, K, G = geometry.B, geometry.M, geometry.K, geometry.G
+    x = pad_axis(x, 1, M * geometry.block_q, fill)
+    x = x.reshape(B, M, geometry.block_q, K, G, *x.shape[3:])
+    x = jnp.moveaxis(x, (3, 4), (1, 3)).reshape(B * K, M, G * geometry.block_q, *x.shape[5:])
+    return pad_axis(x, 2, geometry.R, fill)
+
+
+def from_query_tiles(geometry: Geometry, x: jax.Array) -> jax.Array:
+    """Undoes `query_tiles`."""
+    B, M, K, G = geometry.B, geometry.M, geometry.K, geometry.G
+    x = x[:, :, : G * geometry.block_q]
+    x = x.reshape(B, K, M, G, geometry.block_q, *x.shape[3:])
+    x = jnp.moveaxis(x, (1, 3), (3, 4))
+    return x.reshape(B, M * geometry.block_q, K * G, *x.shape[5:])[:, : geometry.T]
+
+
+def _key_blocks(geometry: Geometry, x: jax.Array) -> jax.Array:
+    x = pad_axis(x, 1, geometry.J * geometry.block_kv)
+    x = x.reshape(geometry.B, geometry.J, geometry.block_kv, geometry.K, -1)
+    return x.transpose(0, 3, 1, 2, 4).reshape(-1, geometry.block_kv, x.shape[4])
+
+
+def per_head(geometry: Geometry, x: jax.Array) -> jax.Array:
+    """[B or 1,K or 1,…] -> [X,…]."""
+    x = jnp.broadcast_to(x, (geometry.B, geometry.K, *x.shape[2:]))
+    return x.reshape(geometry.X, *x.shape[2:])
+
+
+def widen(geometry: Geometry, x: jax.Array) -> jax.Array:
+    """Pads the head dim; half-precision floats that TPUs lack become float32."""
+    x = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+    return pad_axis(x, 3, geometry.H)
+
+
+def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometry, Arrays]:
+    """Cuts a call to the kernels' measure."""
+    q, k, v, table, bias, positions, segments = inputs
+    geometry = _geometry(options, inputs)
+    T, S, J, M = geometry.T, geometry.S, geometry.J, geometry.M
+    lengths = row_lengths(table, T, S, q_positions=positions, causal=options.causal)
+    places = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
+    of_queries = [places]
+    k_segments = None
+    if segments is not None:
+        places = jnp.where(places < S, jnp.broadcast_to(places, (geometry.B, T)), -1)
+        own = jnp.take_along_axis(segments, jnp.maximum(places, 0), axis=1)
+        of_queries = [places, own.astype(jnp.int32)]
+        k_segments = pad_axis(segments.astype(jnp.int32), 1, J * geometry.block_kv)
+        k_segments = k_segments.reshape(-1, 1, geometry.block_kv)
+        k_segments = pad_axis(k_segments, 2, ceil_div(geometry.block_kv, _LANES) * _LANES)
+
+    def to_rows(x):  # [B or 1,T] -> [B or 1,M,R]
+        x = pad_axis(x, 1, M * geometry.block_q, -1).reshape(-1, M, 1, geometry.block_q)
+        x = jnp.broadcast_to(x, (x.shape[0], M, geometry.G, geometry.block_q))
+        return pad_axis(x.reshape(x.shape[0], M, -1), 2, geometry.R, -1)
+
+    whole = _whole_blocks(options, geometry, table, lengths, first_positions(geometry, positions))
+    if segments is not None:
+        whole = jnp.zeros_like(whole)
+    header = jnp.stack(jnp.broadcast_arrays(lengths, table.dense.astype(jnp.int32), whole), -1)
+    rows = jnp.concatenate([per_head(geometry, header), per_head(geometry, table.indices)], -1)
+    arrays = Arrays(
+        query_tiles(geometry, widen(geometry, q)),
+        _key_blocks(geometry, widen(geometry, k)),
+        _key_blocks(geometry, widen(geometry, v)),
+        rows[:, :, None],
+        jnp.stack([to_rows(x) for x in of_queries], axis=2),
+        k_segments,
+        None if bias is None else per_head(geometry, bias.astype(jnp.float32))[:, :, None],
+    )
+    return geometry, arrays
+
+
+def first_positions(geometry: Geometry, positions: jax.Array | None) -> jax.Array:
+    """[B or 1,M] int32, where each tile's first query stands; −1 for a tile without queries."""
+    if positions is None:
+        return jnp.arange(geometry.M, dtype=jnp.int32)[None] * geometry.block_q
+    return positions[:, :: geometry.block_q]
+
+
+def _whole_blocks(options, geometry: Geometry, table, lengths, first) -> jax.Array:
+    """How many blocks of each row lie wholly before its tile's first query, and before S.
+
+    Rows ascend, so these come first, and only the others pay for masks.
+    """
+    ends = jnp.full_like(first, geometry.S)
+    if options.causal:
+        ends = jnp.minimum(first + 1, geometry.S)
+    whole = jnp.maximum(ends, 0)[:, None] // geometry.block_kv  # [B,1,M]
+    slots = jnp.arange(geometry.C, dtype=jnp.int32)[None, None, None]
+    listed = (slots < table.counts[..., None]) & (table.indices < whole[..., None])
+    count = jnp.where(table.dense, whole, listed.sum(axis=-1, dtype=jnp.int32))
+    return jnp.minimum(count, lengths)

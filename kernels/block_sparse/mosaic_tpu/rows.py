@@ -1,0 +1,100 @@
+"""What the kernels of table rows, forward and dq, share: their operands and their loop."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from routing_jax.kernels.block_sparse.implementation import AttentionInputs
+from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
+    HEADER,
+    Arrays,
+    Geometry,
+    vector_memory,
+)
+from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide, multiply
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import for_each_step, ring_shapes
+
+
+def compiler_params(geometry: Geometry, inputs: AttentionInputs) -> pltpu.CompilerParams:
+    """Programs share nothing, so a chip with two cores may deal them out."""
+    limit = max(2 * vector_memory(geometry, inputs), 16 * 2**20)
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=min(limit, 56 * 2**20)
+    )
+
+
+def cost_estimate(geometry: Geometry, arrays: Arrays, products: int) -> pl.CostEstimate:
+    """What the compiler may assume: rows that are full and not dense, which no shape tells.
+
+    `products` is how many products of a tile and a block a step takes.
+    """
+    steps = geometry.X * geometry.M * min(geometry.C, geometry.J)
+    logits = geometry.R * geometry.block_kv
+    width = arrays.k.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * products * steps * logits * geometry.H,
+        transcendentals=steps * logits,
+        bytes_accessed=2 * width * (steps * geometry.block_kv * geometry.H + arrays.q.size),
+    )
+
+
+def row_operands(geometry: Geometry, arrays: Arrays) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """What a program of a table row reads besides q: specs, arrays, and the ring of its blocks."""
+    of_row = {"rows": arrays.rows}
+    if arrays.bias is not None:
+        of_row["bias"] = arrays.bias
+    one, parts = arrays.queries.shape[0] == 1, arrays.queries.shape[2]
+    specs = {
+        name: pl.BlockSpec(
+            (None, None, 1, x.shape[3]), lambda x, m: (x, m, 0, 0), memory_space=pltpu.SMEM
+        )
+        for name, x in of_row.items()
+    }
+    specs["queries"] = pl.BlockSpec(
+        (None, None, parts, geometry.R),
+        lambda x, m: (0 if one else lax.div(x, geometry.K), m, 0, 0),
+    )
+    streamed = {"k": arrays.k, "v": arrays.v}
+    if arrays.k_segments is not None:
+        streamed["k_segments"] = arrays.k_segments
+    specs |= {name: pl.BlockSpec(memory_space=pl.ANY) for name in streamed}
+    ring = ring_shapes(*((x.shape[1:], x.dtype) for x in streamed.values()))
+    return specs, of_row | {"queries": arrays.queries} | streamed, ring
+
+
+def for_each_block(geometry: Geometry, inputs, ring, q, add_block, state) -> Any:
+    """Calls add_block(step, slot is listed, logits, k, v, state) for each block of this row.
+
+    The logits [block_kv,R] come scaled, with their bias, and −inf where hidden.
+    """
+    x = pl.program_id(0)
+    row = inputs["rows"]
+    length, dense, whole = row[0, 0], row[0, 1] > 0, row[0, 2]
+
+    def block_of(step):
+        slot = jnp.minimum(step, geometry.C - 1)
+        return jnp.where(dense, step, row[0, HEADER + slot])
+
+    def sources(step):
+        block = block_of(step)
+        blocks = [inputs[name].at[x * geometry.J + block] for name in ("k", "v")]
+        if "k_segments" in inputs:
+            blocks.append(inputs["k_segments"].at[lax.div(x, geometry.K) * geometry.J + block])
+        return blocks
+
+    def body(step, buffers, state):
+        k_ref, v_ref, *segments = buffers
+        k = k_ref[...]
+        logits = multiply(k, q, (1, 1)) * geometry.scale
+        if "bias" in inputs:
+            slot = jnp.minimum(step, geometry.C - 1)
+            logits += jnp.where(dense, 0.0, inputs["bias"][0, slot])
+        k_segments = segments[0][...] if segments else None
+        queries = inputs["queries"][...]
+        logits = hide(geometry, logits, queries, block_of(step), k_segments, step >= whole)
+        return add_block(step, jnp.logical_not(dense), logits, k, v_ref, state)
+
+    return for_each_step(length, sources, ring, body, state)

@@ -1,0 +1,88 @@
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from routing_jax.kernels import block_sparse_attention
+from routing_jax.kernels.block_sparse.mosaic_tpu import call
+from routing_jax.kernels.block_sparse.reference import reference_attention
+
+from ..tpu_compiling import compile_attention
+from .attention_suite import AttentionSuite, Case, make_inputs, outputs_and_gradients
+
+SMALL = Case(B=1, T=100, K=1, capacity=2, dense=0.0)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run on the CPU; what they read out of bounds or unwritten is an error or nan."""
+    monkeypatch.setattr(call, "tpu_refusal", lambda: None)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+class TestMosaicTpu(AttentionSuite):
+    implementation = "mosaic_tpu"
+    dtypes = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        dataclasses.replace(SMALL, G=3, positions=True, B=2, segments=True, dense=0.5, S=130),
+    ],
+    ids=["listed", "dense, compacted, in segments"],
+)
+def test_equals_masked_dense_attention_in_brief(case):
+    arguments, cotangents = make_inputs(case)
+    bias = arguments["block_bias"]
+    arguments["block_bias"] = jnp.where(bias < -1, -jnp.inf, bias)
+
+    def attend(**arguments):
+        return block_sparse_attention(**arguments, implementation="mosaic_tpu", return_lse=True)
+
+    got = outputs_and_gradients(attend, arguments, cotangents)
+    expected = outputs_and_gradients(reference_attention, arguments, cotangents)
+    for name, value in got.items():
+        np.testing.assert_allclose(value, expected[name], atol=2e-5, err_msg=name)
+
+
+def _compilable():
+    cases = itertools.product(("v5e:2x2", "v6e:2x2"), (4096, 32768), (64, 128, 256))
+    for topology, T, H in cases:
+        brief = topology == "v5e:2x2" and (T, H) == (4096, 128)
+        marks = [] if brief else [pytest.mark.slow]
+        yield pytest.param(topology, {"T": T, "H": H}, marks=marks)
+    for more in ({"features": False}, {"dtype": "float32", "blocks": 256}, {"blocks": 64}):
+        yield pytest.param("v5e:2x2", {"T": 4096, "H": 128} | more, marks=pytest.mark.slow)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("topology", "sizes"), list(_compilable()))
+def test_the_tpu_compiler_takes_forward_and_backward(topology, sizes):
+    report = compile_attention(topology, **sizes)
+    assert report["kernels"] == 3
+    assert report["memory"] < 2**30
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"T": 64}, "it needs a TPU"),
+        ({"H": 320}, "head dims up to 256, and q has 320"),
+        ({"block_q": 32}, "blocks of 64, 128, 256, 512, and the table has 32×64"),
+        ({"G": 32, "H": 256, "block_q": 256, "T": 256}, "in 40 MiB, and this call needs"),
+        ({"capacity": 16385, "B": 1}, "up to 16384 slots, and the table has 16385"),
+    ],
+)
+def test_refuses_what_it_cannot_run(changes, sentence):
+    arguments, _ = make_inputs(dataclasses.replace(SMALL, **changes))
+    with pytest.raises(NotImplementedError, match=sentence):
+        block_sparse_attention(**arguments, implementation="mosaic_tpu")
