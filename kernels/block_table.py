@@ -163,6 +163,63 @@ def row_lengths(
     return jnp.where(table.dense, visible, jnp.where(visible > 0, listed, 0))
 
 
+def whole_blocks(
+    table: BlockTable,
+    num_queries: int,
+    num_keys: int,
+    *,
+    q_positions: jax.Array | None = None,
+    causal: bool = True,
+) -> jax.Array:
+    """How many blocks of each row lie wholly before its tile's first query, and before S.
+
+    Rows ascend, so these come first: a kernel pays for masks only behind them.
+
+    Args:
+      table: the table.
+      num_queries: T.
+      num_keys: S.
+      q_positions: [B,T] int32, each query's position; −1 marks an unused slot.
+      causal: whether later keys are hidden.
+
+    Returns:
+      [B,K,M] int32, at most `row_lengths`; B is the larger of the table's and q_positions'.
+
+    >>> table = BlockTable(jnp.array([[[1, -1]]]), jnp.zeros((1, 1, 2, 1), jnp.int32), 8, 8)
+    >>> whole_blocks(table, 16, 16).tolist()
+    [[[0, 1]]]
+    """
+    first = first_positions(table, q_positions)
+    ends = jnp.full_like(first, num_keys)
+    if causal:
+        ends = jnp.minimum(first + 1, num_keys)
+    whole = jnp.maximum(ends, 0)[:, None] // table.block_kv  # [B,1,M]
+    slots = jnp.arange(table.capacity, dtype=jnp.int32)[None, None, None]
+    listed = (slots < table.counts[..., None]) & (table.indices < whole[..., None])
+    count = jnp.where(table.dense, whole, listed.sum(axis=-1, dtype=jnp.int32))
+    lengths = row_lengths(table, num_queries, num_keys, q_positions=q_positions, causal=causal)
+    return jnp.minimum(count, lengths)
+
+
+def first_positions(table: BlockTable, q_positions: jax.Array | None = None) -> jax.Array:
+    """Where each tile's first query stands.
+
+    Args:
+      table: for its block sizes and M.
+      q_positions: [B,T] int32, ascending, unused slots last and −1.
+
+    Returns:
+      [B,M] int32 ([1,M] without `q_positions`); −1 for a tile without queries.
+
+    >>> table = BlockTable(jnp.ones((1, 1, 2), jnp.int32), jnp.zeros((1, 1, 2, 1), jnp.int32), 8, 8)
+    >>> first_positions(table).tolist(), first_positions(table, jnp.arange(3, 19)[None]).tolist()
+    ([[0, 8]], [[3, 11]])
+    """
+    if q_positions is None:
+        return jnp.arange(table.num_tiles, dtype=jnp.int32)[None] * table.block_q
+    return q_positions[:, :: table.block_q]
+
+
 def density(
     table: BlockTable,
     num_queries: int,

@@ -1,11 +1,14 @@
 """What `block_sparse_attention` hands to an implementation, and what it expects back."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from routing_jax.kernels.batching import fold_vmap
 from routing_jax.kernels.block_table import BlockTable
 
 
@@ -72,6 +75,31 @@ class AttentionGradients(NamedTuple):
     block_bias: jax.Array | None
 
 
+def softmax_cotangents(
+    outputs: AttentionOutputs, d_out: jax.Array, d_lse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a backward pass needs of each query besides d_out: dLSE and δ = Σ_h dO·O − dLSE.
+
+    The gradient of the logits is then dS = P·(dP − δ).
+
+    Args:
+      outputs: of the forward pass.
+      d_out: [B,T,N,H].
+      d_lse: [B,T,N]; where nothing was seen it is ignored.
+
+    Returns:
+      (d_lse, delta), each [B,T,N] float32.
+
+    >>> outputs = AttentionOutputs(jnp.ones((1, 1, 1, 2)), jnp.full((1, 1, 1), -jnp.inf))
+    >>> d_lse, delta = softmax_cotangents(outputs, jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 1)))
+    >>> float(d_lse[0, 0, 0]), float(delta[0, 0, 0])
+    (0.0, 2.0)
+    """
+    d_lse = jnp.where(outputs.lse == -jnp.inf, 0.0, d_lse)
+    delta = (d_out.astype(jnp.float32) * outputs.out.astype(jnp.float32)).sum(axis=-1) - d_lse
+    return d_lse, delta
+
+
 class Implementation(NamedTuple):
     """One way to compute block-sparse attention and its gradients.
 
@@ -89,3 +117,35 @@ class Implementation(NamedTuple):
         [AttentionOptions, AttentionInputs, AttentionOutputs, jax.Array, jax.Array],
         AttentionGradients,
     ]
+
+
+def late_implementation(
+    name: str,
+    refusal: Callable[[AttentionOptions, AttentionInputs], str | None],
+    load: Callable[[], tuple[Callable, Callable]],
+) -> Implementation:
+    """An implementation in Mosaic: imported when it first runs, and with vmap as a larger batch.
+
+    Importing Mosaic takes seconds, and few processes run it.
+
+    Args:
+      name: as of `Implementation`.
+      refusal: as of `Implementation`.
+      load: imports the forward and the backward pass and returns them.
+
+    >>> passes = lambda: (lambda options, inputs: inputs.q, None)
+    >>> twin = late_implementation("twin", lambda options, inputs: None, passes)
+    >>> inputs = AttentionInputs(jnp.ones((2, 3)), *[None] * 6)
+    >>> twin.forward(AttentionOptions(True, 1.0), inputs).shape
+    (2, 3)
+    """
+
+    def forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutputs:
+        run = functools.partial(load()[0], options)
+        return fold_vmap(run, inputs.q.shape[0], inputs)
+
+    def backward(options: AttentionOptions, inputs: AttentionInputs, *others) -> AttentionGradients:
+        run = functools.partial(load()[1], options)
+        return fold_vmap(run, inputs.q.shape[0], inputs, *others)
+
+    return Implementation(name, refusal, forward, backward)

@@ -19,6 +19,7 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionOptions,
     AttentionOutputs,
     Implementation,
+    softmax_cotangents,
 )
 from routing_jax.kernels.block_sparse.xla_tiles import (
     TiledCall,
@@ -72,8 +73,7 @@ def _output_tiles(call: TiledCall, outputs: AttentionOutputs, d_out, d_lse) -> _
         return with_none(query_tiles(x, call.K, call.table.block_q))
 
     empty = outputs.lse == -jnp.inf
-    d_lse = jnp.where(empty, 0.0, d_lse)
-    delta = (d_out.astype(jnp.float32) * outputs.out.astype(jnp.float32)).sum(axis=-1) - d_lse
+    d_lse, delta = softmax_cotangents(outputs, d_out, d_lse)
     of_queries = jnp.where(empty, 0.0, outputs.lse), d_lse, delta
     return _OutputTiles(cut(d_out), *(cut(x[..., None])[..., 0] for x in of_queries))
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
 from routing_jax.kernels.block_table import ceil_div, row_lengths
 from routing_jax.kernels.online_softmax import matmul
+from routing_jax.kernels.padding import pad_axis
+from routing_jax.kernels.segments import query_segments
 
 
 class Tiles(NamedTuple):
@@ -35,9 +37,7 @@ class Tiles(NamedTuple):
 
 def _cut(x: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:
     """Pads an axis to a multiple of `size` and splits it into (pieces, size)."""
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, -x.shape[axis] % size)
-    x = jnp.pad(x, pad, constant_values=fill)
+    x = pad_axis(x, axis, ceil_div(x.shape[axis], size) * size, fill)
     return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
 
 
@@ -94,13 +94,12 @@ def from_key_blocks(blocks: jax.Array, batch: int, kv_heads: int, length: int) -
 
 def _tiles(inputs: AttentionInputs) -> Tiles:
     q, k, v, table, _, positions, segments = inputs
-    B, T, S, K = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
+    B, T, K = q.shape[0], q.shape[1], k.shape[2]
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     q_segments = k_segments = None
     if segments is not None:
-        positions = jnp.where(positions < S, positions, -1)
-        own = jnp.take_along_axis(segments, jnp.maximum(positions, 0), axis=1)
+        positions, own = query_segments(positions, segments)
         q_segments = _cut(own, 1, table.block_q)
         k_segments = _cut(segments, 1, table.block_kv)
     return Tiles(

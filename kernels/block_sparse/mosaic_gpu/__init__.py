@@ -4,36 +4,17 @@
 `items` dealing out their work and `masks` hiding logits; `backward` joins the last two.
 """
 
-import functools
-
-from routing_jax.kernels.batching import fold_vmap
-from routing_jax.kernels.block_sparse.implementation import (
-    AttentionGradients,
-    AttentionInputs,
-    AttentionOptions,
-    AttentionOutputs,
-    Implementation,
-)
+from routing_jax.kernels.block_sparse.implementation import late_implementation
 from routing_jax.kernels.block_sparse.mosaic_gpu.call import refusal
 
 __all__ = ["MOSAIC_GPU"]
 
 
-def _forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutputs:
-    # Here, because importing Mosaic takes seconds and few processes run it.
+def _load():
+    from routing_jax.kernels.block_sparse.mosaic_gpu.backward import backward
     from routing_jax.kernels.block_sparse.mosaic_gpu.forward import forward
 
-    run = functools.partial(forward, options)
-    return fold_vmap(run, inputs.q.shape[0], inputs)
+    return forward, backward
 
 
-def _backward(
-    options: AttentionOptions, inputs: AttentionInputs, *outputs_and_cotangents
-) -> AttentionGradients:
-    from routing_jax.kernels.block_sparse.mosaic_gpu.backward import backward
-
-    run = functools.partial(backward, options)
-    return fold_vmap(run, inputs.q.shape[0], inputs, *outputs_and_cotangents)
-
-
-MOSAIC_GPU = Implementation("mosaic_gpu", refusal, _forward, _backward)
+MOSAIC_GPU = late_implementation("mosaic_gpu", refusal, _load)

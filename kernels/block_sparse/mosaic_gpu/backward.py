@@ -8,12 +8,12 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionInputs,
     AttentionOptions,
     AttentionOutputs,
+    softmax_cotangents,
 )
 from routing_jax.kernels.block_sparse.mosaic_gpu.call import (
     Columns,
     Geometry,
     Output,
-    pad_axis,
     prepare,
 )
 from routing_jax.kernels.block_sparse.mosaic_gpu.key_gradients import key_gradients
@@ -21,6 +21,7 @@ from routing_jax.kernels.block_sparse.mosaic_gpu.query_gradients import query_gr
 from routing_jax.kernels.block_table import BlockTable
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
 from routing_jax.kernels.hopper import LOG2_E
+from routing_jax.kernels.padding import pad_axis
 
 
 def backward(
@@ -33,8 +34,7 @@ def backward(
     """The gradients of block-sparse attention; see `Implementation.backward`."""
     geometry, arrays = prepare(options, inputs)
     T = arrays.q.shape[1]
-    d_lse = jnp.where(outputs.lse == -jnp.inf, 0.0, d_lse)
-    delta = (d_out.astype(jnp.float32) * outputs.out.astype(jnp.float32)).sum(axis=-1) - d_lse
+    d_lse, delta = softmax_cotangents(outputs, d_out, d_lse)
     lse = jnp.where(outputs.lse == -jnp.inf, jnp.inf, outputs.lse * LOG2_E)
     output = Output(
         pad_axis(pad_axis(d_out.astype(inputs.q.dtype), 3, geometry.H), 1, T),

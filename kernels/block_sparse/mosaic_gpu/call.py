@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
-from routing_jax.kernels.block_table import ceil_div, row_lengths
+from routing_jax.kernels.block_table import ceil_div, row_lengths, whole_blocks
 from routing_jax.kernels.hopper import LOG2_E, WARPGROUP_ROWS, hopper_refusal
+from routing_jax.kernels.padding import pad_axis
+from routing_jax.kernels.segments import query_segments
 
 _HEAD_DIMS = (64, 128, 256)
 _BLOCKS = (64, 128)
@@ -158,15 +160,6 @@ def unsupported(options: AttentionOptions, inputs: AttentionInputs) -> str | Non
     return None
 
 
-def pad_axis(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
-    """Pads an axis to `size`."""
-    if x.shape[axis] == size:
-        return x
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, pad, constant_values=fill)
-
-
 def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometry, Arrays]:
     """Cuts a call to the kernels' measure; nothing is copied where it fits already."""
     q, k, v, table, bias, positions, segments = inputs
@@ -178,12 +171,12 @@ def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometr
         options.causal, options.scale * LOG2_E,
     )  # fmt: skip
     lengths = row_lengths(table, T, S, q_positions=positions, causal=options.causal)
+    whole = whole_blocks(table, T, S, q_positions=positions, causal=options.causal)
     q_segments = k_segments = None
     if segments is not None:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        positions = jnp.where(positions < S, positions, -1)
-        q_segments = jnp.take_along_axis(segments, jnp.maximum(positions, 0), axis=1)
+        positions, q_segments = query_segments(positions, segments)
         q_segments = pad_axis(q_segments.astype(jnp.int32), 1, M * table.block_q)
         k_segments = pad_axis(segments.astype(jnp.int32), 1, J * table.block_kv)
     if positions is not None:
@@ -193,7 +186,7 @@ def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometr
         pad_axis(pad_axis(k, 3, H), 1, J * table.block_kv),
         pad_axis(pad_axis(v, 3, H), 1, J * table.block_kv),
         lengths,
-        _unmasked(options, geometry, table, lengths, positions, segments),
+        whole if segments is None else jnp.zeros_like(whole),
         table.dense.astype(jnp.int32),
         table.indices,
         positions,
@@ -202,28 +195,6 @@ def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometr
         None if bias is None else bias.astype(jnp.float32) * LOG2_E,
     )
     return geometry, arrays
-
-
-def _unmasked(options, geometry: Geometry, table, lengths, positions, segments) -> jax.Array:
-    """How many blocks of each row lie wholly before its tile's first query, and before S.
-
-    Rows ascend, so these come first, and only the others pay for masks.
-    """
-    if segments is not None:
-        return jnp.zeros_like(lengths)
-    if positions is None:
-        first = jnp.arange(geometry.M, dtype=jnp.int32)[None] * geometry.block_q
-    else:
-        first = positions[:, :: geometry.block_q]
-    ends = jnp.full_like(first, geometry.S)
-    if options.causal:
-        ends = jnp.minimum(first + 1, geometry.S)
-    whole = jnp.maximum(ends, 0)[:, None] // geometry.block_kv  # [B,1,M]
-    listed = (jnp.arange(geometry.C)[None, None, None] < table.counts[..., None]) & (
-        table.indices < whole[..., None]
-    )
-    count = jnp.where(table.dense, whole, listed.sum(axis=-1, dtype=jnp.int32))
-    return jnp.minimum(count, lengths)
 
 
 def at(shape: tuple[int, ...], batch: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -37,7 +37,7 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionOutputs,
 )
 from routing_jax.kernels.block_sparse.mosaic_gpu.call import Arrays, Geometry, prepare
-from routing_jax.kernels.block_sparse.mosaic_gpu.items import for_each_item
+from routing_jax.kernels.block_sparse.mosaic_gpu.items import Stream, for_each_item, stream_pieces
 from routing_jax.kernels.block_sparse.mosaic_gpu.masks import hide, positions_of
 from routing_jax.kernels.hopper import LOG2_E, WARPGROUP_ROWS, num_multiprocessors
 from routing_jax.kernels.mosaic_arrays import accumulator, row_vector, tiled_smem
@@ -238,19 +238,10 @@ def _program(
                 source = inputs.q.at[item.batch, q_rows, head]
                 plgpu.copy_gmem_to_smem(source, q_smem.at[buffer, i], q_full.at[buffer])
 
-            @pl.loop(0, item.steps)
-            def _(step):
-                place = past + step
-                stage = lax.rem(place, stages)
-                where = (item.batch, pl.ds(item.first_key(step), keys), item.kv_head)
-                for source, ring, i in ((inputs.k, k_smem, 0), (inputs.v, v_smem, 1)):
-
-                    @pl.when(place >= stages)
-                    def _(i=i):
-                        plgpu.barrier_wait(empty[i].at[stage])
-
-                    plgpu.copy_gmem_to_smem(source.at[where], ring.at[stage], full[i].at[stage])
-
-            return past + item.steps
+            streams = (
+                Stream(inputs.k, k_smem, full[0], empty[0]),
+                Stream(inputs.v, v_smem, full[1], empty[1]),
+            )
+            return stream_pieces(item, keys, past, streams)
 
         for_each_item(geometry, inputs, keys, copy_item)

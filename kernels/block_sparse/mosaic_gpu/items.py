@@ -1,9 +1,11 @@
 """The work of the kernels that walk table rows, cut into items and dealt out to programs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
@@ -94,3 +96,50 @@ def for_each_item(
         return body(Item(geometry, inputs, keys, jnp.minimum(number, geometry.items - 1)), i, carry)
 
     lax.fori_loop(0, rounds, take, jnp.int32(0))
+
+
+class Stream(NamedTuple):
+    """An array whose pieces pass through a ring of stages in shared memory.
+
+    Attributes:
+      source: [B,S,K,H] in global memory.
+      ring: [stages,keys,H].
+      full: a barrier a stage: its piece has arrived.
+      empty: a barrier a stage: it has been read, and may be filled again.
+    """
+
+    source: Any
+    ring: Any
+    full: Any
+    empty: Any
+
+
+def stream_pieces(item: Item, keys: int, past: jax.Array, streams: Sequence[Stream]) -> jax.Array:
+    """The memory warpgroup's part of an item: copies its pieces, as far ahead as stages are free.
+
+    Args:
+      item: the item.
+      keys: keys a piece.
+      past: how many pieces were copied before it.
+      streams: in the order in which their stages become free.
+
+    Returns:
+      How many pieces were copied in all.
+    """
+    stages = streams[0].ring.shape[0]
+
+    @pl.loop(0, item.steps)
+    def _(step):
+        place = past + step
+        stage = lax.rem(place, stages)
+        where = (item.batch, pl.ds(item.first_key(step), keys), item.kv_head)
+        for stream in streams:
+
+            @pl.when(place >= stages)
+            def _(stream=stream):
+                plgpu.barrier_wait(stream.empty.at[stage])
+
+            source, ring = stream.source.at[where], stream.ring.at[stage]
+            plgpu.copy_gmem_to_smem(source, ring, stream.full.at[stage])
+
+    return past + item.steps

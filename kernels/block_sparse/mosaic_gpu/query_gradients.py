@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from routing_jax.kernels.block_sparse.mosaic_gpu.call import Arrays, Geometry, Output
-from routing_jax.kernels.block_sparse.mosaic_gpu.items import for_each_item
+from routing_jax.kernels.block_sparse.mosaic_gpu.items import Stream, for_each_item, stream_pieces
 from routing_jax.kernels.block_sparse.mosaic_gpu.masks import hide
 from routing_jax.kernels.hopper import LOG2_E, WARPGROUP_ROWS, num_multiprocessors
 from routing_jax.kernels.mosaic_arrays import accumulator, tiled_smem
@@ -174,20 +174,10 @@ def _program(
                     where = source.at[item.batch, q_rows, head]
                     plgpu.copy_gmem_to_smem(where, smem.at[i], q_full.at[i])
 
-            @pl.loop(0, item.steps)
-            def _(step):
-                place = past + step
-                stage = lax.rem(place, stages)
-                where = (item.batch, pl.ds(item.first_key(step), keys), item.kv_head)
-                # V is released first.
-                for source, ring, i in ((inputs.v, v_smem, 1), (inputs.k, k_smem, 0)):
-
-                    @pl.when(place >= stages)
-                    def _(i=i):
-                        plgpu.barrier_wait(empty[i].at[stage])
-
-                    plgpu.copy_gmem_to_smem(source.at[where], ring.at[stage], full[i].at[stage])
-
-            return past + item.steps
+            streams = (  # V is released first
+                Stream(inputs.v, v_smem, full[1], empty[1]),
+                Stream(inputs.k, k_smem, full[0], empty[0]),
+            )
+            return stream_pieces(item, keys, past, streams)
 
         for_each_item(geometry, inputs, keys, copy_item)

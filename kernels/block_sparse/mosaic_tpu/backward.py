@@ -8,6 +8,7 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionInputs,
     AttentionOptions,
     AttentionOutputs,
+    softmax_cotangents,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     Geometry,
@@ -29,10 +30,9 @@ def backward(
 ) -> AttentionGradients:
     """The gradients of block-sparse attention; see `Implementation.backward`."""
     geometry, arrays = prepare(options, inputs)
-    empty = outputs.lse == -jnp.inf
-    d_lse = jnp.where(empty, 0.0, d_lse)
-    delta = (d_out.astype(jnp.float32) * outputs.out.astype(jnp.float32)).sum(axis=-1) - d_lse
-    lse = query_tiles(geometry, jnp.where(empty, jnp.inf, outputs.lse), fill=jnp.inf)
+    d_lse, delta = softmax_cotangents(outputs, d_out, d_lse)
+    lse = jnp.where(outputs.lse == -jnp.inf, jnp.inf, outputs.lse)
+    lse = query_tiles(geometry, lse, fill=jnp.inf)
     stats = jnp.stack([lse, *(query_tiles(geometry, x) for x in (delta, d_lse))], axis=2)
     d_tiles = query_tiles(geometry, widen(geometry, d_out.astype(inputs.q.dtype)))
     dq, d_bias = query_gradients(geometry, inputs, arrays, d_tiles, stats)

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
-from routing_jax.kernels.block_table import ceil_div, row_lengths
+from routing_jax.kernels.block_table import ceil_div, row_lengths, whole_blocks
+from routing_jax.kernels.padding import pad_axis
+from routing_jax.kernels.segments import query_segments
 
 _LANES = 128
 _HEAD_DIM = 256
@@ -137,15 +139,6 @@ def vector_memory(geometry: Geometry, inputs: AttentionInputs) -> int:
 STAGES = 3  # of the rings: copies of two steps are under way during a third
 
 
-def pad_axis(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
-    """Pads an axis to `size`."""
-    if x.shape[axis] == size:
-        return x
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, pad, constant_values=fill)
-
-
 def _geometry(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
     (B, T, N, H), (S, K), table = inputs.q.shape, inputs.k.shape[1:3], inputs.table
     G = N // K
@@ -203,8 +196,7 @@ def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometr
     of_queries = [places]
     k_segments = None
     if segments is not None:
-        places = jnp.where(places < S, jnp.broadcast_to(places, (geometry.B, T)), -1)
-        own = jnp.take_along_axis(segments, jnp.maximum(places, 0), axis=1)
+        places, own = query_segments(jnp.broadcast_to(places, (geometry.B, T)), segments)
         of_queries = [places, own.astype(jnp.int32)]
         k_segments = pad_axis(segments.astype(jnp.int32), 1, J * geometry.block_kv)
         k_segments = k_segments.reshape(-1, 1, geometry.block_kv)
@@ -215,7 +207,7 @@ def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometr
         x = jnp.broadcast_to(x, (x.shape[0], M, geometry.G, geometry.block_q))
         return pad_axis(x.reshape(x.shape[0], M, -1), 2, geometry.R, -1)
 
-    whole = _whole_blocks(options, geometry, table, lengths, first_positions(geometry, positions))
+    whole = whole_blocks(table, T, S, q_positions=positions, causal=options.causal)
     if segments is not None:
         whole = jnp.zeros_like(whole)
     header = jnp.stack(jnp.broadcast_arrays(lengths, table.dense.astype(jnp.int32), whole), -1)
@@ -230,25 +222,3 @@ def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometr
         None if bias is None else per_head(geometry, bias.astype(jnp.float32))[:, :, None],
     )
     return geometry, arrays
-
-
-def first_positions(geometry: Geometry, positions: jax.Array | None) -> jax.Array:
-    """[B or 1,M] int32, where each tile's first query stands; −1 for a tile without queries."""
-    if positions is None:
-        return jnp.arange(geometry.M, dtype=jnp.int32)[None] * geometry.block_q
-    return positions[:, :: geometry.block_q]
-
-
-def _whole_blocks(options, geometry: Geometry, table, lengths, first) -> jax.Array:
-    """How many blocks of each row lie wholly before its tile's first query, and before S.
-
-    Rows ascend, so these come first, and only the others pay for masks.
-    """
-    ends = jnp.full_like(first, geometry.S)
-    if options.causal:
-        ends = jnp.minimum(first + 1, geometry.S)
-    whole = jnp.maximum(ends, 0)[:, None] // geometry.block_kv  # [B,1,M]
-    slots = jnp.arange(geometry.C, dtype=jnp.int32)[None, None, None]
-    listed = (slots < table.counts[..., None]) & (table.indices < whole[..., None])
-    count = jnp.where(table.dense, whole, listed.sum(axis=-1, dtype=jnp.int32))
-    return jnp.minimum(count, lengths)

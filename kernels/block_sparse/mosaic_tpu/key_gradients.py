@@ -20,15 +20,14 @@ from routing_jax.kernels.block_sparse.implementation import AttentionInputs, Att
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     Arrays,
     Geometry,
-    first_positions,
-    pad_axis,
     per_head,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide, multiply
 from routing_jax.kernels.block_sparse.mosaic_tpu.ring import for_each_step, ring_shapes
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import compiler_params, cost_estimate
-from routing_jax.kernels.block_table import ceil_div
+from routing_jax.kernels.block_table import ceil_div, first_positions
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
+from routing_jax.kernels.padding import pad_axis
 
 _PAGE = 1024
 
@@ -91,7 +90,7 @@ def _first_whole(geometry: Geometry, inputs: AttentionInputs) -> jax.Array:
         return jnp.full((1, 1, geometry.J), geometry.M, jnp.int32)
     if not geometry.causal:
         return jnp.zeros((1, 1, geometry.J), jnp.int32)
-    first = first_positions(geometry, inputs.q_positions)
+    first = first_positions(inputs.table, inputs.q_positions)
     first = jnp.where(first < 0, jnp.iinfo(jnp.int32).max, first)
     last_keys = (jnp.arange(geometry.J, dtype=jnp.int32) + 1) * geometry.block_kv - 1
     search = jax.vmap(lambda first: jnp.searchsorted(first, last_keys))
