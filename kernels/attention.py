@@ -1,7 +1,9 @@
-"""Dense and compacted-query attention over arrays, through `jax.nn.dot_product_attention`.
+"""Dense and compacted-query attention over arrays.
 
-cuDNN runs where it can (bfloat16 or float16 on an NVIDIA GPU); elsewhere XLA does, in pieces
-small enough that no T×S array of logits is ever held at once.
+Dense attention is `jax.nn.dot_product_attention`: cuDNN where it can (bfloat16 or float16 on an
+NVIDIA GPU), elsewhere XLA, in pieces small enough that no T×S array of logits is ever held at
+once. Compacted queries go through the block-sparse kernel on Hopper, which splits their keys among
+programs so that a few queries fill the chip; elsewhere they take the same way with a mask.
 """
 
 import itertools
@@ -11,13 +13,20 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from routing_jax.kernels.block_patterns import dense_table
+from routing_jax.kernels.block_sparse.api import block_sparse_attention
+from routing_jax.kernels.hopper import hopper_refusal
+
 AttentionImplementation = Literal["xla", "cudnn"]
+CompactedImplementation = Literal["xla", "cudnn", "mosaic_gpu"]
 
 # XLA holds the logits of one piece: rows × S × N float32. 2^24 of them are 64 MiB.
 _LOGITS_PER_PIECE = 1 << 24
 # Query groups that see a growing prefix of the keys: 8 groups do 56 % of the square, where the
 # causal half is 50 %.
 _CAUSAL_GROUPS = 8
+_BLOCK = 128  # keys of a block; queries of a tile unless half as many hold them all
+_MOST_HEAD_DIM = 256  # of the block-sparse kernel
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -43,6 +52,13 @@ def default_implementation(dtype: jnp.dtype) -> AttentionImplementation:
     """
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+
+
+def _compacted_implementation(q: jax.Array) -> CompactedImplementation:
+    general = default_implementation(q.dtype)
+    if general == "cudnn" and q.shape[-1] <= _MOST_HEAD_DIM and hopper_refusal() is None:
+        return "mosaic_gpu"
+    return general
 
 
 def _attend(q, k, v, mask, implementation, causal=False):
@@ -145,7 +161,7 @@ def compacted_attention(
     q_positions: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
-    implementation: AttentionImplementation | None = None,
+    implementation: CompactedImplementation | None = None,
 ) -> jax.Array:
     """Causal attention for a few chosen queries of a sequence, work C·S instead of T·S.
 
@@ -153,9 +169,11 @@ def compacted_attention(
       q: [B,C,N,H], the chosen queries.
       k: [B,S,K,H], the keys of the whole sequence.
       v: [B,S,K,H].
-      q_positions: [B,C] int32, each query's place in the sequence; −1 marks an unused slot.
+      q_positions: [B,C] int32, each query's place in the sequence, ascending; unused slots come
+        last and hold −1.
       segment_ids: [B,S] int32; a query attends only within its segment.
-      implementation: 'cudnn', 'xla', or None for the best one here.
+      implementation: 'mosaic_gpu' (the block-sparse kernel on a Hopper GPU), 'cudnn', 'xla', or
+        None for the best one here.
 
     Returns:
       [B,C,N,H] in q's dtype; unused slots are 0.
@@ -171,7 +189,16 @@ def compacted_attention(
     _check(q, k, v)
     chex.assert_shape(q_positions, q.shape[:2])
     B, S = k.shape[:2]
-    implementation = implementation or default_implementation(q.dtype)
+    implementation = implementation or _compacted_implementation(q)
+    if implementation == "mosaic_gpu":
+        block_q = _BLOCK if q.shape[1] > _BLOCK // 2 else _BLOCK // 2
+        table = dense_table(q.shape[1], S, block_q=block_q, block_kv=_BLOCK)
+        out = block_sparse_attention(
+            q, k, v, table,
+            q_positions=q_positions, segment_ids=segment_ids, implementation=implementation,
+        )  # fmt: skip
+        assert isinstance(out, jax.Array)  # no log-sum-exp was asked for
+        return out
     used = q_positions >= 0
     # An unused slot looks at key 0 only, so that no softmax runs over nothing; it is zeroed below.
     visible_to = jnp.where(used, q_positions, 0)

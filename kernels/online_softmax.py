@@ -83,6 +83,30 @@ def finish_softmax(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
     return state.values / total[..., None], lse
 
 
+def merge_splits(outs: jax.Array, lses: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The softmax over all keys from the softmaxes over each split's: exact but for rounding.
+
+    Args:
+      outs: [...,H] float32, the mean of each split's values.
+      lses: [...] float32, the log-sum-exp of its logits; −inf where it has no key.
+      axis: the one along which the splits stand, not negative; the results lack it.
+
+    Returns:
+      [...,H] and [...], float32; 0 and −inf where no split has a key.
+
+    >>> outs, lses = jnp.array([[1.0], [5.0], [0.0]]), jnp.array([0.0, jnp.log(3.0), -jnp.inf])
+    >>> out, lse = merge_splits(outs, lses, 0)
+    >>> round(float(out[0]), 5), round(float(jnp.exp(lse)), 5)
+    (4.0, 4.0)
+    """
+    maximum = lses.max(axis=axis)
+    shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)  # −inf − −inf would be nan
+    weights = jnp.exp(lses - jnp.expand_dims(shift, axis))
+    total = weights.sum(axis=axis)
+    out = (weights[..., None] * outs).sum(axis=axis)
+    return out / jnp.where(total == 0, 1.0, total)[..., None], shift + jnp.log(total)
+
+
 def matmul(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """An einsum that accumulates in float32 and does not round float32 operands.
 

@@ -16,9 +16,8 @@ from routing_jax.kernels.decode.mosaic_gpu import MOSAIC_GPU
 from routing_jax.kernels.decode.pages import PageList, check_pages
 from routing_jax.kernels.decode.xla import XLA
 
-# In the order in which they are tried when the caller names none. XLA refuses nothing, so Mosaic
-# behind it runs only by name: its tests have not all passed on a Hopper GPU yet.
-IMPLEMENTATIONS: tuple[DecodeImplementation, ...] = (XLA, MOSAIC_GPU)
+# In the order in which they are tried when the caller names none; XLA refuses nothing.
+IMPLEMENTATIONS: tuple[DecodeImplementation, ...] = (MOSAIC_GPU, XLA)
 
 MAX_QUERIES = 8
 
@@ -51,7 +50,8 @@ def block_sparse_decode(
       block_bias: [B,K,C], K may be 1; added to the logits of each listed page, as in
         `block_sparse_attention`.
       scale: what q·k is multiplied by; 1/√H when None.
-      implementation: 'xla' (what None stands for), or 'mosaic_gpu' (Hopper GPUs).
+      implementation: 'mosaic_gpu' (Hopper GPUs), 'xla', or None for the first that supports the
+        call.
       return_lse: whether to return the log-sum-exp too.
 
     Returns:

@@ -210,3 +210,25 @@ def test_dense_refuses_keys_of_another_length():
     q, k, v = make_qkv(queries=T - 1)
     with pytest.raises(ValueError, match=r"T = S.*T=12.*S=13"):
         dense_attention(q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [40, 300])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_compacted_is_the_same_through_the_block_sparse_kernel(queries, segmented):
+    rng = np.random.default_rng(queries)
+    S = 2500  # long enough for keys to be split among programs
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, length, heads, 64)), jnp.bfloat16)
+        for length, heads in ((queries, 6), (S, 2), (S, 2))
+    )
+    positions = np.full((2, queries), -1, np.int32)
+    positions[0] = np.sort(rng.choice(S, queries, replace=False))
+    positions[1, : queries // 2] = np.sort(rng.choice(S, queries // 2, replace=False))
+    segments = np.sort(rng.integers(0, 3, (2, S)), axis=1).astype(np.int32) if segmented else None
+    arguments = {"q_positions": jnp.asarray(positions), "segment_ids": segments}
+    got = compacted_attention(q, k, v, **arguments, implementation="mosaic_gpu")
+    expected = compacted_attention(q, k, v, **arguments, implementation="xla")
+    difference = np.asarray(got - expected, np.float32)
+    assert np.linalg.norm(difference) < 1e-2 * np.linalg.norm(np.asarray(expected, np.float32))
+    assert not np.asarray(got[1, queries // 2 :]).any()

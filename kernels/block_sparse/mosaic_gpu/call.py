@@ -96,6 +96,7 @@ class Geometry(NamedTuple):
       block_kv: keys a block.
       causal: whether later keys are hidden.
       scale: what logits are multiplied by, in units of log2.
+      splits: shares of a row's blocks that are separate items.
     """
 
     B: int
@@ -111,6 +112,7 @@ class Geometry(NamedTuple):
     block_kv: int
     causal: bool
     scale: float
+    splits: int = 1
 
     @property
     def G(self) -> int:  # noqa: N802
@@ -124,13 +126,13 @@ class Geometry(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Items a tile and kv head: two warpgroups, with a chunk each."""
+        """Items a tile, kv head and split: two warpgroups, with a chunk each."""
         return ceil_div(self.chunks, 2)
 
     @property
     def items(self) -> int:
         """Items in all."""
-        return self.B * self.K * self.M * self.pairs
+        return self.B * self.K * self.M * self.pairs * self.splits
 
     def place(self, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A chunk's head within the group and its first row within the tile."""

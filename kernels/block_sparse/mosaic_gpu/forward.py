@@ -24,6 +24,7 @@ turn, so that programs end together.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -39,11 +40,32 @@ from routing_jax.kernels.block_sparse.implementation import (
 from routing_jax.kernels.block_sparse.mosaic_gpu.call import Arrays, Geometry, prepare
 from routing_jax.kernels.block_sparse.mosaic_gpu.items import Stream, for_each_item, stream_pieces
 from routing_jax.kernels.block_sparse.mosaic_gpu.masks import hide, positions_of
+from routing_jax.kernels.block_table import ceil_div
 from routing_jax.kernels.hopper import LOG2_E, WARPGROUP_ROWS, num_multiprocessors
 from routing_jax.kernels.mosaic_arrays import accumulator, row_vector, tiled_smem
+from routing_jax.kernels.online_softmax import merge_splits
 
 _COMPUTE = 2  # warpgroups
 _ROWS = WARPGROUP_ROWS
+_SPLIT_BLOCKS = 8  # key blocks of a sequence for each split
+
+
+class _State(NamedTuple):
+    """What the loop over a row's pieces carries.
+
+    Attributes:
+      maximum: [rows] float32, of the logits so far, in units of log2.
+      total: [rows] float32, the sum of the weights so far.
+      values: [rows,H] float32, the weighted values of all pieces but the last.
+      weights: [rows,keys], of the last piece.
+      bias: of the next piece, or None.
+    """
+
+    maximum: jax.Array
+    total: jax.Array
+    values: jax.Array
+    weights: jax.Array
+    bias: jax.Array | None
 
 
 def _pieces(geometry: Geometry) -> tuple[int, int]:
@@ -60,22 +82,42 @@ def _query_buffers(geometry: Geometry) -> int:
 def forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutputs:
     """Block-sparse attention; see `Implementation.forward`."""
     geometry, arrays = prepare(options, inputs)
+    geometry = geometry._replace(splits=_splits(geometry))
     out, lse = attend(geometry, arrays)
+    if geometry.splits > 1:
+        out, lse = merge_splits(out, lse.swapaxes(2, 3), axis=1)
+        out = out.astype(inputs.q.dtype)
+    else:
+        out, lse = out[:, 0], lse[:, 0].swapaxes(1, 2)
     T, head_dim = geometry.T, inputs.q.shape[-1]
-    return AttentionOutputs(out[:, :T, :, :head_dim], lse.swapaxes(1, 2)[:, :T])
+    return AttentionOutputs(out[:, :T, :, :head_dim], lse[:, :T])
+
+
+def _splits(geometry: Geometry) -> int:
+    """Shares that rows are cut into, for items enough to fill the chip evenly."""
+    programs = num_multiprocessors()
+    if geometry.items >= 2 * programs:
+        return 1
+    return max(1, min(ceil_div(4 * programs, geometry.items), geometry.J // _SPLIT_BLOCKS))
 
 
 def attend(geometry: Geometry, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-    """The kernel itself: (out like the padded q, lse [B,N,T] float32 with T padded)."""
+    """The kernel itself.
+
+    Returns:
+      out [B,splits,T,N,H] and lse [B,splits,N,T] float32 with T and H padded; out is float32 if
+      there are several splits.
+    """
     B, T, N, H = arrays.q.shape
+    splits = geometry.splits
     keys, stages = _pieces(geometry)
     buffers = _query_buffers(geometry)
     dtype = arrays.q.dtype
     ring = [plgpu.Barrier(num_barriers=stages)] * 2
     read = [plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=stages)] * 2
     out_type = (
-        jax.ShapeDtypeStruct((B, T, N, H), dtype),
-        jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+        jax.ShapeDtypeStruct((B, splits, T, N, H), jnp.float32 if splits > 1 else dtype),
+        jax.ShapeDtypeStruct((B, splits, N, T), jnp.float32),
     )
 
     operands, tree = jax.tree.flatten(arrays)
@@ -138,83 +180,107 @@ def _program(
             own_q, own_lse = q_smem.at[buffer, warpgroup], lse_smem.at[warpgroup]
             plgpu.barrier_wait(q_full.at[buffer])
 
-            def add_piece(step, state, masked):
-                maximum, total, values, bias = state
-                stage = lax.rem(past + step, stages)
+            def add_piece(step, state, *, first=False, masked=False):
+                """Scores of this step, values of the one before, which the `first` lacks."""
+                stage, before = (lax.rem(past + i, stages) for i in (step, step - 1))
                 # Read a step ahead: it comes from global memory.
-                next_bias = None if bias is None else item.bias(step + 1)
+                next_bias = None if inputs.bias is None else item.bias(step + 1)
                 start = item.first_key(step) if masked else None
                 plgpu.barrier_wait(full[0].at[stage])
+                if not first:
+                    plgpu.barrier_wait(full[1].at[before])
 
-                def scores(acc):
-                    plgpu.wgmma(acc, own_q, k_smem.at[stage].transpose((1, 0)))
+                def multiply(scores, products=None):
+                    if products is not None:
+                        products[...] = state.values
+                    plgpu.wgmma(scores, own_q, k_smem.at[stage].transpose((1, 0)))
+                    if products is not None:
+                        plgpu.wgmma(products, state.weights, v_smem.at[before])
                     take_turns()
-                    return acc[...]
-
-                logits = pl.run_scoped(scores, plgpu.ACC((_ROWS, keys), jnp.float32))
-                plgpu.barrier_arrive(empty[0].at[stage])
-                if masked:
-                    logits = hide(
-                        geometry, inputs, logits, item.batch, q_rows, start, transposed=False
+                    logits = plgpu.wgmma_accumulator_load(scores, wait_n=0 if first else 1)
+                    plgpu.barrier_arrive(empty[0].at[stage])
+                    if masked:
+                        logits = hide(
+                            geometry, inputs, logits, item.batch, q_rows, start, transposed=False
+                        )
+                    # The bias is the same for all keys of a piece: it shifts the maximum alone.
+                    highest = logits.max(axis=1) * geometry.scale
+                    if state.bias is not None:
+                        highest = highest + state.bias
+                    maximum = jnp.maximum(state.maximum, highest)
+                    safe = jnp.where(maximum == -jnp.inf, 0.0, maximum)  # −inf − −inf would be nan
+                    shift = safe if state.bias is None else safe - state.bias
+                    weights = jnp.exp2(
+                        logits * geometry.scale - lax.broadcast_in_dim(shift, logits.shape, [0])
                     )
+                    fade = jnp.exp2(state.maximum - safe)
+                    total = state.total * fade + weights.sum(axis=1)
+                    total, weights = lax.optimization_barrier((total, weights))
+                    values = state.values
+                    if products is not None:
+                        values = products[...]
+                        plgpu.barrier_arrive(empty[1].at[before])
+                    values *= lax.broadcast_in_dim(fade, values.shape, [0])
+                    return _State(maximum, total, values, weights.astype(q_smem.dtype), next_bias)
 
-                # The bias is the same for all keys of a piece: it shifts the maximum alone.
-                highest = logits.max(axis=1) * geometry.scale
-                raised = jnp.maximum(maximum, highest if bias is None else highest + bias)
-                safe = jnp.where(raised == -jnp.inf, 0.0, raised)  # −inf − −inf would be nan
-                shift = safe if bias is None else safe - bias
-                weights = jnp.exp2(
-                    logits * geometry.scale - lax.broadcast_in_dim(shift, logits.shape, [0])
-                )
-                fade = jnp.exp2(maximum - safe)
-                values *= lax.broadcast_in_dim(fade, values.shape, [0])
-                total *= fade
-                weights16 = weights.astype(q_smem.dtype)
-                if geometry.H <= 128:
-                    total += weights.sum(axis=1)
-                    values, total, raised, weights16 = lax.optimization_barrier(
-                        (values, total, raised, weights16)
-                    )
-                plgpu.barrier_arrive(turn)
+                accumulators = [plgpu.ACC((_ROWS, keys), jnp.float32)]
+                if not first:
+                    accumulators.append(plgpu.ACC((_ROWS, geometry.H), jnp.float32))
+                state = pl.run_scoped(multiply, *accumulators)
+                take_turns()
+                return state
+
+            def add_last_values(_, state):
+                stage = lax.rem(past + item.steps - 1, stages)
                 plgpu.barrier_wait(full[1].at[stage])
-                plgpu.barrier_wait(turn)
-                if geometry.H > 128:
-                    total += weights.sum(axis=1)
 
-                def add_values(acc):
-                    plgpu.wgmma(acc, weights16, v_smem.at[stage])
+                def multiply(products):
+                    plgpu.wgmma(products, state.weights, v_smem.at[stage])
+                    take_turns()
 
-                values = pl.run_state(add_values)(plgpu.ACC.init(values))
+                values = pl.run_state(multiply)(plgpu.ACC.init(state.values))
                 plgpu.barrier_arrive(empty[1].at[stage])
-                return raised, total, values, next_bias
+                return state._replace(values=values)
 
-            state = (
+            state = _State(
                 row_vector(_ROWS, -jnp.inf),
                 row_vector(_ROWS, 0.0),
                 accumulator(_ROWS, geometry.H),
+                accumulator(_ROWS, keys).astype(q_smem.dtype),
                 None if inputs.bias is None else item.bias(jnp.int32(0)),
             )
-            whole, steps = item.unmasked, item.steps
-            state = lax.fori_loop(0, whole, functools.partial(add_piece, masked=False), state)
-            state = lax.fori_loop(whole, steps, functools.partial(add_piece, masked=True), state)
-            if catch_up:
-                pl.when(warpgroup == 0)(take_turns)
-            maximum, total, values, _ = state
+            any_steps = jnp.minimum(item.steps, 1)
+            masked = jnp.maximum(item.masked, any_steps)
+            add_first = functools.partial(add_piece, first=True, masked=True)
+            state = lax.fori_loop(0, any_steps, add_first, state)
+            add_masked = functools.partial(add_piece, masked=True)
+            state = lax.fori_loop(any_steps, masked, add_masked, state)
+            state = lax.fori_loop(masked, item.steps, add_piece, state)
+            state = lax.fori_loop(0, any_steps, add_last_values, state)
+            maximum, total, values, _, _ = state
             if inputs.positions is not None:
                 live = positions_of(inputs, item.batch, q_rows) >= 0
                 total = jnp.where(live, total, 0.0)
             nothing = total == 0.0
             inverse = jnp.where(nothing, 0.0, 1.0 / jnp.where(nothing, 1.0, total))
             values *= lax.broadcast_in_dim(inverse, values.shape, [0])
-            own_q[...] = values.astype(q_smem.dtype)
+            own_out = out_ref.at[item.batch, item.split, q_rows, head]
+            if geometry.splits > 1:  # rounded after the merge
+                own_out[...] = values
+            else:
+                own_q[...] = values.astype(q_smem.dtype)
             lse = (maximum + jnp.log2(jnp.where(nothing, 1.0, total))) / LOG2_E
             own_lse[...] = jnp.where(nothing, -jnp.inf, lse)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_q, out_ref.at[item.batch, q_rows, head])
-            plgpu.copy_smem_to_gmem(own_lse, lse_ref.at[item.batch, head, q_rows])
+            if geometry.splits == 1:
+                plgpu.copy_smem_to_gmem(own_q, own_out)
+            plgpu.copy_smem_to_gmem(own_lse, lse_ref.at[item.batch, item.split, head, q_rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_empty.at[buffer])
-            return past + steps
+            pl.when(item.steps > 0)(take_turns)
+            if catch_up:
+                pl.when(warpgroup == 0)(take_turns)
+            return past + item.steps
 
         if not catch_up:
             pl.when(warpgroup == 1)(take_turns)

@@ -13,33 +13,65 @@ from routing_jax.kernels.block_sparse.mosaic_gpu.call import Geometry, at
 from routing_jax.kernels.hopper import WARPGROUP_ROWS
 
 
-class Item:
-    """Two chunks of 64 query rows that share a table row, inside a kernel.
+class Place(NamedTuple):
+    """Which item: scalars.
 
     Attributes:
       batch: the sequence.
       kv_head: the kv head.
       tile: the query tile.
-      steps: pieces of keys that the row visits.
-      unmasked: how many of them, the first ones, need no mask.
+      split: the share of the row's blocks.
+      pair: the two chunks of query rows.
     """
 
-    def __init__(self, geometry: Geometry, inputs, keys: int, number: jax.Array):
+    batch: jax.Array
+    kv_head: jax.Array
+    tile: jax.Array
+    split: jax.Array
+    pair: jax.Array
+
+
+class Row(NamedTuple):
+    """What an item needs of its table row before it starts: scalars, read from global memory.
+
+    Attributes:
+      blocks: how many key blocks the row visits.
+      unmasked: how many of them, the first ones, need no mask.
+      dense: 1 if block i of the row is block i of the sequence.
+    """
+
+    blocks: jax.Array
+    unmasked: jax.Array
+    dense: jax.Array
+
+
+class Item:
+    """Two chunks of 64 query rows and a share of their table row, inside a kernel.
+
+    Steps go from the row's last key to its first, so those that need a mask come first.
+
+    Attributes:
+      batch: the sequence.
+      kv_head: the kv head.
+      tile: the query tile.
+      split: the share of the row's blocks.
+      steps: pieces of keys to visit.
+      masked: how many of them, the first ones, need a mask.
+    """
+
+    def __init__(self, geometry: Geometry, inputs, keys: int, place: Place, row: Row):
         self._geometry, self._inputs, self._keys = geometry, inputs, keys
         self._parts = geometry.block_kv // keys  # steps a block
-        pair = lax.rem(number, geometry.pairs)
-        number = lax.div(number, geometry.pairs)
-        self.kv_head = lax.rem(number, geometry.K)
-        number = lax.div(number, geometry.K)
-        self.batch = lax.rem(number, geometry.B)
-        # The longest rows of causal attention first.
-        self.tile = geometry.M - 1 - lax.div(number, geometry.B)
+        self.batch, self.kv_head, self.tile, self.split, pair = place
         self._first_chunk = pair * 2
-        row = (*at(inputs.lengths.shape, self.batch, self.kv_head), self.tile)
         self._row = (*at(inputs.indices.shape, self.batch, self.kv_head), self.tile)
-        self.steps = inputs.lengths[row] * self._parts
-        self.unmasked = inputs.unmasked[row] * self._parts
-        self._dense = inputs.dense[self._row] != 0
+        share = lax.div(row.blocks + geometry.splits - 1, geometry.splits)
+        last = jnp.maximum(row.blocks - self.split * share, 0)  # one past the last block
+        first = jnp.maximum(last - share, 0)
+        self._last_piece = last * self._parts - 1
+        self.steps = (last - first) * self._parts
+        self.masked = (last - jnp.clip(row.unmasked, first, last)) * self._parts
+        self._dense = row.dense != 0
 
     def chunk(self, warpgroup: jax.Array | int) -> tuple[jax.Array, pl.Slice]:
         """The query head and the rows of T that a warpgroup computes.
@@ -52,20 +84,36 @@ class Item:
         rows = pl.ds(self.tile * geometry.block_q + offset, WARPGROUP_ROWS)
         return self.kv_head * geometry.G + group_head, rows
 
-    def slot(self, step: jax.Array) -> jax.Array:
-        """The table slot of a step; the last one for steps of a dense row past it."""
-        return jnp.minimum(lax.div(step, self._parts), self._geometry.C - 1)
+    def piece(self, step: jax.Array) -> jax.Array:
+        """Which of the row's pieces a step takes, in ascending order of keys."""
+        return self._last_piece - step
 
     def first_key(self, step: jax.Array) -> jax.Array:
         """Where in S a step's keys begin."""
-        listed = self._inputs.indices[(*self._row, self.slot(step))]
-        block = jnp.where(self._dense, lax.div(step, self._parts), listed)
-        return block * self._geometry.block_kv + lax.rem(step, self._parts) * self._keys
+        piece = self.piece(step)
+        listed = self._inputs.indices[(*self._row, self._slot(piece))]
+        block = jnp.where(self._dense, lax.div(piece, self._parts), listed)
+        return block * self._geometry.block_kv + lax.rem(piece, self._parts) * self._keys
 
     def bias(self, step: jax.Array) -> jax.Array:
-        """The bias of a step's block; dense rows have none."""
-        bias = self._inputs.bias[self.batch, self.kv_head, self.tile, self.slot(step)]
+        """The bias of a step's block, anything past the last step; dense rows have none."""
+        slot = self._slot(self.piece(step))
+        bias = self._inputs.bias[self.batch, self.kv_head, self.tile, slot]
         return jnp.where(self._dense, 0.0, bias)
+
+    def _slot(self, piece: jax.Array) -> jax.Array:
+        """The table slot of a piece: some slot for pieces that have none."""
+        return jnp.clip(lax.div(piece, self._parts), 0, self._geometry.C - 1)
+
+
+def _place(geometry: Geometry, number: jax.Array) -> Place:
+    """An item by its number: the longest rows of causal attention first."""
+    scalars = []
+    for size in (geometry.pairs, geometry.splits, geometry.K, geometry.B):
+        scalars.append(lax.rem(number, size))
+        number = lax.div(number, size)
+    pair, split, kv_head, batch = scalars
+    return Place(batch, kv_head, geometry.M - 1 - number, split, pair)
 
 
 def for_each_item(
@@ -77,7 +125,7 @@ def for_each_item(
     """Runs the items of this program in order.
 
     Items are dealt out in rounds, forwards and backwards in turn: their lengths fall from one to
-    the next, so this evens out what programs get.
+    the next, so this evens out what programs get. A row is read an item ahead.
 
     Args:
       geometry: the call's sizes.
@@ -89,13 +137,23 @@ def for_each_item(
     programs = lax.axis_size("program")
     rounds = lax.div(jnp.int32(geometry.items + programs - 1), jnp.int32(programs))
 
-    def take(i, carry):
+    def place_of(i):
         turned = jnp.where(lax.rem(i, 2) == 0, program, programs - 1 - program)
-        number = i * programs + turned
         # The last round may be short: what it lacks is the last item again, with no harm done.
-        return body(Item(geometry, inputs, keys, jnp.minimum(number, geometry.items - 1)), i, carry)
+        return _place(geometry, jnp.minimum(i * programs + turned, geometry.items - 1))
 
-    lax.fori_loop(0, rounds, take, jnp.int32(0))
+    def read(place):
+        def scalar(ref):
+            return ref[(*at(ref.shape, place.batch, place.kv_head), place.tile)]
+
+        return Row(scalar(inputs.lengths), scalar(inputs.unmasked), scalar(inputs.dense))
+
+    def take(i, carry):
+        state, row = carry
+        following = read(place_of(i + 1))
+        return body(Item(geometry, inputs, keys, place_of(i), row), i, state), following
+
+    lax.fori_loop(0, rounds, take, (jnp.int32(0), read(place_of(jnp.int32(0)))))
 
 
 class Stream(NamedTuple):

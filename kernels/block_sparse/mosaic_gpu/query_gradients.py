@@ -118,8 +118,8 @@ def _program(
                     plgpu.wgmma(d_weights, own_do, v_smem.at[stage].transpose((1, 0)))
                     return scores[...], d_weights[...]
 
-                piece = plgpu.ACC((_ROWS, keys), jnp.float32)
-                logits, dp = pl.run_scoped(products, piece, piece)
+                tile = plgpu.ACC((_ROWS, keys), jnp.float32)
+                logits, dp = pl.run_scoped(products, tile, tile)
                 plgpu.barrier_arrive(empty[1].at[stage])
                 if masked:
                     logits = hide(
@@ -130,11 +130,12 @@ def _program(
                 )
                 ds = p * (dp - lax.broadcast_in_dim(delta, logits.shape, [0]))
                 if inputs.bias is not None:
+                    piece = item.piece(step)
 
-                    @pl.when(step < slots)
+                    @pl.when(piece < slots)
                     def _():
                         for ref, values in zip(results[1:], (ds, p)):
-                            ref[item.batch, head, step, q_rows] = values.sum(axis=1)
+                            ref[item.batch, head, piece, q_rows] = values.sum(axis=1)
 
                 ds16 = ds.astype(q_smem.dtype)
 
@@ -146,9 +147,9 @@ def _program(
                 return dq
 
             dq = accumulator(_ROWS, geometry.H)
-            whole, steps = item.unmasked, item.steps
-            dq = lax.fori_loop(0, whole, functools.partial(add_piece, masked=False), dq)
-            dq = lax.fori_loop(whole, steps, functools.partial(add_piece, masked=True), dq)
+            masked, steps = item.masked, item.steps
+            dq = lax.fori_loop(0, masked, functools.partial(add_piece, masked=True), dq)
+            dq = lax.fori_loop(masked, steps, functools.partial(add_piece, masked=False), dq)
             own_q[...] = (dq * (geometry.scale / LOG2_E)).astype(q_smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_q, results[0].at[item.batch, q_rows, head])

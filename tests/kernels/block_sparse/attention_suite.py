@@ -56,6 +56,9 @@ CASES = {
     "compacted queries in segments": Case(
         T=130, S=200, G=3, block_kv=128, positions=True, segments=True, dense=0.5
     ),
+    "few queries, many keys": Case(
+        T=70, S=2100, H=128, block_q=128, block_kv=128, capacity=9, positions=True, dense=0.5
+    ),
     "one table and bias for all, no dense row": Case(B=3, T=192, one_table=True, dense=0.0),
 }
 HALF_CASES = (

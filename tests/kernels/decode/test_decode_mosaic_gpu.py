@@ -8,7 +8,7 @@ import pytest
 
 from routing_jax.kernels import PageList, block_sparse_decode, contiguous_pages, dense_pages
 from routing_jax.kernels.decode.implementation import DecodeInputs
-from routing_jax.kernels.decode.mosaic_gpu.splits import merge_splits, run_on_hopper
+from routing_jax.kernels.decode.mosaic_gpu.splits import run_on_hopper
 from routing_jax.kernels.decode.mosaic_gpu.tiling import decode_tiling, shape_refusal
 from routing_jax.kernels.decode.reference import reference_decode
 
@@ -98,26 +98,6 @@ def test_needs_hopper_only_when_it_is_named():
         with pytest.raises(NotImplementedError, match=r"needs an NVIDIA Hopper GPU.*; xla can"):
             block_sparse_decode(**arguments, implementation="mosaic_gpu")
     assert block_sparse_decode(**arguments).shape == arguments["q"].shape
-
-
-def test_merged_splits_equal_the_softmax_over_all_keys():
-    rng = np.random.default_rng(0)
-    B, K, S, R, H, keys = 2, 2, 4, 3, 8, 5
-    logits = rng.normal(size=(B, K, S, R, keys)) * 4
-    logits[0, :, 1] = -np.inf  # a split without keys
-    logits[1, 1, :, 2] = -np.inf  # and a row without any
-    values = rng.normal(size=(B, K, S, keys, H))
-    weights = np.exp(logits)
-    sums = weights.sum(-1)
-    outs = np.einsum("bksrp,bksph->bksrh", weights, values) / np.where(sums, sums, 1)[..., None]
-    with np.errstate(divide="ignore"):
-        lses, expected_lse = np.log(sums), np.log(sums.sum(2))
-    expected = np.einsum("bksrp,bksph->bkrh", weights, values)
-    expected /= np.where(sums.sum(2), sums.sum(2), 1)[..., None]
-    out, lse = merge_splits(jnp.asarray(outs, jnp.float32), jnp.asarray(lses, jnp.float32))
-    assert error(out, expected) < 1e-6
-    assert error(lse, expected_lse) < 1e-6
-    assert (np.asarray(out[1, 1, 2]) == 0).all()
 
 
 @pytest.mark.gpu
