@@ -27,6 +27,9 @@ _LOGITS_PER_PIECE = 1 << 24
 _CAUSAL_GROUPS = 8
 _BLOCK = 128  # keys of a block; queries of a tile unless half as many hold them all
 _MOST_HEAD_DIM = 256  # of the block-sparse kernel
+# Compaction has a branch for each capacity: below this many keys the kernels of all branches take
+# longer to compile than they save.
+_MANY_KEYS = 8192
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -54,11 +57,10 @@ def default_implementation(dtype: jnp.dtype) -> AttentionImplementation:
     return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
 
 
-def _compacted_implementation(q: jax.Array) -> CompactedImplementation:
+def _compacted_implementation(q: jax.Array, num_keys: int) -> CompactedImplementation:
     general = default_implementation(q.dtype)
-    if general == "cudnn" and q.shape[-1] <= _MOST_HEAD_DIM and hopper_refusal() is None:
-        return "mosaic_gpu"
-    return general
+    fits = q.shape[-1] <= _MOST_HEAD_DIM and num_keys >= _MANY_KEYS
+    return "mosaic_gpu" if general == "cudnn" and fits and hopper_refusal() is None else general
 
 
 def _attend(q, k, v, mask, implementation, causal=False):
@@ -189,7 +191,7 @@ def compacted_attention(
     _check(q, k, v)
     chex.assert_shape(q_positions, q.shape[:2])
     B, S = k.shape[:2]
-    implementation = implementation or _compacted_implementation(q)
+    implementation = implementation or _compacted_implementation(q, S)
     if implementation == "mosaic_gpu":
         block_q = _BLOCK if q.shape[1] > _BLOCK // 2 else _BLOCK // 2
         table = dense_table(q.shape[1], S, block_q=block_q, block_kv=_BLOCK)

@@ -4,7 +4,6 @@ The routed tokens are gathered into the smallest of a few static capacities that
 so the shapes are known to the compiler while the work follows the count.
 """
 
-import functools
 from collections.abc import Callable
 
 import chex
@@ -62,8 +61,9 @@ def map_routed(
     fn: Callable[[jax.Array, jax.Array], jax.Array],
     x: jax.Array,
     mask: jax.Array,
+    otherwise: jax.Array | None = None,
 ) -> jax.Array:
-    """`where(mask, fn(x), 0)`, with `fn` run only on the routed tokens.
+    """`where(mask, fn(x), otherwise)`, with `fn` run only on the routed tokens.
 
     `fn` must treat tokens one by one, given their positions (it may look at other tokens through
     arrays it closes over, as attention does). The branch is picked by the fullest row of this
@@ -74,9 +74,11 @@ def map_routed(
       fn: (tokens [B,C,D], positions [B,C]) -> [B,C,E]; a position of −1 marks an unused slot.
       x: [B,T,D].
       mask: [B,T] bool, which tokens are routed.
+      otherwise: [B,T,E], what the other tokens get; 0 when None. The routed ones are written over
+        it, so that it is neither copied nor read.
 
     Returns:
-      [B,T,E], equal to the masked computation within rounding; 0 where not routed.
+      [B,T,E], equal to the masked computation within rounding.
 
     >>> x = jnp.arange(6.0).reshape(1, 6, 1)
     >>> map_routed(lambda x, _: 10 * x, x, x[..., 0] == 3).ravel().tolist()
@@ -87,27 +89,25 @@ def map_routed(
     rows = jnp.arange(B)[:, None]
     ladder = capacity_ladder(T)
 
-    out = jax.eval_shape(fn, x, jax.ShapeDtypeStruct(mask.shape, jnp.int32))
+    if otherwise is None:
+        out = jax.eval_shape(fn, x, jax.ShapeDtypeStruct(mask.shape, jnp.int32))
+        otherwise = jnp.zeros(out.shape, out.dtype)
+    others: jax.Array = otherwise
 
-    def some(capacity: int) -> Callable[[], jax.Array]:
-        def run() -> jax.Array:
+    def some(capacity: int) -> Callable[[jax.Array], jax.Array]:
+        def run(others: jax.Array) -> jax.Array:
             positions = compact(mask, capacity)
             chosen = x[rows, jnp.maximum(positions, 0)]
             target = jnp.where(positions < 0, T, positions)
-            empty = jnp.zeros(out.shape, out.dtype)
-            return empty.at[rows, target].set(fn(chosen, positions), mode="drop")
+            found = fn(chosen, positions).astype(others.dtype)
+            return others.at[rows, target].set(found, mode="drop")
 
         return run
 
-    def everything() -> jax.Array:
+    def everything(others: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        return jnp.where(mask[:, :, None], fn(x, positions), 0)
+        return jnp.where(mask[:, :, None], fn(x, positions).astype(others.dtype), others)
 
-    nothing = functools.partial(jnp.zeros, out.shape, out.dtype)
-    branches: list[Callable[[], jax.Array]] = [
-        nothing,
-        *(some(c) for c in ladder[1:-1]),
-        everything,
-    ]
+    branches = [lambda others: others, *(some(c) for c in ladder[1:-1]), everything]
     fullest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
-    return jax.lax.switch(jnp.searchsorted(jnp.array(ladder), fullest), branches)
+    return jax.lax.switch(jnp.searchsorted(jnp.array(ladder), fullest), branches, others)

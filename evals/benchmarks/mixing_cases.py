@@ -87,9 +87,8 @@ def _mixing(config: MixingBenchConfig, length: int) -> list[Case]:
                 y = compacted_attention(q, k, v, positions)
             return y.reshape(*y.shape[:2], N * H)
 
-        y = map_routed(attend, q.reshape(*q.shape[:2], N * H), choice)
         conv = causal_conv(x, state["conv"])
-        return state | {"y": jnp.where(choice[:, :, None], y, conv)}
+        return state | {"y": map_routed(attend, q.reshape(*q.shape[:2], N * H), choice, conv)}
 
     def dense_state(seed: int) -> State:
         return {

@@ -126,26 +126,31 @@ def late_implementation(
 ) -> Implementation:
     """An implementation in Mosaic: imported when it first runs, and with vmap as a larger batch.
 
-    Importing Mosaic takes seconds, and few processes run it.
+    Importing Mosaic takes seconds, and few processes run it. Lowering a kernel takes a second:
+    each pass is a jitted function of its own, so that equal calls of a program share one.
 
     Args:
       name: as of `Implementation`.
       refusal: as of `Implementation`.
       load: imports the forward and the backward pass and returns them.
 
-    >>> passes = lambda: (lambda options, inputs: inputs.q, None)
-    >>> twin = late_implementation("twin", lambda options, inputs: None, passes)
+    >>> load = lambda: (lambda options, inputs: inputs.q,) * 2
+    >>> twin = late_implementation("twin", lambda options, inputs: None, load)
     >>> inputs = AttentionInputs(jnp.ones((2, 3)), *[None] * 6)
     >>> twin.forward(AttentionOptions(True, 1.0), inputs).shape
     (2, 3)
     """
 
+    @functools.cache
+    def passes() -> tuple[Callable, ...]:
+        return tuple(jax.jit(run, static_argnums=0) for run in load())
+
     def forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutputs:
-        run = functools.partial(load()[0], options)
+        run = functools.partial(passes()[0], options)
         return fold_vmap(run, inputs.q.shape[0], inputs)
 
     def backward(options: AttentionOptions, inputs: AttentionInputs, *others) -> AttentionGradients:
-        run = functools.partial(load()[1], options)
+        run = functools.partial(passes()[1], options)
         return fold_vmap(run, inputs.q.shape[0], inputs, *others)
 
     return Implementation(name, refusal, forward, backward)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from routing_jax.attention.projections import AttentionWeights, HeadsConfig
@@ -19,6 +20,7 @@ def over_batch_and_heads(
     positions: jax.Array,
     choice: jax.Array,
     segment_ids: jax.Array | None,
+    otherwise: jax.Array,
     weights: AttentionWeights,
     heads: HeadsConfig,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -28,30 +30,32 @@ def over_batch_and_heads(
     global. Heads are split where the mesh's tensor axis divides the key/value heads.
 
     Args:
-      fn: (x, positions, choice, segment_ids, weights, total) -> (y [B,T,D], (k, v) [B,T,K,H]);
-        `total` sums a per-device part of y over the devices that hold other heads.
+      fn: (x, positions, choice, segment_ids, otherwise, weights, total) -> (y [B,T,D], (k, v)
+        [B,T,K,H]); `total` sums a per-device part of y over the devices that hold other heads.
       x: [B,T,D].
       positions: [B,T].
       choice: [B,T].
       segment_ids: [B,T] or None.
+      otherwise: [B,T,D], what y is to have once in all: 0 on all but one of the devices that hold
+        other heads.
       weights: the projections.
       heads: head counts and sizes.
 
     Returns:
       What `fn` returns, for the whole batch.
 
-    >>> import jax.numpy as jnp
     >>> x, ids, one = jnp.ones((2, 3, 4)), jnp.zeros((2, 3), int), jnp.ones((4, 1, 2))
     >>> weights = AttentionWeights(one, one, one, one.transpose(1, 2, 0))
-    >>> def sums(x, positions, choice, segment_ids, weights, total):
+    >>> def sums(x, positions, choice, segment_ids, otherwise, weights, total):
     ...     values = jnp.einsum("BTD,DKH->BTKH", x, weights.value)
-    ...     return total(jnp.einsum("BTNH,NHD->BTD", values, weights.out)), (values, values)
-    >>> over_batch_and_heads(sums, x, ids, ids, None, weights, HeadsConfig(1, 1, 2))[0].shape
+    ...     y = jnp.einsum("BTNH,NHD->BTD", values, weights.out)
+    ...     return total(y + otherwise), (values, values)
+    >>> over_batch_and_heads(sums, x, ids, ids, None, x, weights, HeadsConfig(1, 1, 2))[0].shape
     (2, 3, 4)
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return fn(x, positions, choice, segment_ids, weights, lambda y: y)
+        return fn(x, positions, choice, segment_ids, otherwise, weights, lambda y: y)
     split = mesh.shape[_HEAD_AXIS] > 1 and heads.num_kv_heads % mesh.shape[_HEAD_AXIS] == 0
     head = _HEAD_AXIS if split else None
     batch_devices = mesh.shape[_BATCH_AXES[0]] * mesh.shape[_BATCH_AXES[1]]
@@ -62,10 +66,16 @@ def over_batch_and_heads(
     def total(y: jax.Array) -> jax.Array:
         return jax.lax.psum(y, _HEAD_AXIS) if split else y
 
+    def local(x, positions, choice, segment_ids, otherwise, weights):
+        if split:
+            first = jax.lax.axis_index(_HEAD_AXIS) == 0
+            otherwise = jnp.where(first, otherwise, jnp.zeros_like(otherwise))
+        return fn(x, positions, choice, segment_ids, otherwise, weights, total)
+
     return jax.shard_map(
-        lambda x, p, c, s, w: fn(x, p, c, s, w, total),
+        local,
         mesh=mesh,
-        in_specs=(P(batch), P(batch), P(batch), P(batch), AttentionWeights(into, into, into, out)),
+        in_specs=(*[P(batch)] * 5, AttentionWeights(into, into, into, out)),
         out_specs=(P(batch), (P(batch, None, head), P(batch, None, head))),
         check_vma=False,  # the branches of lax.switch mix constants with per-device values
-    )(x, positions, choice, segment_ids, weights)
+    )(x, positions, choice, segment_ids, otherwise, weights)

@@ -44,6 +44,7 @@ def attend_routed(
     positions: jax.Array,
     choice: jax.Array,
     segment_ids: jax.Array | None,
+    otherwise: jax.Array,
     weights: AttentionWeights,
     heads: HeadsConfig,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -54,22 +55,23 @@ def attend_routed(
       positions: [B,T] int32, rising within a segment; −1 for padding at the end.
       choice: [B,T] bool.
       segment_ids: [B,T] int32 or None.
+      otherwise: [B,T,D], what the other tokens get.
       weights: the projections.
       heads: head counts and sizes.
 
     Returns:
-      ([B,T,D], 0 where not chosen; (keys, values) [B,T,K,H]).
+      ([B,T,D]; (keys, values) [B,T,K,H]).
 
     >>> heads = HeadsConfig(num_heads=1, num_kv_heads=1, head_dim=2)
     >>> into = jnp.ones((2, 1, 2))
     >>> weights = AttentionWeights(into, into, into, into.transpose(1, 2, 0))
     >>> x, positions = jnp.ones((1, 3, 2)), jnp.arange(3)[None]
     >>> choice = jnp.array([[False, True, False]])
-    >>> attend_routed(x, positions, choice, None, weights, heads)[0][0, :, 0].tolist()
-    [0.0, 4.0, 0.0]
+    >>> attend_routed(x, positions, choice, None, -x, weights, heads)[0][0, :, 0].tolist()
+    [-1.0, 4.0, -1.0]
     """
 
-    def local(x, positions, choice, segment_ids, weights, total: Callable):
+    def local(x, positions, choice, segment_ids, otherwise, weights, total: Callable):
         k, v = project_keys_values(x, positions, weights, heads)
 
         def attend(x, q_positions):
@@ -93,9 +95,9 @@ def attend_routed(
             return project_out(y, weights)
 
         # The sum over heads on other devices stands outside the branches: their counts may differ.
-        return total(map_routed(attend, x, choice)), (k, v)
+        return total(map_routed(attend, x, choice, otherwise)), (k, v)
 
-    return over_batch_and_heads(local, x, positions, choice, segment_ids, weights, heads)
+    return over_batch_and_heads(local, x, positions, choice, segment_ids, otherwise, weights, heads)
 
 
 def routed_conv_cost(
@@ -203,8 +205,9 @@ class RoutedConv(nn.Module):
             y = project_out(decode_attention(q, cache.keys, cache.values, lengths), weights)
             y = jnp.where(routing.choice[:, :, None], y, conv)
         else:
-            y, (k, v) = attend_routed(x, positions, routing.choice, segment_ids, weights, heads)
-            y = jnp.where(routing.choice[:, :, None], y, conv)
+            y, (k, v) = attend_routed(
+                x, positions, routing.choice, segment_ids, conv, weights, heads
+            )
             if cache is not None:
                 cache = write_kv(cache, k, v, positions)
 

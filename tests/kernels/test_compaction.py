@@ -56,8 +56,8 @@ T = 64  # capacities 0, 8, 12, 16, 64
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def mapped(fn, x, mask):
-    return map_routed(fn, x, mask)
+def mapped(fn, x, mask, otherwise=None):
+    return map_routed(fn, x, mask, otherwise)
 
 
 def mask_with_counts(*counts, seed=0):
@@ -78,6 +78,8 @@ def test_map_routed_equals_the_masked_computation_exactly(fullest):
     everywhere = token_function(x, jnp.broadcast_to(jnp.arange(T), (3, T)))
     want = np.where(mask[:, :, None], everywhere, 0)
     np.testing.assert_array_equal(mapped(token_function, x, mask), want)
+    want = np.where(mask[:, :, None], everywhere, -everywhere)
+    np.testing.assert_array_equal(mapped(token_function, x, mask, -everywhere), want)
 
 
 def capacity_it_ran_with(x, positions):

@@ -130,9 +130,19 @@ class Geometry(NamedTuple):
         return ceil_div(self.chunks, 2)
 
     @property
+    def cluster(self) -> int:
+        """Programs that work side by side on items of one row, whose keys they fetch together."""
+        return 2 if self.pairs % 2 == 0 else 1
+
+    @property
     def items(self) -> int:
         """Items in all."""
         return self.B * self.K * self.M * self.pairs * self.splits
+
+    @property
+    def rounds(self) -> int:
+        """Items that every program of a cluster takes one of, in all."""
+        return self.items // self.cluster
 
     def place(self, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A chunk's head within the group and its first row within the tile."""

@@ -4,23 +4,26 @@ One program a multiprocessor works through a list of items. An item is 128 query
 a table row: two chunks of 64 rows, which are parts of one head's tile or of two heads of the
 group. Three warpgroups work on it:
 
-* Two compute warpgroups hold a chunk each. For every piece of keys they multiply S = Q·Kᵀ into
-  registers (wgmma), fold S into the running maximum and sum (online softmax, in base 2), and add
-  P·V to the output in registers. A barrier between the two makes them take turns: while one has
-  the tensor cores, the other computes exponentials. (Shah et al. 2024, FlashAttention-3,
-  arXiv:2407.08608, section 3.1.)
+* Two compute warpgroups hold a chunk each. A step takes a piece of keys: the warpgroup issues
+  S = Q·Kᵀ into registers and P·V of the piece before (wgmma), and while P·V is still running folds
+  S into the running maximum and sum (online softmax, in base 2). A barrier between the two makes
+  them take turns: while one has the tensor cores, the other computes exponentials. (Shah et al.
+  2024, FlashAttention-3, arXiv:2407.08608, sections 3.1 and 3.2.)
 * The memory warpgroup reads the row's block numbers from the table in global memory and copies
   those keys and values by TMA into a ring of shared-memory stages, as far ahead as stages are
   free: past the end of an item, too, so that the next one finds its queries and first keys there.
   `full` barriers tell the compute warpgroups that a stage has arrived, `empty` barriers tell the
-  memory warpgroup that both have read it.
+  memory warpgroup that all have read it.
 
-Rows ascend, so the blocks that every query of the tile sees whole come first: they run without
-masks, and only the last few blocks of a row compare positions. Queries are read once and outputs
-written once, through the shared memory of the queries; K and V are read once an item, from the
-L2 cache for all but the first of the items that share a row, which run at the same time next to
-each other. Items are dealt out by length, longest first (late tiles), forwards and backwards in
-turn, so that programs end together.
+Two programs whose items share a row form a cluster: each copies half of every piece to both, which
+halves what is read from the L2 cache; so a stage is empty when all four warpgroups have read it.
+
+Rows ascend and steps go backwards, so the blocks that a mask may touch come first, and the rest,
+which every query of the tile sees whole, run without. Queries are read once and outputs written
+once, through the shared memory of the queries. Items are dealt out by length, longest first (late
+tiles), forwards and backwards in turn, so that programs end together. Where items are too few to
+fill the chip, rows are split into shares with an item each, and a small XLA computation merges
+their softmaxes exactly.
 """
 
 import functools
@@ -38,7 +41,15 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionOutputs,
 )
 from routing_jax.kernels.block_sparse.mosaic_gpu.call import Arrays, Geometry, prepare
-from routing_jax.kernels.block_sparse.mosaic_gpu.items import Stream, for_each_item, stream_pieces
+from routing_jax.kernels.block_sparse.mosaic_gpu.items import (
+    Stream,
+    end_barrier,
+    for_each_item,
+    for_each_step,
+    launch,
+    ring_barriers,
+    stream_pieces,
+)
 from routing_jax.kernels.block_sparse.mosaic_gpu.masks import hide, positions_of
 from routing_jax.kernels.block_table import ceil_div
 from routing_jax.kernels.hopper import LOG2_E, WARPGROUP_ROWS, num_multiprocessors
@@ -95,10 +106,10 @@ def forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutp
 
 def _splits(geometry: Geometry) -> int:
     """Shares that rows are cut into, for items enough to fill the chip evenly."""
-    programs = num_multiprocessors()
-    if geometry.items >= 2 * programs:
+    clusters = num_multiprocessors() // geometry.cluster
+    if geometry.rounds >= 2 * clusters:
         return 1
-    return max(1, min(ceil_div(4 * programs, geometry.items), geometry.J // _SPLIT_BLOCKS))
+    return max(1, min(ceil_div(4 * clusters, geometry.rounds), geometry.J // _SPLIT_BLOCKS))
 
 
 def attend(geometry: Geometry, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -113,8 +124,6 @@ def attend(geometry: Geometry, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     keys, stages = _pieces(geometry)
     buffers = _query_buffers(geometry)
     dtype = arrays.q.dtype
-    ring = [plgpu.Barrier(num_barriers=stages)] * 2
-    read = [plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=stages)] * 2
     out_type = (
         jax.ShapeDtypeStruct((B, splits, T, N, H), jnp.float32 if splits > 1 else dtype),
         jax.ShapeDtypeStruct((B, splits, N, T), jnp.float32),
@@ -130,33 +139,27 @@ def attend(geometry: Geometry, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
             tiled_smem((stages, keys, H), dtype),
             tiled_smem((stages, keys, H), dtype),
             plgpu.SMEM((_COMPUTE, _ROWS), jnp.float32),
-            ring,
-            read,
+            ring_barriers(stages, _COMPUTE),
+            ring_barriers(stages, _COMPUTE),
+            end_barrier(_COMPUTE + 1),
             plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=buffers),
             plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=buffers),
             plgpu.Barrier(num_arrivals=_COMPUTE),
             collective_axes="warpgroup",
         )
 
-    kernel = plgpu.kernel(
-        entry,
-        out_type=out_type,
-        grid=(min(num_multiprocessors(), geometry.items),),
-        grid_names=("program",),
-        num_threads=_COMPUTE + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+    kernel = launch(geometry, entry, out_type, _COMPUTE + 1)
     return kernel(*operands)
 
 
 def _program(
     geometry: Geometry, inputs, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem,
-    full, empty, q_full, q_empty, turn,
+    k_ring, v_ring, end, q_full, q_empty, turn,
 ):  # fmt: skip
     """One program: see the module."""
-    keys, stages = _pieces(geometry)
+    keys = _pieces(geometry)[0]
     buffers = _query_buffers(geometry)
+    k_stream, v_stream = Stream(inputs.k, k_smem, *k_ring), Stream(inputs.v, v_smem, *v_ring)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < _COMPUTE)
@@ -182,13 +185,13 @@ def _program(
 
             def add_piece(step, state, *, first=False, masked=False):
                 """Scores of this step, values of the one before, which the `first` lacks."""
-                stage, before = (lax.rem(past + i, stages) for i in (step, step - 1))
+                stage, before = (k_stream.stage(past + i) for i in (step, step - 1))
                 # Read a step ahead: it comes from global memory.
                 next_bias = None if inputs.bias is None else item.bias(step + 1)
                 start = item.first_key(step) if masked else None
-                plgpu.barrier_wait(full[0].at[stage])
+                plgpu.barrier_wait(k_stream.full.at[stage])
                 if not first:
-                    plgpu.barrier_wait(full[1].at[before])
+                    plgpu.barrier_wait(v_stream.full.at[before])
 
                 def multiply(scores, products=None):
                     if products is not None:
@@ -198,7 +201,7 @@ def _program(
                         plgpu.wgmma(products, state.weights, v_smem.at[before])
                     take_turns()
                     logits = plgpu.wgmma_accumulator_load(scores, wait_n=0 if first else 1)
-                    plgpu.barrier_arrive(empty[0].at[stage])
+                    plgpu.barrier_arrive(k_stream.empty.at[stage])
                     if masked:
                         logits = hide(
                             geometry, inputs, logits, item.batch, q_rows, start, transposed=False
@@ -219,7 +222,7 @@ def _program(
                     values = state.values
                     if products is not None:
                         values = products[...]
-                        plgpu.barrier_arrive(empty[1].at[before])
+                        plgpu.barrier_arrive(v_stream.empty.at[before])
                     values *= lax.broadcast_in_dim(fade, values.shape, [0])
                     return _State(maximum, total, values, weights.astype(q_smem.dtype), next_bias)
 
@@ -231,15 +234,15 @@ def _program(
                 return state
 
             def add_last_values(_, state):
-                stage = lax.rem(past + item.steps - 1, stages)
-                plgpu.barrier_wait(full[1].at[stage])
+                stage = v_stream.stage(past + item.steps - 1)
+                plgpu.barrier_wait(v_stream.full.at[stage])
 
                 def multiply(products):
                     plgpu.wgmma(products, state.weights, v_smem.at[stage])
                     take_turns()
 
                 values = pl.run_state(multiply)(plgpu.ACC.init(state.values))
-                plgpu.barrier_arrive(empty[1].at[stage])
+                plgpu.barrier_arrive(v_stream.empty.at[stage])
                 return state._replace(values=values)
 
             state = _State(
@@ -249,14 +252,7 @@ def _program(
                 accumulator(_ROWS, keys).astype(q_smem.dtype),
                 None if inputs.bias is None else item.bias(jnp.int32(0)),
             )
-            any_steps = jnp.minimum(item.steps, 1)
-            masked = jnp.maximum(item.masked, any_steps)
-            add_first = functools.partial(add_piece, first=True, masked=True)
-            state = lax.fori_loop(0, any_steps, add_first, state)
-            add_masked = functools.partial(add_piece, masked=True)
-            state = lax.fori_loop(any_steps, masked, add_masked, state)
-            state = lax.fori_loop(masked, item.steps, add_piece, state)
-            state = lax.fori_loop(0, any_steps, add_last_values, state)
+            state = for_each_step(item, add_piece, add_last_values, state)
             maximum, total, values, _, _ = state
             if inputs.positions is not None:
                 live = positions_of(inputs, item.batch, q_rows) >= 0
@@ -304,10 +300,9 @@ def _program(
                 source = inputs.q.at[item.batch, q_rows, head]
                 plgpu.copy_gmem_to_smem(source, q_smem.at[buffer, i], q_full.at[buffer])
 
-            streams = (
-                Stream(inputs.k, k_smem, full[0], empty[0]),
-                Stream(inputs.v, v_smem, full[1], empty[1]),
-            )
-            return stream_pieces(item, keys, past, streams)
+            return stream_pieces(item, keys, past, (k_stream, v_stream))
 
         for_each_item(geometry, inputs, keys, copy_item)
+
+    plgpu.barrier_arrive(end)
+    plgpu.barrier_wait(end)

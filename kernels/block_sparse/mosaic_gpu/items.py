@@ -1,5 +1,6 @@
 """The work of the kernels that walk table rows, cut into items and dealt out to programs."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from routing_jax.kernels.block_sparse.mosaic_gpu.call import Geometry, at
-from routing_jax.kernels.hopper import WARPGROUP_ROWS
+from routing_jax.kernels.block_table import ceil_div
+from routing_jax.kernels.hopper import WARPGROUP_ROWS, num_multiprocessors
 
 
 class Place(NamedTuple):
@@ -107,12 +109,13 @@ class Item:
 
 
 def _place(geometry: Geometry, number: jax.Array) -> Place:
-    """An item by its number: the longest rows of causal attention first."""
+    """Which item of a cluster's a program takes, by its number: the longest causal rows first."""
     scalars = []
-    for size in (geometry.pairs, geometry.splits, geometry.K, geometry.B):
+    for size in (geometry.pairs // geometry.cluster, geometry.splits, geometry.K, geometry.B):
         scalars.append(lax.rem(number, size))
         number = lax.div(number, size)
-    pair, split, kv_head, batch = scalars
+    pairs, split, kv_head, batch = scalars
+    pair = pairs * geometry.cluster + lax.axis_index("member")
     return Place(batch, kv_head, geometry.M - 1 - number, split, pair)
 
 
@@ -124,8 +127,9 @@ def for_each_item(
 ) -> None:
     """Runs the items of this program in order.
 
-    Items are dealt out in rounds, forwards and backwards in turn: their lengths fall from one to
-    the next, so this evens out what programs get. A row is read an item ahead.
+    Items are dealt out to clusters in rounds, forwards and backwards in turn: their lengths fall
+    from one to the next, so this evens out what each gets. The programs of a cluster take items of
+    the same row. A row is read an item ahead.
 
     Args:
       geometry: the call's sizes.
@@ -133,14 +137,14 @@ def for_each_item(
       keys: keys a step.
       body: (item, how many were before, what the last call returned, 0 at first) to any int32.
     """
-    program = lax.axis_index("program")
-    programs = lax.axis_size("program")
-    rounds = lax.div(jnp.int32(geometry.items + programs - 1), jnp.int32(programs))
+    cluster = lax.axis_index("cluster")
+    clusters = lax.axis_size("cluster")
+    rounds = ceil_div(geometry.rounds, clusters)
 
     def place_of(i):
-        turned = jnp.where(lax.rem(i, 2) == 0, program, programs - 1 - program)
+        turned = jnp.where(lax.rem(i, 2) == 0, cluster, clusters - 1 - cluster)
         # The last round may be short: what it lacks is the last item again, with no harm done.
-        return _place(geometry, jnp.minimum(i * programs + turned, geometry.items - 1))
+        return _place(geometry, jnp.minimum(i * clusters + turned, geometry.rounds - 1))
 
     def read(place):
         def scalar(ref):
@@ -156,6 +160,72 @@ def for_each_item(
     lax.fori_loop(0, rounds, take, (jnp.int32(0), read(place_of(jnp.int32(0)))))
 
 
+def launch(geometry: Geometry, body: Callable, out_type, threads: int) -> Callable:
+    """The kernel that runs `body` in persistent programs, a cluster for every few multiprocessors.
+
+    Args:
+      geometry: the call's sizes.
+      body: of references; it sees the axes 'cluster', 'member' of the cluster, and 'warpgroup'.
+      out_type: shapes of the outputs.
+      threads: warpgroups a program.
+    """
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(min(num_multiprocessors() // geometry.cluster, geometry.rounds),),
+        grid_names=("cluster",),
+        cluster=(geometry.cluster,),
+        cluster_names=("member",),
+        num_threads=threads,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+
+
+def ring_barriers(stages: int, readers: int) -> tuple[plgpu.Barrier, plgpu.ClusterBarrier]:
+    """The barriers of a ring of stages: full in this program, empty in all of the cluster.
+
+    Args:
+      stages: of the ring.
+      readers: warpgroups of a program that read it.
+    """
+    empty = plgpu.ClusterBarrier(
+        collective_axes=("member",), num_arrivals=readers, num_barriers=stages
+    )
+    return plgpu.Barrier(num_barriers=stages), empty
+
+
+def end_barrier(threads: int) -> plgpu.ClusterBarrier:
+    """What every warpgroup waits at in the end: no program may be gone while others signal it.
+
+    Args:
+      threads: warpgroups a program.
+    """
+    return plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=threads)
+
+
+def for_each_step[State](
+    item: Item,
+    step: Callable[..., State],
+    last: Callable[[jax.Array, State], State],
+    state: State,
+) -> State:
+    """Runs the steps of an item, each with the second half of the one before.
+
+    Args:
+      item: the item; nothing runs if it has no steps.
+      step: (step, state, first=, masked=) to state; `first` lacks a step before it.
+      last: (anything, state) to state: the second half of the last step.
+      state: before.
+    """
+    first = jnp.minimum(item.steps, 1)
+    masked = jnp.maximum(item.masked, first)  # the first step takes a mask for itself
+    state = lax.fori_loop(0, first, functools.partial(step, first=True, masked=True), state)
+    state = lax.fori_loop(first, masked, functools.partial(step, masked=True), state)
+    state = lax.fori_loop(masked, item.steps, step, state)
+    return lax.fori_loop(0, first, last, state)
+
+
 class Stream(NamedTuple):
     """An array whose pieces pass through a ring of stages in shared memory.
 
@@ -163,7 +233,7 @@ class Stream(NamedTuple):
       source: [B,S,K,H] in global memory.
       ring: [stages,keys,H].
       full: a barrier a stage: its piece has arrived.
-      empty: a barrier a stage: it has been read, and may be filled again.
+      empty: a barrier a stage and cluster: all have read it, and it may be filled again.
     """
 
     source: Any
@@ -171,9 +241,15 @@ class Stream(NamedTuple):
     full: Any
     empty: Any
 
+    def stage(self, piece: jax.Array) -> jax.Array:
+        """The stage of the ring that a piece passes through."""
+        return lax.rem(piece, self.ring.shape[0])
+
 
 def stream_pieces(item: Item, keys: int, past: jax.Array, streams: Sequence[Stream]) -> jax.Array:
     """The memory warpgroup's part of an item: copies its pieces, as far ahead as stages are free.
+
+    The programs of a cluster copy a part of each piece to all of them.
 
     Args:
       item: the item.
@@ -184,20 +260,19 @@ def stream_pieces(item: Item, keys: int, past: jax.Array, streams: Sequence[Stre
     Returns:
       How many pieces were copied in all.
     """
-    stages = streams[0].ring.shape[0]
 
     @pl.loop(0, item.steps)
     def _(step):
         place = past + step
-        stage = lax.rem(place, stages)
         where = (item.batch, pl.ds(item.first_key(step), keys), item.kv_head)
         for stream in streams:
+            stage = stream.stage(place)
 
-            @pl.when(place >= stages)
-            def _(stream=stream):
+            @pl.when(place >= stream.ring.shape[0])
+            def _(stream=stream, stage=stage):
                 plgpu.barrier_wait(stream.empty.at[stage])
 
             source, ring = stream.source.at[where], stream.ring.at[stage]
-            plgpu.copy_gmem_to_smem(source, ring, stream.full.at[stage])
+            plgpu.copy_gmem_to_smem(source, ring, stream.full.at[stage], collective_axes="member")
 
     return past + item.steps

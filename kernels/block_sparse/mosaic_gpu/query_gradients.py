@@ -2,8 +2,9 @@
 
 Programs and items are the forward pass's (see `forward`): two compute warpgroups with 64 query
 rows each, and a memory warpgroup that streams the row's keys and values. Q, dO and the sum stay in
-place. A step recomputes P = exp2(S − lse) from S = Q·Kᵀ, forms dS = P·(dO·Vᵀ − δ) and adds dS·K
-to dq. Nothing is summed across programs, so the result does not depend on their order.
+place. A step recomputes P = exp2(S − lse) from S = Q·Kᵀ and forms dS = P·(dO·Vᵀ − δ), while the
+product dS·K of the step before is added to dq. Nothing is summed across programs, so the result
+does not depend on their order.
 """
 
 import functools
@@ -15,19 +16,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from routing_jax.kernels.block_sparse.mosaic_gpu.call import Arrays, Geometry, Output
-from routing_jax.kernels.block_sparse.mosaic_gpu.items import Stream, for_each_item, stream_pieces
+from routing_jax.kernels.block_sparse.mosaic_gpu.items import (
+    Stream,
+    end_barrier,
+    for_each_item,
+    for_each_step,
+    launch,
+    ring_barriers,
+    stream_pieces,
+)
 from routing_jax.kernels.block_sparse.mosaic_gpu.masks import hide
-from routing_jax.kernels.hopper import LOG2_E, WARPGROUP_ROWS, num_multiprocessors
+from routing_jax.kernels.hopper import LOG2_E, WARPGROUP_ROWS
 from routing_jax.kernels.mosaic_arrays import accumulator, tiled_smem
 
 _COMPUTE = 2  # warpgroups
 _ROWS = WARPGROUP_ROWS
+_KEYS = 64  # a step: the products of one and the gradient of another fit the registers
 
 
-def _pieces(geometry: Geometry) -> tuple[int, int]:
-    """Keys a step, and stages of the ring."""
-    keys = min(geometry.block_kv, 64 if geometry.H > 128 else 128)
-    return keys, 1 if geometry.H > 128 else 2
+def _stages(geometry: Geometry) -> tuple[int, int]:
+    """Stages of the rings of K and V that fit 227 KB; K is read in two steps, V in one."""
+    return (2, 1) if geometry.H > 128 else (4, 4)
 
 
 def query_gradients(
@@ -40,11 +49,9 @@ def query_gradients(
       or None without a bias. Slots that a row does not visit hold anything.
     """
     B, T, N, H = arrays.q.shape
-    keys, stages = _pieces(geometry)
-    parts = geometry.block_kv // keys
+    k_stages, v_stages = _stages(geometry)
+    parts = geometry.block_kv // _KEYS
     dtype = arrays.q.dtype
-    ring = [plgpu.Barrier(num_barriers=stages)] * 2
-    read = [plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=stages)] * 2
     out_type = [jax.ShapeDtypeStruct((B, T, N, H), dtype)]
     if arrays.bias is not None:
         out_type += [jax.ShapeDtypeStruct((B, N, geometry.C * parts, T), jnp.float32)] * 2
@@ -56,24 +63,17 @@ def query_gradients(
             functools.partial(_program, geometry, inputs, out, refs[len(operands) :]),
             tiled_smem((_COMPUTE, _ROWS, H), dtype),
             tiled_smem((_COMPUTE, _ROWS, H), dtype),
-            tiled_smem((stages, keys, H), dtype),
-            tiled_smem((stages, keys, H), dtype),
-            ring,
-            read,
+            tiled_smem((k_stages, _KEYS, H), dtype),
+            tiled_smem((v_stages, _KEYS, H), dtype),
+            ring_barriers(k_stages, _COMPUTE),
+            ring_barriers(v_stages, _COMPUTE),
+            end_barrier(_COMPUTE + 1),
             plgpu.Barrier(num_arrivals=2, num_barriers=_COMPUTE),
             plgpu.Barrier(num_arrivals=1, num_barriers=_COMPUTE),
             collective_axes="warpgroup",
         )
 
-    kernel = plgpu.kernel(
-        entry,
-        out_type=tuple(out_type),
-        grid=(min(num_multiprocessors(), geometry.items),),
-        grid_names=("program",),
-        num_threads=_COMPUTE + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+    kernel = launch(geometry, entry, tuple(out_type), _COMPUTE + 1)
     dq, *sums = kernel(*operands)
     if not sums:
         return dq, None, None
@@ -83,11 +83,11 @@ def query_gradients(
 
 def _program(
     geometry: Geometry, inputs, output, results, q_smem, do_smem, k_smem, v_smem,
-    full, empty, q_full, q_empty,
+    k_ring, v_ring, end, q_full, q_empty,
 ):  # fmt: skip
     """One program: see the module."""
-    keys, stages = _pieces(geometry)
-    slots = geometry.C * geometry.block_kv // keys
+    k_stream, v_stream = Stream(inputs.k, k_smem, *k_ring), Stream(inputs.v, v_smem, *v_ring)
+    slots = geometry.C * geometry.block_kv // _KEYS
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < _COMPUTE)
@@ -106,58 +106,76 @@ def _program(
             )
             plgpu.barrier_wait(q_full.at[warpgroup])
 
-            def add_piece(step, dq, masked):
-                stage = lax.rem(past + step, stages)
+            def add_piece(step, state, *, first=False, masked=False):
+                """The logits' gradient of this step, dq of the one before, which `first` lacks."""
+                dq, ds16 = state
+                k_stage, before = (k_stream.stage(past + i) for i in (step, step - 1))
+                v_stage = v_stream.stage(past + step)
                 shift = lse if inputs.bias is None else lse - item.bias(step)
                 start = item.first_key(step) if masked else None
-                plgpu.barrier_wait(full[0].at[stage])
-                plgpu.barrier_wait(full[1].at[stage])
+                plgpu.barrier_wait(k_stream.full.at[k_stage])
+                plgpu.barrier_wait(v_stream.full.at[v_stage])
 
-                def products(scores, d_weights):
-                    plgpu.wgmma(scores, own_q, k_smem.at[stage].transpose((1, 0)))
-                    plgpu.wgmma(d_weights, own_do, v_smem.at[stage].transpose((1, 0)))
-                    return scores[...], d_weights[...]
-
-                tile = plgpu.ACC((_ROWS, keys), jnp.float32)
-                logits, dp = pl.run_scoped(products, tile, tile)
-                plgpu.barrier_arrive(empty[1].at[stage])
-                if masked:
-                    logits = hide(
-                        geometry, inputs, logits, item.batch, q_rows, start, transposed=False
+                def multiply(scores, d_weights, product=None):
+                    if product is not None:
+                        product[...] = dq
+                    plgpu.wgmma(scores, own_q, k_smem.at[k_stage].transpose((1, 0)))
+                    plgpu.wgmma(d_weights, own_do, v_smem.at[v_stage].transpose((1, 0)))
+                    if product is not None:
+                        plgpu.wgmma(product, ds16, k_smem.at[before])
+                    waiting = 0 if first else 1
+                    logits = plgpu.wgmma_accumulator_load(scores, wait_n=waiting)
+                    dp = plgpu.wgmma_accumulator_load(d_weights, wait_n=waiting)
+                    plgpu.barrier_arrive(v_stream.empty.at[v_stage])
+                    if masked:
+                        logits = hide(
+                            geometry, inputs, logits, item.batch, q_rows, start, transposed=False
+                        )
+                    p = jnp.exp2(
+                        logits * geometry.scale - lax.broadcast_in_dim(shift, logits.shape, [0])
                     )
-                p = jnp.exp2(
-                    logits * geometry.scale - lax.broadcast_in_dim(shift, logits.shape, [0])
-                )
-                ds = p * (dp - lax.broadcast_in_dim(delta, logits.shape, [0]))
-                if inputs.bias is not None:
-                    piece = item.piece(step)
+                    ds = p * (dp - lax.broadcast_in_dim(delta, logits.shape, [0]))
+                    if inputs.bias is not None:
+                        piece = item.piece(step)
 
-                    @pl.when(piece < slots)
-                    def _():
-                        for ref, values in zip(results[1:], (ds, p)):
-                            ref[item.batch, head, piece, q_rows] = values.sum(axis=1)
+                        @pl.when(piece < slots)
+                        def _():
+                            for ref, values in zip(results[1:], (ds, p)):
+                                ref[item.batch, head, piece, q_rows] = values.sum(axis=1)
 
-                ds16 = ds.astype(q_smem.dtype)
+                    ds = lax.optimization_barrier(ds)
+                    if product is None:
+                        return dq, ds.astype(q_smem.dtype)
+                    added = product[...]
+                    plgpu.barrier_arrive(k_stream.empty.at[before])
+                    return added, ds.astype(q_smem.dtype)
 
-                def add_keys(acc):
-                    plgpu.wgmma(acc, ds16, k_smem.at[stage])
+                tile = plgpu.ACC((_ROWS, _KEYS), jnp.float32)
+                accumulators = [tile, tile]
+                if not first:
+                    accumulators.append(plgpu.ACC((_ROWS, geometry.H), jnp.float32))
+                return pl.run_scoped(multiply, *accumulators)
 
-                dq = pl.run_state(add_keys)(plgpu.ACC.init(dq))
-                plgpu.barrier_arrive(empty[0].at[stage])
-                return dq
+            def add_last_keys(_, state):
+                stage = k_stream.stage(past + item.steps - 1)
 
-            dq = accumulator(_ROWS, geometry.H)
-            masked, steps = item.masked, item.steps
-            dq = lax.fori_loop(0, masked, functools.partial(add_piece, masked=True), dq)
-            dq = lax.fori_loop(masked, steps, functools.partial(add_piece, masked=False), dq)
+                def multiply(product):
+                    plgpu.wgmma(product, state[1], k_smem.at[stage])
+
+                dq = pl.run_state(multiply)(plgpu.ACC.init(state[0]))
+                plgpu.barrier_arrive(k_stream.empty.at[stage])
+                return dq, state[1]
+
+            state = accumulator(_ROWS, geometry.H), accumulator(_ROWS, _KEYS).astype(q_smem.dtype)
+            dq, _ = for_each_step(item, add_piece, add_last_keys, state)
             own_q[...] = (dq * (geometry.scale / LOG2_E)).astype(q_smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_q, results[0].at[item.batch, q_rows, head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_empty.at[warpgroup])
-            return past + steps
+            return past + item.steps
 
-        for_each_item(geometry, inputs, keys, compute_item)
+        for_each_item(geometry, inputs, _KEYS, compute_item)
 
     @pl.when(warpgroup == _COMPUTE)
     def _():
@@ -175,10 +193,9 @@ def _program(
                     where = source.at[item.batch, q_rows, head]
                     plgpu.copy_gmem_to_smem(where, smem.at[i], q_full.at[i])
 
-            streams = (  # V is released first
-                Stream(inputs.v, v_smem, full[1], empty[1]),
-                Stream(inputs.k, k_smem, full[0], empty[0]),
-            )
-            return stream_pieces(item, keys, past, streams)
+            return stream_pieces(item, _KEYS, past, (v_stream, k_stream))  # V is released first
 
-        for_each_item(geometry, inputs, keys, copy_item)
+        for_each_item(geometry, inputs, _KEYS, copy_item)
+
+    plgpu.barrier_arrive(end)
+    plgpu.barrier_wait(end)
