@@ -58,6 +58,9 @@ def over_batch_and_heads(
     batch = _BATCH_AXES if x.shape[0] % batch_devices == 0 else None
     into: Any = P(None, head, None)
     out: Any = P(head, None, None)
+    bias: Any = P(head, None)
+    whole: Any = P()
+    split_weights = AttentionWeights(into, into, into, out, bias, bias, bias, whole, whole)
 
     def total(y: jax.Array) -> jax.Array:
         return jax.lax.psum(y, _HEAD_AXIS) if split else y
@@ -65,7 +68,7 @@ def over_batch_and_heads(
     return jax.shard_map(
         lambda x, p, c, s, w: fn(x, p, c, s, w, total),
         mesh=mesh,
-        in_specs=(P(batch), P(batch), P(batch), P(batch), AttentionWeights(into, into, into, out)),
+        in_specs=(P(batch), P(batch), P(batch), P(batch), split_weights),
         out_specs=(P(batch), (P(batch, None, head), P(batch, None, head))),
         check_vma=False,  # the branches of lax.switch mix constants with per-device values
     )(x, positions, choice, segment_ids, weights)
