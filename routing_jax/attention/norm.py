@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) · scale over the last dimension, computed in float32.
+    """Normalises the last dimension to x / rms(x) · scale, computed in float32.
 
     Args:
       x: […, D].

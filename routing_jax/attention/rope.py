@@ -22,12 +22,20 @@ def llama3_factors(
       high: turns, above `low`.
       length: tokens of the context before.
 
+    Raises:
+      ValueError: a factor that is not above 0, or `low` not below `high`.
+
     Returns:
       H/2 divisors, as `apply_rope` takes them.
 
     >>> llama3_factors(4, 10_000.0, 8.0, 1.0, 4.0, 256)
     (1.0, 8.0)
     """
+    if not (factor > 0 and low < high):
+        raise ValueError(
+            f"Llama 3's RoPE has factor {factor}, low {low} and high {high}; the factor must be "
+            "above 0, and low below high."
+        )
     frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = length * frequency / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)

@@ -126,7 +126,7 @@ class DecoderConfig:
                 f"model.rope_theta is {self.rope_theta}; it must be above 0, or 0 for no positions."
             )
         if self.rope_factors and (
-            len(self.rope_factors) * 2 != self.head_dim or min(self.rope_factors) <= 0
+            len(self.rope_factors) * 2 != self.head_dim or not min(self.rope_factors) > 0
         ):
             raise ValueError(
                 f"model.rope_factors is {self.rope_factors}; it must be empty, or "
