@@ -1,5 +1,5 @@
 # Each target works alone in a fresh clone: .ci/bootstrap installs what it needs.
-.PHONY: recall test test-newest lint clean
+.PHONY: recall test test-newest published lint clean
 .NOTPARALLEL:
 
 WORKDIR = runs/recall-128
@@ -19,6 +19,9 @@ NEWEST = jax==0.12.*
 test-newest: .venv-newest/.ready-test
 	.venv-newest/bin/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 $(ARGS)
 
+# Fetches SmolLM2-135M, 98 MB; `make test` then runs the tests on it too.
+published: .venv/.ready-published
+
 lint: .venv/.ready-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -36,6 +39,10 @@ clean:
 .venv/.ready-test: $(SETUP)
 	sh .ci/bootstrap .venv test
 	@touch $@ .venv/.ready
+
+.venv/.ready-published: $(SETUP)
+	sh .ci/bootstrap .venv test,published
+	@touch $@ .venv/.ready .venv/.ready-test
 
 .venv-newest/.ready-test: $(SETUP)
 	NEWEST='$(NEWEST)' sh .ci/bootstrap .venv-newest test

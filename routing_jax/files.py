@@ -1,4 +1,4 @@
-"""Writing a file whole, in one place: a reader finds the old text or the new one."""
+"""Writing a file whole, in one place: a reader finds the old content or the new one."""
 
 import contextlib
 import uuid
@@ -6,12 +6,12 @@ import uuid
 from etils import epath
 
 
-def write_whole(path: epath.PathLike, text: str) -> None:
+def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     """Writes a file whole or not at all; what stood there stays until then.
 
     Args:
       path: where to; its folder must be there. May be gs://.
-      text: everything the file will hold.
+      content: everything the file will hold; text is written as UTF-8.
 
     Raises:
       OSError: it can't be written; the file is named.
@@ -25,7 +25,7 @@ def write_whole(path: epath.PathLike, text: str) -> None:
     path = epath.Path(path)
     draft = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        draft.write_text(text)
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
         draft.replace(path)
     except BaseException as e:
         with contextlib.suppress(OSError):

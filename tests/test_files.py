@@ -10,6 +10,9 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path):
     path.write_text("old")
     write_whole(path, "new")
     assert path.read_text() == "new"
+    write_whole(path, "new".encode("utf-16"))
+    assert path.read_text("utf-16") == "new"
+    write_whole(path, "new")
     with pytest.raises(UnicodeEncodeError):
         write_whole(path, "\ud800")
     with pytest.raises(NotADirectoryError, match=r"config\.json/below'$"):

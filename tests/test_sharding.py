@@ -29,7 +29,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Only the axis sizes are read, so that specs can be tested without the devices.
 MESH = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 4})
 MODEL = DecoderConfig(
-    vocab_size=24, width=16, layers="(routed,full)*2", num_heads=8, num_kv_heads=4, head_dim=8
+    vocab_size=24,
+    width=16,
+    layers="(routed,full)*2",
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    qkv_bias=True,
+    qk_norm=True,
 )
 
 
@@ -42,6 +49,11 @@ BLOCK = {
     "mixer/query": P("fsdp", "tensor", None),
     "mixer/key": P("fsdp", "tensor", None),
     "mixer/value": P("fsdp", "tensor", None),
+    "mixer/query_bias": P("tensor", None),
+    "mixer/key_bias": P("tensor", None),
+    "mixer/value_bias": P("tensor", None),
+    "mixer/query_norm": P(),
+    "mixer/key_norm": P(),
     "mixer/out": P("tensor", None, "fsdp"),
     "mixer/conv": P(),
     "mixer/router/hidden": P(),
@@ -148,7 +160,7 @@ from routing_jax.train.step import init_state, make_train_step
 
 assert jax.device_count() == 8
 model = DecoderConfig(width=16, layers="routed,conv", num_heads=4, num_kv_heads=2, head_dim=4,
-    mlp_width=16, router=TokenRouterConfig(hidden=4, bias=0.0, summary=2), dtype="float32",
+    mlp_width=16, qkv_bias=True, qk_norm=True, router=TokenRouterConfig(hidden=4, bias=0.0, summary=2), dtype="float32",
     scan=True)
 config = TrainConfig(
     data=RecallConfig(length=64, num_values=4), model=model, batch_tokens=512)

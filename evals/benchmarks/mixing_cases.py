@@ -31,6 +31,9 @@ from routing_jax.kernels import (
 )
 from routing_jax.routers import TokenRouter, TokenRouterConfig
 
+# Of an AttentionWeights; the measured layers have no biases and no norms.
+_PROJECTIONS = ("query", "key", "value", "out")
+
 
 class Case(NamedTuple):
     """A step to time.
@@ -59,7 +62,7 @@ def _router(config: MixingBenchConfig) -> TokenRouterConfig:
 
 
 def _attention_weights(params: dict[str, Any]) -> AttentionWeights:
-    return AttentionWeights(params["query"], params["key"], params["value"], params["out"])
+    return AttentionWeights(*(params[name] for name in _PROJECTIONS))
 
 
 def _positions(length: int) -> jax.Array:
@@ -134,7 +137,7 @@ def _projections(config: MixingBenchConfig, length: int) -> list[Case]:
         return {
             "x": normal(seed, (1, length, D), config.dtype),
             "mixed": normal(seed + 1, (1, length, N, H), config.dtype),
-            "params": {name: params[name] for name in AttentionWeights._fields},
+            "params": {name: params[name] for name in _PROJECTIONS},
             **{name: jnp.full((1, length, K, H), jnp.nan, config.dtype) for name in "kv"},
             **{
                 name: jnp.full((1, capacity, *shape), jnp.nan, config.dtype)
@@ -205,7 +208,7 @@ def _mixers(config: MixingBenchConfig) -> dict[str, Any]:
 
 def _params(config: MixingBenchConfig, name: str) -> dict[str, Any]:
     params = weights(config)
-    return params if name == "routed" else {key: params[key] for key in AttentionWeights._fields}
+    return params if name == "routed" else {key: params[key] for key in _PROJECTIONS}
 
 
 def _usages(config: MixingBenchConfig, length: int) -> list[tuple[float, int]]:

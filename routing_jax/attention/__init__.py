@@ -4,8 +4,9 @@ from routing_jax.attention.cache import LayerCache, push_history, write_kv
 from routing_jax.attention.conv import CausalConv
 from routing_jax.attention.full import FullAttention
 from routing_jax.attention.mixer import LayerReport, Mode, attention_work, visible_pairs
+from routing_jax.attention.norm import rms_norm
 from routing_jax.attention.projections import HeadsConfig
-from routing_jax.attention.rope import apply_rope
+from routing_jax.attention.rope import apply_rope, llama3_factors
 from routing_jax.attention.routed_conv import RoutedConv, attend_routed, routed_conv_cost
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "apply_rope",
     "attend_routed",
     "attention_work",
+    "llama3_factors",
     "push_history",
+    "rms_norm",
     "routed_conv_cost",
     "visible_pairs",
     "write_kv",

@@ -62,6 +62,9 @@ def over_batch_and_heads(
     batch = _BATCH_AXES if x.shape[0] % batch_devices == 0 else None
     into: Any = P(None, head, None)
     out: Any = P(head, None, None)
+    bias: Any = P(head, None)
+    whole: Any = P()
+    split_weights = AttentionWeights(into, into, into, out, bias, bias, bias, whole, whole)
 
     def total(y: jax.Array) -> jax.Array:
         return jax.lax.psum(y, _HEAD_AXIS) if split else y
@@ -75,7 +78,7 @@ def over_batch_and_heads(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(*[P(batch)] * 5, AttentionWeights(into, into, into, out)),
+        in_specs=(*[P(batch)] * 5, split_weights),
         out_specs=(P(batch), (P(batch, None, head), P(batch, None, head))),
         check_vma=False,  # the branches of lax.switch mix constants with per-device values
     )(x, positions, choice, segment_ids, otherwise, weights)

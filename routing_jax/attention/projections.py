@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from routing_jax.attention.norm import rms_norm
 from routing_jax.attention.rope import apply_rope
 from routing_jax.kernels import AttentionImplementation
 
@@ -21,6 +22,10 @@ class HeadsConfig:
       head_dim: H.
       rope_theta: base of the rotary embedding; 0 for no positions.
       implementation: 'cudnn', 'xla', or None for the best one here.
+      rope_factors: H/2 divisors of the rotary frequencies, for long contexts; empty for none.
+      qkv_bias: add a bias to queries, keys and values, as Qwen2 does.
+      qk_norm: RMS-normalise queries and keys head by head before they turn, as Qwen3 does.
+      norm_eps: of that normalisation.
     """
 
     num_heads: int
@@ -28,15 +33,36 @@ class HeadsConfig:
     head_dim: int
     rope_theta: float = 10_000.0
     implementation: AttentionImplementation | None = None
+    rope_factors: tuple[float, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
 
 
 class AttentionWeights(NamedTuple):
-    """query [D,N,H], key [D,K,H], value [D,K,H], out [N,H,D]."""
+    """The projections; a field that the heads do without is None.
+
+    Attributes:
+      query: [D,N,H].
+      key: [D,K,H].
+      value: [D,K,H].
+      out: [N,H,D].
+      query_bias: [N,H].
+      key_bias: [K,H].
+      value_bias: [K,H].
+      query_norm: [H], scale of the queries' RMSNorm.
+      key_norm: [H].
+    """
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
     out: jax.Array
+    query_bias: jax.Array | None = None
+    key_bias: jax.Array | None = None
+    value_bias: jax.Array | None = None
+    query_norm: jax.Array | None = None
+    key_norm: jax.Array | None = None
 
 
 def make_attention_weights(
@@ -61,12 +87,41 @@ def make_attention_weights(
     N, K, H = heads.num_heads, heads.num_kv_heads, heads.head_dim
     into = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
     back = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=2)
-    return AttentionWeights(
+    weights = AttentionWeights(
         query=module.param("query", into, (width, N, H)).astype(dtype),
         key=module.param("key", into, (width, K, H)).astype(dtype),
         value=module.param("value", into, (width, K, H)).astype(dtype),
         out=module.param("out", back, (N, H, width)).astype(dtype),
     )
+    if heads.qkv_bias:
+        zeros = nn.initializers.zeros
+        weights = weights._replace(
+            query_bias=module.param("query_bias", zeros, (N, H)).astype(dtype),
+            key_bias=module.param("key_bias", zeros, (K, H)).astype(dtype),
+            value_bias=module.param("value_bias", zeros, (K, H)).astype(dtype),
+        )
+    if heads.qk_norm:
+        ones = nn.initializers.ones
+        weights = weights._replace(
+            query_norm=module.param("query_norm", ones, (H,)),
+            key_norm=module.param("key_norm", ones, (H,)),
+        )
+    return weights
+
+
+def _project(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, scale: jax.Array | None, eps: float
+) -> jax.Array:
+    y = jnp.einsum("BTD,DNH->BTNH", x, weight)
+    if bias is not None:
+        y += bias[None, None]
+    return y if scale is None else rms_norm(y, scale, eps)
+
+
+def _turn(x: jax.Array, positions: jax.Array, heads: HeadsConfig) -> jax.Array:
+    if not heads.rope_theta:
+        return x
+    return apply_rope(x, positions, heads.rope_theta, heads.rope_factors)
 
 
 def project_queries(
@@ -80,8 +135,8 @@ def project_queries(
     >>> project_queries(jnp.ones((1, 1, 4)), jnp.array([[0]]), weights, heads).tolist()
     [[[[4.0, 4.0]]]]
     """
-    q = jnp.einsum("BTD,DNH->BTNH", x, weights.query)
-    return apply_rope(q, positions, heads.rope_theta) if heads.rope_theta else q
+    q = _project(x, weights.query, weights.query_bias, weights.query_norm, heads.norm_eps)
+    return _turn(q, positions, heads)
 
 
 def project_keys_values(
@@ -96,9 +151,9 @@ def project_keys_values(
     >>> k.ravel().tolist(), v.ravel().tolist()
     ([4.0, 4.0], [8.0, 8.0])
     """
-    k = jnp.einsum("BTD,DKH->BTKH", x, weights.key)
-    v = jnp.einsum("BTD,DKH->BTKH", x, weights.value)
-    return (apply_rope(k, positions, heads.rope_theta) if heads.rope_theta else k), v
+    k = _project(x, weights.key, weights.key_bias, weights.key_norm, heads.norm_eps)
+    v = _project(x, weights.value, weights.value_bias, None, heads.norm_eps)
+    return _turn(k, positions, heads), v
 
 
 def project_out(y: jax.Array, weights: AttentionWeights) -> jax.Array:

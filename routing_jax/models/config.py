@@ -69,6 +69,10 @@ class DecoderConfig:
       head_dim: H.
       mlp_width: F of the SwiGLU MLP; 0 for no MLP.
       rope_theta: base of the rotary embedding; 0 for no positions.
+      rope_factors: H/2 divisors of the rotary frequencies, for long contexts; empty for none.
+      qkv_bias: add a bias to queries, keys and values.
+      qk_norm: RMS-normalise queries and keys head by head, before they turn.
+      context: most tokens a sequence may have; 0 for no limit.
       conv_width: W, tokens that the depthwise convolution sees.
       router: the token router of routed layers.
       norm_eps: added to the mean square in RMSNorm.
@@ -88,6 +92,10 @@ class DecoderConfig:
     head_dim: int = 64
     mlp_width: int = 128
     rope_theta: float = 10_000.0
+    rope_factors: tuple[float, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    context: int = 0
     conv_width: int = 4
     router: TokenRouterConfig = field(default_factory=TokenRouterConfig)
     norm_eps: float = 1e-6
@@ -117,8 +125,16 @@ class DecoderConfig:
             raise ValueError(
                 f"model.rope_theta is {self.rope_theta}; it must be above 0, or 0 for no positions."
             )
-        if self.mlp_width < 0:
-            raise ValueError(f"model.mlp_width is {self.mlp_width}; it must be at least 0.")
+        if self.rope_factors and (
+            len(self.rope_factors) * 2 != self.head_dim or not min(self.rope_factors) > 0
+        ):
+            raise ValueError(
+                f"model.rope_factors is {self.rope_factors}; it must be empty, or "
+                f"model.head_dim / 2 = {self.head_dim // 2} numbers above 0."
+            )
+        for name in ("mlp_width", "context"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 0.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}; accepted: 'float32', 'bfloat16'.")
         if self.attention not in ("xla", "cudnn", None):
@@ -135,7 +151,15 @@ class DecoderConfig:
     def heads(self) -> HeadsConfig:
         """The head counts, as the mixers take them."""
         return HeadsConfig(
-            self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.attention
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.rope_theta,
+            self.attention,
+            self.rope_factors,
+            self.qkv_bias,
+            self.qk_norm,
+            self.norm_eps,
         )
 
     def replace(self, **changes) -> "DecoderConfig":

@@ -13,6 +13,7 @@ from routing_jax.attention import (
     LayerReport,
     Mode,
     RoutedConv,
+    rms_norm,
 )
 from routing_jax.kernels.checks import known_values, refuse_rows
 from routing_jax.models.config import DecoderConfig, repeating_pattern
@@ -58,7 +59,7 @@ class ModelOutput(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale, computed in float32 (Zhang & Sennrich 2019)."""
+    """`rms_norm` with its own scale."""
 
     eps: float
 
@@ -66,9 +67,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last dimension of x."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale[None, None]).astype(x.dtype)
+        return rms_norm(x, scale, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -185,8 +184,10 @@ class Decoder(nn.Module):
             )
         if cache is not None:
             _check_room(cache, positions)
+        # Tied, the same rows score the answers: logits of unit size need rows of unit length.
+        spread = cfg.width**-0.5 if cfg.tie_embeddings else 1.0
         embedding = self.param(
-            "embedding", nn.initializers.normal(1.0), (cfg.vocab_size, cfg.width)
+            "embedding", nn.initializers.normal(spread), (cfg.vocab_size, cfg.width)
         )
         x = embed(embedding.astype(dtype), tokens)
 
@@ -224,7 +225,7 @@ class Decoder(nn.Module):
 
         x = RMSNorm(cfg.norm_eps, name="final_norm")(x)
         if cfg.tie_embeddings:
-            head = embedding.T * cfg.width**-0.5
+            head = embedding.T
         else:
             head = self.param("head", nn.initializers.lecun_normal(), (cfg.width, cfg.vocab_size))
         logits = jnp.einsum(
@@ -293,9 +294,17 @@ def init_cache(
       length: S, the most tokens a sequence may hold.
       dtype: of keys, values and convolution inputs; the compute dtype when None.
 
+    Raises:
+      ValueError: `length` is longer than the model's context.
+
     >>> init_cache(DecoderConfig(), 2, 16).layers[0].keys.shape
     (2, 16, 1, 64)
     """
+    if config.context and length > config.context:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than this model's context, model.context = "
+            f"{config.context}."
+        )
     dtype = jnp.dtype(dtype or config.dtype)
 
     def layer(kind: str) -> LayerCache:

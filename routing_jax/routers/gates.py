@@ -35,7 +35,9 @@ def straight_through(hard: jax.Array, soft: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))
 
 
-def binary_gate(logits: jax.Array, rng: jax.Array | None, temperature: float = 1.0) -> Gate:
+def binary_gate(
+    logits: jax.Array, rng: jax.Array | None, temperature: jax.Array | float = 1.0
+) -> Gate:
     """Opens where logit + logistic noise > 0: the two-way Gumbel-softmax, hard forward.
 
     The difference of two Gumbel variables is logistic, so the gate opens with probability

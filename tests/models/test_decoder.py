@@ -10,6 +10,7 @@ from jax.experimental import checkify
 
 from routing_jax.models import (
     Decoder,
+    DecoderConfig,
     count_params,
     init_cache,
     init_params,
@@ -229,6 +230,30 @@ def test_the_head_bias_is_added_to_the_logits():
     got = runner(config, "eval")(params, tokens).logits
     plain = runner(config.replace(head_bias=False), "eval")(without, tokens).logits
     np.testing.assert_allclose(got - plain, np.broadcast_to(params["head_bias"], got.shape), 1e-4)
+
+
+def test_a_tied_head_scores_with_the_embedding_s_own_rows():
+    config = MIXED.replace(layers="conv")
+    params, tokens = make_params(config), tokens_of(2, 16)
+    tied = {name: leaf for name, leaf in params.items() if name != "head"}
+    untied = {**tied, "head": params["embedding"].T}
+    got = runner(config.replace(tie_embeddings=True), "eval")(tied, tokens).logits
+    np.testing.assert_allclose(got, runner(config, "eval")(untied, tokens).logits, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_start_at_unit_size(tied):
+    config = DecoderConfig(width=64, layers="full", tie_embeddings=tied, dtype="float32")
+    params = init_params(config, jax.random.key(0))
+    logits = np.asarray(runner(config, "eval")(params, tokens_of(2, 16)).logits)
+    assert 0.5 < logits.std() < 2
+
+
+def test_a_cache_longer_than_the_context_is_refused():
+    config = MIXED.replace(context=16)
+    assert init_cache(config, 1, 16).lengths.shape == (1,)
+    with pytest.raises(ValueError, match=r"^a sequence of 17 tokens .* model\.context = 16\.$"):
+        init_cache(config, 1, 17)
 
 
 def test_bfloat16_differs_from_float32_by_rounding():

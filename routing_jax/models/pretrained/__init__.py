@@ -1,0 +1,23 @@
+"""Published models in the library's own decoder: their weights and their tokenizers."""
+
+from routing_jax.models.pretrained.load import Pretrained, load_pretrained, open_checkpoint
+from routing_jax.models.pretrained.parts import Checkpoint
+from routing_jax.models.pretrained.router_file import (
+    SavedRouter,
+    base_checksum,
+    load_router,
+    save_router,
+)
+from routing_jax.models.pretrained.tokenizer import load_tokenizer
+
+__all__ = [
+    "Checkpoint",
+    "Pretrained",
+    "SavedRouter",
+    "base_checksum",
+    "load_pretrained",
+    "load_router",
+    "load_tokenizer",
+    "open_checkpoint",
+    "save_router",
+]
