@@ -160,8 +160,8 @@ from routing_jax.train.step import init_state, make_train_step
 
 assert jax.device_count() == 8
 model = DecoderConfig(width=16, layers="routed,conv", num_heads=4, num_kv_heads=2, head_dim=4,
-    mlp_width=16, qkv_bias=True, qk_norm=True, router=TokenRouterConfig(hidden=4, bias=0.0, summary=2), dtype="float32",
-    scan=True)
+    mlp_width=16, qkv_bias=True, qk_norm=True, dtype="float32", scan=True,
+    router=TokenRouterConfig(hidden=4, bias=0.0, summary=2))
 config = TrainConfig(
     data=RecallConfig(length=64, num_values=4), model=model, batch_tokens=512)
 config = config.replace(curriculum__from_start=True, curriculum__peak=1.0)
