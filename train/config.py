@@ -129,6 +129,11 @@ class TrainConfig:
                 f"curriculum.lengths ends with {self.curriculum.lengths[-1]}; it must stay below "
                 f"data.length = {self.data.length}."
             )
+        if 0 < self.model.learned_positions < self.data.length:
+            raise ValueError(
+                f"data.length is {self.data.length}; it must be at most model.learned_positions = "
+                f"{self.model.learned_positions}."
+            )
         vocab = self.data.vocab_size
         if self.model.vocab_size != vocab:
             object.__setattr__(self, "model", self.model.replace(vocab_size=vocab))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.rope import apply_rope
-from routing_jax.kernels import AttentionImplementation
+from routing_jax.kernels import AttentionImplementation, dense_attention
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class HeadsConfig:
       head_dim: H.
       rope_theta: base of the rotary embedding; 0 for no positions.
       implementation: 'cudnn', 'xla', or None for the best one here.
+      dropout: of the attention weights, in training.
     """
 
     num_heads: int
@@ -28,6 +29,7 @@ class HeadsConfig:
     head_dim: int
     rope_theta: float = 10_000.0
     implementation: AttentionImplementation | None = None
+    dropout: float = 0.0
 
 
 class AttentionWeights(NamedTuple):
@@ -110,3 +112,37 @@ def project_out(y: jax.Array, weights: AttentionWeights) -> jax.Array:
     [2.0, 2.0, 2.0, 2.0]
     """
     return jnp.einsum("BTNH,NHD->BTD", y, weights.out)
+
+
+def attend_everywhere(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    heads: HeadsConfig,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """Dense causal attention as the heads are configured; with a layer's key, its dropout too.
+
+    Args:
+      q: [B,T,N,H].
+      k: [B,T,K,H].
+      v: [B,T,K,H].
+      segment_ids: [B,T] int32 or None.
+      heads: implementation and dropout.
+      rng: the layer's PRNG key in training, else None.
+
+    >>> q = jnp.ones((1, 4, 2, 8))
+    >>> attend_everywhere(q, q, q, None, HeadsConfig(2, 2, 8)).shape
+    (1, 4, 2, 8)
+    """
+    return dense_attention(
+        q,
+        k,
+        v,
+        segment_ids=segment_ids,
+        implementation=heads.implementation,
+        dropout_rate=heads.dropout,
+        # The router draws from the layer's key itself.
+        dropout_rng=None if rng is None else jax.random.fold_in(rng, 1),
+    )

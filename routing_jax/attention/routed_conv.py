@@ -19,6 +19,7 @@ from routing_jax.attention.per_shard import over_batch_and_heads
 from routing_jax.attention.projections import (
     AttentionWeights,
     HeadsConfig,
+    attend_everywhere,
     make_attention_weights,
     project_keys_values,
     project_out,
@@ -189,9 +190,7 @@ class RoutedConv(nn.Module):
         if mode in ("train", "masked"):
             q = project_queries(x, positions, weights, heads)
             k, v = project_keys_values(x, positions, weights, heads)
-            y = dense_attention(
-                q, k, v, segment_ids=segment_ids, implementation=heads.implementation
-            )
+            y = attend_everywhere(q, k, v, segment_ids, heads, rng if mode == "train" else None)
             mix = gate[:, :, None].astype(x.dtype)
             y = mix * project_out(y, weights) + (1 - mix) * conv
         elif mode == "decode":

@@ -67,13 +67,19 @@ class DecoderConfig:
       num_heads: N, query heads.
       num_kv_heads: K, key/value heads; N = K is multi-head, K = 1 multi-query attention.
       head_dim: H.
-      mlp_width: F of the SwiGLU MLP; 0 for no MLP.
-      rope_theta: base of the rotary embedding; 0 for no positions.
+      mlp: 'swiglu' as in Llama, or 'gelu' as in GPT-2.
+      mlp_width: F of the MLP; 0 for no MLP.
+      rope_theta: base of the rotary embedding; 0 for none.
+      learned_positions: positions with a learned embedding, the longest sequence; 0 for none.
       conv_width: W, tokens that the depthwise convolution sees.
       router: the token router of routed layers.
-      norm_eps: added to the mean square in RMSNorm.
+      norm: 'rms' or 'layer', without bias.
+      norm_eps: added to the mean square, or variance, in the norm.
       tie_embeddings: use the embedding as output projection.
       head_bias: add a bias to the logits, so that what is rarely an answer is ruled out at once.
+      dropout: in training, of embeddings, attention weights, and what a layer adds.
+      init_std: of all matrices, output projections less by √(2L), as in GPT-2; 0 to scale each by
+        its inputs.
       dtype: compute dtype; parameters and softmax stay float32.
       attention: 'cudnn', 'xla', or None for the best one here.
       scan: run the repeating pattern of layers as one loop: faster to compile, same numbers.
@@ -86,13 +92,18 @@ class DecoderConfig:
     num_heads: int = 1
     num_kv_heads: int = 1
     head_dim: int = 64
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
     mlp_width: int = 128
     rope_theta: float = 10_000.0
+    learned_positions: int = 0
     conv_width: int = 4
     router: TokenRouterConfig = field(default_factory=TokenRouterConfig)
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     head_bias: bool = False
+    dropout: float = 0.0
+    init_std: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["xla", "cudnn"] | None = None
     scan: bool = False
@@ -117,8 +128,15 @@ class DecoderConfig:
             raise ValueError(
                 f"model.rope_theta is {self.rope_theta}; it must be above 0, or 0 for no positions."
             )
-        if self.mlp_width < 0:
-            raise ValueError(f"model.mlp_width is {self.mlp_width}; it must be at least 0.")
+        for name in ("mlp_width", "learned_positions", "init_std"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 0.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; it must lie in [0, 1).")
+        if self.norm not in ("rms", "layer"):
+            raise ValueError(f"model.norm is {self.norm!r}; accepted: 'rms', 'layer'.")
+        if self.mlp not in ("swiglu", "gelu"):
+            raise ValueError(f"model.mlp is {self.mlp!r}; accepted: 'swiglu', 'gelu'.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}; accepted: 'float32', 'bfloat16'.")
         if self.attention not in ("xla", "cudnn", None):
@@ -135,7 +153,12 @@ class DecoderConfig:
     def heads(self) -> HeadsConfig:
         """The head counts, as the mixers take them."""
         return HeadsConfig(
-            self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.attention
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.rope_theta,
+            self.attention,
+            self.dropout,
         )
 
     def replace(self, **changes) -> "DecoderConfig":

@@ -14,9 +14,11 @@ from routing_jax.attention import (
     Mode,
     RoutedConv,
 )
+from routing_jax.kernels import dropout
 from routing_jax.kernels.checks import known_values, refuse_rows
 from routing_jax.models.config import DecoderConfig, repeating_pattern
 from routing_jax.models.embedding import embed
+from routing_jax.models.gpt import GeluMLP, LayerNorm, draw_weights
 
 
 class DecoderCache(NamedTuple):
@@ -102,6 +104,15 @@ def make_mixer(config: DecoderConfig, kind: str) -> nn.Module:
     return RoutedConv(config.heads, config.router, config.conv_width, name="mixer")
 
 
+def make_norm(config: DecoderConfig, name: str) -> nn.Module:
+    """A norm of the configured kind.
+
+    >>> type(make_norm(DecoderConfig(norm="layer"), "final_norm")).__name__
+    'LayerNorm'
+    """
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.norm_eps, name=name)
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
@@ -113,13 +124,19 @@ class Block(nn.Module):
         self, x: jax.Array, positions, segment_ids, cache, rng, mode: Mode
     ) -> tuple[jax.Array, LayerCache | None, LayerReport]:
         """Runs one layer on x [B,T,D]."""
-        eps = self.config.norm_eps
-        mixed, cache, report = make_mixer(self.config, self.kind)(
-            RMSNorm(eps, name="mixer_norm")(x), positions, segment_ids, cache, rng, mode
+        cfg = self.config
+
+        def drop(y: jax.Array, place: int) -> jax.Array:
+            key = None if rng is None or mode != "train" else jax.random.fold_in(rng, place)
+            return dropout(y, cfg.dropout, key)
+
+        mixed, cache, report = make_mixer(cfg, self.kind)(
+            make_norm(cfg, "mixer_norm")(x), positions, segment_ids, cache, rng, mode
         )
-        x = x + mixed
-        if self.config.mlp_width:
-            x = x + SwiGLU(self.config.mlp_width, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
+        x = x + drop(mixed, 2)  # 1 is taken by the mixer's attention weights
+        if cfg.mlp_width:
+            mlp = SwiGLU if cfg.mlp == "swiglu" else GeluMLP
+            x = x + drop(mlp(cfg.mlp_width, name="mlp")(make_norm(cfg, "mlp_norm")(x)), 3)
         return x, cache, report
 
 
@@ -189,6 +206,18 @@ class Decoder(nn.Module):
             "embedding", nn.initializers.normal(1.0), (cfg.vocab_size, cfg.width)
         )
         x = embed(embedding.astype(dtype), tokens)
+        if cfg.learned_positions:
+            if tokens.shape[1] > cfg.learned_positions:
+                raise ValueError(
+                    f"tokens are {tokens.shape}; T must be at most model.learned_positions = "
+                    f"{cfg.learned_positions}."
+                )
+            table = self.param(
+                "positions", nn.initializers.normal(1.0), (cfg.learned_positions, cfg.width)
+            )
+            x += embed(table.astype(dtype), jnp.maximum(positions, 0))
+        drawing = rng is not None and mode == "train"
+        x = dropout(x, cfg.dropout, jax.random.fold_in(rng, 0) if drawing else None)
 
         mixers = cfg.mixers
         period = len(repeating_pattern(mixers))
@@ -222,9 +251,10 @@ class Decoder(nn.Module):
             lengths = jnp.maximum(cache.lengths, jnp.max(positions, axis=1) + 1)
             cache = DecoderCache(caches, lengths)
 
-        x = RMSNorm(cfg.norm_eps, name="final_norm")(x)
+        x = make_norm(cfg, "final_norm")(x)
         if cfg.tie_embeddings:
-            head = embedding.T * cfg.width**-0.5
+            # An embedding drawn from N(0, 1) is too large for logits, one from N(0, 0.02) is not.
+            head = embedding.T * (1.0 if cfg.init_std else cfg.width**-0.5)
         else:
             head = self.param("head", nn.initializers.lecun_normal(), (cfg.width, cfg.vocab_size))
         logits = jnp.einsum(
@@ -279,6 +309,8 @@ def init_params(config: DecoderConfig, rng: jax.Array) -> dict[str, Any]:
     tokens = jnp.zeros((1, config.conv_width), jnp.int32)
     unrolled = Decoder(config.replace(scan=False, remat=False))
     params = unrolled.init(rng, tokens, mode="masked")["params"]
+    if config.init_std:
+        params = draw_weights(params, config.init_std, len(config.mixers), rng)
     return stack_layers(params, config) if config.scan else params
 
 
@@ -293,9 +325,17 @@ def init_cache(
       length: S, the most tokens a sequence may hold.
       dtype: of keys, values and convolution inputs; the compute dtype when None.
 
+    Raises:
+      ValueError: more tokens than the model has learned positions.
+
     >>> init_cache(DecoderConfig(), 2, 16).layers[0].keys.shape
     (2, 16, 1, 64)
     """
+    if 0 < config.learned_positions < length:
+        raise ValueError(
+            f"length is {length}; it must be at most model.learned_positions = "
+            f"{config.learned_positions}."
+        )
     dtype = jnp.dtype(dtype or config.dtype)
 
     def layer(kind: str) -> LayerCache:
