@@ -62,6 +62,7 @@ def map_routed(
     fn: Callable[[jax.Array, jax.Array], jax.Array],
     x: jax.Array,
     mask: jax.Array,
+    ladder: tuple[int, ...] | None = None,
 ) -> jax.Array:
     """`where(mask, fn(x), 0)`, with `fn` run only on the routed tokens.
 
@@ -74,6 +75,7 @@ def map_routed(
       fn: (tokens [B,C,D], positions [B,C]) -> [B,C,E]; a position of −1 marks an unused slot.
       x: [B,T,D].
       mask: [B,T] bool, which tokens are routed.
+      ladder: capacities, rising from 0 to T; `capacity_ladder(T)` when None.
 
     Returns:
       [B,T,E], equal to the masked computation within rounding; 0 where not routed.
@@ -85,7 +87,7 @@ def map_routed(
     chex.assert_shape(mask, x.shape[:2])
     B, T = mask.shape
     rows = jnp.arange(B)[:, None]
-    ladder = capacity_ladder(T)
+    ladder = ladder or capacity_ladder(T)
 
     out = jax.eval_shape(fn, x, jax.ShapeDtypeStruct(mask.shape, jnp.int32))
 

@@ -4,6 +4,7 @@ from routing_jax.attention.cache import LayerCache, push_history, write_kv
 from routing_jax.attention.conv import CausalConv
 from routing_jax.attention.full import FullAttention
 from routing_jax.attention.mixer import LayerReport, Mode, attention_work, visible_pairs
+from routing_jax.attention.mixture_of_schemes import MixtureOfSchemes, scheme_cost, scheme_heads
 from routing_jax.attention.projections import HeadsConfig
 from routing_jax.attention.rope import apply_rope
 from routing_jax.attention.routed_conv import RoutedConv, attend_routed, routed_conv_cost
@@ -14,6 +15,7 @@ __all__ = [
     "HeadsConfig",
     "LayerCache",
     "LayerReport",
+    "MixtureOfSchemes",
     "Mode",
     "RoutedConv",
     "apply_rope",
@@ -21,6 +23,8 @@ __all__ = [
     "attention_work",
     "push_history",
     "routed_conv_cost",
+    "scheme_cost",
+    "scheme_heads",
     "visible_pairs",
     "write_kv",
 ]

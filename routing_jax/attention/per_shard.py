@@ -21,6 +21,8 @@ def over_batch_and_heads(
     segment_ids: jax.Array | None,
     weights: AttentionWeights,
     heads: HeadsConfig,
+    *,
+    split_heads: bool = True,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Calls `fn` under `shard_map` when a mesh is set (`jax.set_mesh`), plainly when none is.
 
@@ -36,6 +38,7 @@ def over_batch_and_heads(
       segment_ids: [B,T] or None.
       weights: the projections.
       heads: head counts and sizes.
+      split_heads: False where `fn` needs all heads on each device.
 
     Returns:
       What `fn` returns, for the whole batch.
@@ -52,7 +55,11 @@ def over_batch_and_heads(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return fn(x, positions, choice, segment_ids, weights, lambda y: y)
-    split = mesh.shape[_HEAD_AXIS] > 1 and heads.num_kv_heads % mesh.shape[_HEAD_AXIS] == 0
+    split = (
+        split_heads
+        and mesh.shape[_HEAD_AXIS] > 1
+        and heads.num_kv_heads % mesh.shape[_HEAD_AXIS] == 0
+    )
     head = _HEAD_AXIS if split else None
     batch_devices = mesh.shape[_BATCH_AXES[0]] * mesh.shape[_BATCH_AXES[1]]
     batch = _BATCH_AXES if x.shape[0] % batch_devices == 0 else None

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from routing_jax.attention import HeadsConfig
-from routing_jax.routers import TokenRouterConfig
+from routing_jax.routers import SchemesConfig, TokenRouterConfig
 
-MIXERS = ("full", "conv", "routed")
+MIXERS = ("full", "conv", "routed", "schemes")
 
 
 def parse_layers(pattern: str) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ class DecoderConfig:
     Attributes:
       vocab_size: V.
       width: D.
-      layers: the mixer of each layer, as in 'conv,routed*2': full, conv or routed.
+      layers: the mixer of each layer, as in 'conv,routed*2': full, conv, routed or schemes.
       num_heads: N, query heads.
       num_kv_heads: K, key/value heads; N = K is multi-head, K = 1 multi-query attention.
       head_dim: H.
@@ -73,6 +73,7 @@ class DecoderConfig:
       learned_positions: positions with a learned embedding, the longest sequence; 0 for none.
       conv_width: W, tokens that the depthwise convolution sees.
       router: the token router of routed layers.
+      schemes: the attention schemes of 'schemes' layers, and their router.
       norm: 'rms' or 'layer', without bias.
       norm_eps: added to the mean square, or variance, in the norm.
       tie_embeddings: use the embedding as output projection.
@@ -98,6 +99,7 @@ class DecoderConfig:
     learned_positions: int = 0
     conv_width: int = 4
     router: TokenRouterConfig = field(default_factory=TokenRouterConfig)
+    schemes: SchemesConfig = field(default_factory=SchemesConfig)
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
@@ -119,6 +121,8 @@ class DecoderConfig:
                 f"model.num_kv_heads is {self.num_kv_heads}; it must divide "
                 f"model.num_heads = {self.num_heads}."
             )
+        if "schemes" in self.mixers:
+            self.schemes.kv_heads(self.num_heads)
         if self.rope_theta and self.head_dim % 2:
             raise ValueError(
                 f"model.head_dim is {self.head_dim}; with RoPE (model.rope_theta > 0) it must be "

@@ -11,8 +11,10 @@ from routing_jax.attention import (
     FullAttention,
     LayerCache,
     LayerReport,
+    MixtureOfSchemes,
     Mode,
     RoutedConv,
+    scheme_heads,
 )
 from routing_jax.kernels import dropout
 from routing_jax.kernels.checks import known_values, refuse_rows
@@ -101,6 +103,8 @@ def make_mixer(config: DecoderConfig, kind: str) -> nn.Module:
         return FullAttention(config.heads, name="mixer")
     if kind == "conv":
         return CausalConv(config.heads, config.conv_width, name="mixer")
+    if kind == "schemes":
+        return MixtureOfSchemes(config.heads, config.schemes, name="mixer")
     return RoutedConv(config.heads, config.router, config.conv_width, name="mixer")
 
 
@@ -216,8 +220,8 @@ class Decoder(nn.Module):
                 "positions", nn.initializers.normal(1.0), (cfg.learned_positions, cfg.width)
             )
             x += embed(table.astype(dtype), jnp.maximum(positions, 0))
-        drawing = rng is not None and mode == "train"
-        x = dropout(x, cfg.dropout, jax.random.fold_in(rng, 0) if drawing else None)
+        if rng is not None and mode == "train":
+            x = dropout(x, cfg.dropout, jax.random.fold_in(rng, 0))
 
         mixers = cfg.mixers
         period = len(repeating_pattern(mixers))
@@ -339,8 +343,11 @@ def init_cache(
     dtype = jnp.dtype(dtype or config.dtype)
 
     def layer(kind: str) -> LayerCache:
-        kv = (batch, length, config.num_kv_heads, config.head_dim)
-        attends, convolves = kind != "conv", kind != "full"
+        heads = config.heads
+        if kind == "schemes":
+            heads = scheme_heads(heads, config.schemes).projected
+        kv = (batch, length, heads.num_kv_heads, heads.head_dim)
+        attends, convolves = kind != "conv", kind in ("conv", "routed")
         return LayerCache(
             keys=jnp.zeros(kv, dtype) if attends else None,
             values=jnp.zeros(kv, dtype) if attends else None,

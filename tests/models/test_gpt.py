@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from routing_jax.models import Decoder, count_params, init_cache, init_params
+from routing_jax.routers import SchemesConfig
 
 from ..small_model import MIXED, make_params
 
@@ -52,14 +53,27 @@ def test_the_model_is_that_of_the_formula():
     np.testing.assert_allclose(logits(config, params, TOKENS), want, rtol=1e-3, atol=1e-3)
 
 
-def test_decode_sees_learned_positions():
-    params = make_params(GPT)
-    want = logits(GPT, params, TOKENS)
-    cache = init_cache(GPT, 2, 16)
-    out = Decoder(GPT).apply({"params": params}, TOKENS[:, :10], cache=cache, mode="prefill")
+SCHEMES = GPT.replace(
+    layers="schemes*2",
+    schemes=SchemesConfig(names="mha,mqa", kind="hard", nested=True, hidden=4),
+)
+
+
+@pytest.mark.parametrize("config", [GPT, SCHEMES], ids=["full", "schemes"])
+def test_decode_sees_learned_positions_and_what_prefill_stored(config):
+    params = make_params(config)
+    model = Decoder(config)
+    apply = jax.jit(model.apply, static_argnames="mode")
+    masked = apply({"params": params}, TOKENS, mode="masked")
+    want = masked.logits
+    if config is SCHEMES:
+        assert 0 < masked.reports.choice.mean() < 1
+    cache = init_cache(config, 2, 16)
+    out = apply({"params": params}, TOKENS[:, :10], cache=cache, mode="prefill")
+    np.testing.assert_allclose(out.logits, want[:, :10], rtol=1e-3, atol=1e-4)
     for t in range(10, 12):
         step = TOKENS[:, t : t + 1]
-        out = Decoder(GPT).apply({"params": params}, step, cache=out.cache, mode="decode")
+        out = apply({"params": params}, step, cache=out.cache, mode="decode")
         np.testing.assert_allclose(out.logits[:, 0], want[:, t], rtol=1e-3, atol=1e-4)
 
 
