@@ -359,6 +359,57 @@ def plot_tradeoff(results: Sequence[Result], path: epath.PathLike) -> Figure:
     return _save(figure, path)
 
 
+def plot_quality(results: Sequence[Result], path: epath.PathLike) -> Figure:
+    """Nats a token against key/value bytes read, a panel a task; a variant is a mean of its seeds.
+
+    Bars are standard errors over seeds.
+
+    Args:
+      results: of one experiment.
+      path: where the plot goes.
+
+    Raises:
+      ValueError: no results.
+    """
+    if not results:
+        raise ValueError("results is empty; a plot needs at least one result.")
+    tasks = list(dict.fromkeys(run.task for run in results))
+    variants = list(dict.fromkeys(run.variant for run in results))
+    figure = _figure(1.6 + 3.0 * len(tasks))
+    for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False).flat, tasks):
+        for i, variant in enumerate(variants):
+            runs = [run for run in results if (run.task, run.variant) == (task, variant)]
+            if not runs:
+                continue
+            losses = [run.loss for run in runs]
+            error = np.std(losses, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else 0.0
+            axes.errorbar(
+                np.mean([run.kv_cost for run in runs]),
+                np.mean(losses),
+                yerr=error,
+                color=COLORS[i % len(COLORS)],
+                marker=MARKERS[i // len(COLORS) % len(MARKERS)],
+                linestyle="none",
+                capsize=3,
+            )
+        _dress(axes)
+        axes.set_title(task, fontsize=11)
+        axes.set(xlabel="key/value bytes read ÷ those of MHA", ylabel="nats a token")
+    handles = [
+        Line2D(
+            [],
+            [],
+            label=variant,
+            color=COLORS[i % len(COLORS)],
+            marker=MARKERS[i // len(COLORS) % len(MARKERS)],
+            linestyle="none",
+        )
+        for i, variant in enumerate(variants)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    return _save(figure, path)
+
+
 def plot_speed(rows: Sequence[Mapping[str, Any]], path: epath.PathLike) -> Figure:
     """Milliseconds against usage, both logarithmic, a line a length; dense as dashed reference.
 
