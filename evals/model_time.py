@@ -62,6 +62,7 @@ def decode_milliseconds(config: DecoderConfig, params: Any, tokens: Any) -> floa
       tokens: [1,T] int32.
     """
     T = tokens.shape[1]
-    _, cache = prefill(config, params, tokens[:, :-1], jnp.array([T - 1]), T)
+    fill = jax.jit(lambda params, prompt, n: prefill(config, params, prompt, n, T)[1])
+    cache = fill(params, tokens[:, :-1], jnp.array([T - 1]))
     step = jax.jit(lambda params, token, cache: decode_step(config, params, token, cache)[0])
     return median_milliseconds(lambda: step(params, tokens[:, -1], cache))

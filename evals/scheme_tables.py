@@ -42,7 +42,7 @@ def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     groups: dict[tuple[str, str], list[Result]] = {}
     for run in sorted(results, key=lambda run: run.seed):
         groups.setdefault((run.task, run.variant), []).append(run)
-    ranks = ("mha", "mha+matched", "gqa2", "mqa", "average", "soft")
+    ranks = ("mha", "mha+matched", "mha+matched-nested", "gqa2", "mqa", "average", "soft")
 
     def order(key: tuple[str, str]) -> tuple:
         task, variant = key
@@ -67,7 +67,11 @@ def _read_bytes(run: Result) -> float | None:
 
 
 def quality_table(results: Sequence[Result]) -> str:
-    """Nats a character beside what is spent: a row a variant of a task."""
+    """Nats a character beside what is spent: a row a variant of a task.
+
+    >>> quality_table([]).count("|") // 2  # a heading and a rule
+    16
+    """
     columns = [
         Column("task", "left"), Column("variant", "left"), Column("nats/character ± error"),
         Column("less than MHA's"), Column("kv cost"), Column("KiB read a token"),
@@ -78,9 +82,11 @@ def quality_table(results: Sequence[Result]) -> str:
     groups = _groups(results)
     lines, before = [], ""
     for (task, variant), runs in groups.items():
-        base = groups.get((task, "mha+matched"))
+        # Each beside the MHA that has as many parameters.
+        equal = "mha+matched-nested" if variant.startswith("nested") else "mha+matched"
+        base = groups.get((task, equal))
         gain = NOTHING
-        if base and variant != "mha+matched":
+        if base and not variant.startswith("mha+matched"):
             by_seed = {run.seed: run.loss for run in base}
             gains = [by_seed[run.seed] - run.loss for run in runs if run.seed in by_seed]
             gain = with_error(gains) if gains else NOTHING
@@ -186,7 +192,8 @@ def moas_table(results: Sequence[Result]) -> str:
     devices = "; ".join(sorted({run.device for run in results}))
     caption = (
         "Whole held-out part; ± is the standard error over seeds. Less than MHA's: nats saved "
-        "against MHA with as many parameters (mha+matched), paired by seed. Kv cost: key/value "
+        "against MHA with as many parameters (mha+matched, of nested schemes mha+matched-nested), "
+        "paired by seed. Kv cost: key/value "
         "bytes read ÷ those of MHA; KiB read for a decoded token, mean over the context's "
         "positions; KiB stored for each token. Decode: one sequence, at the end of a context. "
         "Released code: three seeds of it on WikiText-2's validation and test parts. Paper: its "

@@ -32,7 +32,7 @@ def scheme_use(
       ValueError: `batches` is empty.
 
     >>> from routing_jax.models import init_params
-    >>> config = DecoderConfig(width=8, layers="schemes", head_dim=8, mlp_width=0)
+    >>> config = DecoderConfig(width=8, layers="schemes", num_heads=2, mlp_width=0)
     >>> params = init_params(config, jax.random.key(0))
     >>> batch = (np.zeros((2, 8), int), np.zeros((2, 8), int), np.ones((2, 8)))
     >>> use = scheme_use(config, params, [batch], {"all": np.ones(256, bool)})

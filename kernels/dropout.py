@@ -15,8 +15,8 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
       rng: a PRNG key, or None for x as it is.
 
     >>> dropped = dropout(jnp.ones(1000), 0.25, jax.random.key(0))
-    >>> sorted(set(dropped.round(3).tolist())), 0.7 < float((dropped > 0).mean()) < 0.8
-    ([0.0, 1.3329999446868896], True)
+    >>> sorted({round(x, 2) for x in dropped.tolist()}), 0.7 < float((dropped > 0).mean()) < 0.8
+    ([0.0, 1.33], True)
     """
     if rng is None or rate == 0:
         return x

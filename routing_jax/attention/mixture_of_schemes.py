@@ -91,7 +91,6 @@ def scheme_heads(heads: HeadsConfig, schemes: SchemesConfig) -> SchemeHeads:
     Raises:
       ValueError: as `SchemesConfig.kv_heads`.
 
-    >>> from routing_jax.attention import HeadsConfig
     >>> scheme_heads(HeadsConfig(6, 6, 64), SchemesConfig()).projected.num_kv_heads
     9
     >>> scheme_heads(HeadsConfig(6, 6, 64), SchemesConfig(nested=True)).projected.num_kv_heads
@@ -132,6 +131,11 @@ def mix_schemes(
 
     Returns:
       [B,T,·,H], for the output projection.
+
+    >>> heads = scheme_heads(HeadsConfig(2, 2, 4), SchemesConfig("mha,mqa", nested=True))
+    >>> q, gates = jnp.ones((1, 3, 2, 4)), jnp.full((1, 3, 2), 0.5)
+    >>> mix_schemes(q, q, q, gates, None, heads, None).shape
+    (1, 3, 2, 4)
     """
     E = len(heads.kv_heads)
     B, T, N, H = q.shape
@@ -150,7 +154,7 @@ def mix_schemes(
 
 def _ladder(length: int) -> tuple[int, ...]:
     # To T/2, unlike capacity_ladder: the schemes' shares sum to one, so one at most is larger.
-    steps = {length * n // 32 for n in (2, 4, 8, 12, 16)}
+    steps = {length * n // 32 for n in (4, 8, 12, 16)}
     return (0, *sorted(steps - {0}), length)
 
 
@@ -174,6 +178,14 @@ def attend_by_scheme(
 
     Returns:
       ([B,T,D], 0 where none is taken; (keys, values) [B,T,·,H] as projected).
+
+    >>> heads = scheme_heads(HeadsConfig(1, 1, 2), SchemesConfig("mha"))
+    >>> into, x = jnp.ones((2, 1, 2)), jnp.ones((1, 3, 2))
+    >>> weights = AttentionWeights(into, into, into, into.transpose(1, 2, 0))
+    >>> positions, choice = jnp.arange(3)[None], jnp.array([[0, -1, 0]])
+    >>> y, _ = attend_by_scheme(x, positions, choice, None, weights, heads)
+    >>> y[0, :, 0].round(3).tolist()
+    [4.0, 0.0, 4.0]
     """
 
     def local(x, positions, choice, segment_ids, weights, total: Callable):
@@ -213,6 +225,12 @@ def decode_schemes(
 
     Returns:
       [B,1,·,H], for the output projection.
+
+    >>> heads = scheme_heads(HeadsConfig(2, 2, 4), SchemesConfig("mha,mqa"))
+    >>> cache = LayerCache(jnp.ones((1, 8, 3, 4)), jnp.ones((1, 8, 3, 4)))
+    >>> q, gates = jnp.ones((1, 1, 4, 4)), jnp.array([[[0.0, 1.0]]])
+    >>> decode_schemes(q, cache, jnp.array([[5]]), gates, heads)[0, 0, :, 0].tolist()
+    [0.0, 0.0, 1.0, 1.0]
     """
     B, S = cache.keys.shape[:2]
     parts = []

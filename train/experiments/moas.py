@@ -3,8 +3,9 @@
 Command: `routing-jax reproduce moas --text valid.txt test.txt --elsewhere a.txt b.txt`; `--list`
 names the runs, `--only REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and
 interrupted ones resumed. The text is joined in the order given, its last tenth held out.
-Hardware and time: one H100, about half a minute a run of 500 steps and one minute of 2,000, most
-of it compilation: 2 to 3 hours in all; 2 CPU cores take half an hour for 500 steps.
+Set JAX_COMPILATION_CACHE_DIR: five seeds of two tasks run the same programs.
+Hardware and time (estimated): one H100, seconds of training a run; compiling a variant takes one to
+four minutes the first time, and all 190 runs about two hours. Not meant for a CPU.
 Expect: as published, the soft mixture is no better than its static average, nor than MHA with as
 many parameters. Nested and hard, with λ on `kv_cost`, it reads under half of MHA's keys and values.
 """
@@ -79,7 +80,12 @@ def _parameters(model: DecoderConfig) -> int:
 
 
 def matched(config: TrainConfig) -> TrainConfig:
-    """MHA alone, its MLP widened to the parameters of the mixture."""
+    """MHA alone, its MLP widened to the parameters of the mixture.
+
+    >>> mixture = get_preset("moas")
+    >>> matched(mixture).model.mlp_width > mixture.model.mlp_width
+    True
+    """
     mha = _alone(config.model.num_heads)(config)
     missing = _parameters(config.model) - _parameters(mha.model)
     column = 2 * config.model.width  # of a GELU MLP
@@ -101,6 +107,7 @@ def _priced(**fields: Any) -> Callable[[TrainConfig], TrainConfig]:
 VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "mha": _alone(6),
     "mha+matched": matched,
+    "mha+matched-nested": lambda c: matched(_schemes(nested=True)(c)),
     "gqa2": _alone(2),
     "mqa": _alone(1),
     "average": _schemes(kind="average"),
