@@ -7,15 +7,10 @@ from typing import Any
 from etils import epath
 
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
-from routing_jax.evals.plots import (
-    plot_heatmap,
-    plot_history,
-    plot_quality,
-    plot_speed,
-    plot_tradeoff,
-)
+from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
 from routing_jax.evals.readme import update_blocks
 from routing_jax.evals.results import Result, load_results
+from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
 from routing_jax.evals.scheme_tables import moas_table
 from routing_jax.evals.tables import routed_attention_table
 
@@ -99,7 +94,7 @@ def plot_routed_attention(results: list[Result], folder: epath.Path) -> None:
 
 
 def plot_moas(results: list[Result], folder: epath.Path) -> None:
-    """Nats a character against key/value bytes, and the routers' histories of seed 0.
+    """Nats a character against key/value bytes, and how seed 0 came to use its schemes.
 
     Args:
       results: of the experiment.
@@ -107,13 +102,10 @@ def plot_moas(results: list[Result], folder: epath.Path) -> None:
     """
     plot_quality(results, folder / "quality.png")
     for task in sorted({r.task for r in results}):
-        mine = {
-            r.variant: r.history
-            for r in results
-            if r.task == task and r.seed == 0 and r.history and r.details and "share" in r.details
-        }
-        if mine:
-            plot_history(mine, folder / f"history_{task}.png")
+        first = [r for r in results if r.task == task and r.seed == 0]
+        mixed = [r for r in first if r.details and "share" in r.details]
+        if mixed:
+            plot_layer_use(mixed, folder / f"use_{task}.png")
 
 
 def report(folder: epath.PathLike, readme: epath.PathLike | None) -> None:

@@ -1,6 +1,8 @@
+import dataclasses
+
 import pytest
 
-from routing_jax.evals.plots import plot_quality
+from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
 from routing_jax.evals.scheme_tables import moas_table, quality_table, with_error
 
 DETAILS = {
@@ -69,3 +71,14 @@ def test_quality_is_drawn(results, tmp_path):
     assert (tmp_path / "quality.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="results is empty"):
         plot_quality([], tmp_path / "quality.png")
+
+
+def test_use_is_drawn_layer_by_layer(results, tmp_path):
+    rows = [{"step": step, "usage_per_layer": [0.25, 1 / step]} for step in (1, 2, 4)]
+    run = dataclasses.replace(results[0], details=results[0].details | {"history": rows})
+    figure = plot_layer_use([run], tmp_path / "use.png")
+    drawn = [line.get_ydata().tolist() for line in figure.axes[0].lines]
+    assert drawn == [[25.0, 25.0, 25.0], [100.0, 50.0, 25.0]]
+    assert (tmp_path / "use.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="results is empty"):
+        plot_layer_use([], tmp_path / "use.png")
