@@ -12,6 +12,7 @@ from routing_jax.routers import SchemesConfig
 
 from ..small_model import MIXED, make_params
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
 GPT = MIXED.replace(
     layers="full*2",
     norm="layer",
