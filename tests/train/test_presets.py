@@ -1,6 +1,7 @@
 """Presets: each says what it is for, builds, and trains, in every variant of the experiment."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from routing_jax.models import repeating_pattern
 from routing_jax.train import presets
+from routing_jax.train.config import config_from_dict, config_to_dict
 from routing_jax.train.curriculum import init_curriculum
 from routing_jax.train.data import CharacterConfig, RecallConfig, batches
 from routing_jax.train.experiments.routed_attention import VARIANTS, runs
@@ -150,6 +152,18 @@ def test_lengths_and_tasks_are_those_of_the_names():
                                           and name != "mqar-256-summary")  # fmt: skip
             assert (config.data.style == "mqar") == name.startswith("mqar")
             assert bool(config.model.router.summary) == name.endswith("summary")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_read_back_from_json(name):
+    config = get_preset(name)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_a_text_longer_than_the_learned_positions_is_refused():
+    said = r"^data\.length is 512; it must be at most model\.learned_positions = 256\.$"
+    with pytest.raises(ValueError, match=said):
+        get_preset("moas").replace(data__length=512)
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
