@@ -37,11 +37,16 @@ _SEED: dict[str, Any] = {"markersize": 4, "alpha": 0.6, "clip_on": False}
 _MEAN: dict[str, Any] = {"markersize": 10, "fillstyle": "none", "clip_on": False}
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure as wide as a README, of this height in inches.
+
+    >>> new_figure(2.0).get_size_inches().tolist()
+    [8.0, 2.0]
+    """
     return Figure(figsize=(WIDTH, height), dpi=200, layout="constrained", facecolor="white")
 
 
-def _dress(axes: Axes) -> None:
+def dress(axes: Axes) -> None:
     """The house's look: no box, a faint grid, ink rather than black."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
@@ -53,7 +58,7 @@ def _dress(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: epath.PathLike) -> Figure:
+def save_figure(figure: Figure, path: epath.PathLike) -> Figure:
     """Writes the figure; the same figure gives the same bytes."""
     path = epath.Path(path)
     kinds = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
@@ -132,7 +137,7 @@ def plot_history(
         raise ValueError(f"histories[{empty[0]!r}] is empty; it must hold at least one row.")
     if not histories:
         raise ValueError("histories is empty; it must hold at least one run.")
-    figure = _figure(5.6 + 0.05 * len(histories))
+    figure = new_figure(5.6 + 0.05 * len(histories))
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
     accuracy, usage, penalty = panels
     used = [row["usage"] for rows in histories.values() for row in rows]
@@ -172,7 +177,7 @@ def plot_history(
             Line2D([], [], color=INK, linestyle="none", marker="v", label="sequences grow")
         )
     for axes in panels:
-        _dress(axes)
+        dress(axes)
     accuracy.set(ylabel="accuracy", ylim=_ACCURACY)
     accuracy.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _percent(value)))
     usage.set_ylabel("hard usage")
@@ -182,7 +187,7 @@ def plot_history(
     penalty.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     figure.align_ylabels(panels)
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_heatmap(
@@ -225,7 +230,7 @@ def plot_heatmap(
     padded = np.pad(attended, ((0, 0), (0, columns * stride - length)))
     cells = padded.reshape(num_layers, columns, stride).max(axis=-1)
 
-    figure = _figure(1.6 + 0.42 * num_layers)
+    figure = new_figure(1.6 + 0.42 * num_layers)
     axes = figure.add_subplot()
     axes.imshow(
         cells,
@@ -247,7 +252,7 @@ def plot_heatmap(
     counts = attended.sum(axis=1)
     shares.set_yticks(range(num_layers), [f"{count:,} of {length:,}" for count in counts])
     shares.set_ylabel("tokens that attend", color=INK)
-    _dress(axes)
+    dress(axes)
     axes.grid(False)
     for each in (axes, shares):
         each.spines[:].set_visible(False)
@@ -261,7 +266,7 @@ def plot_heatmap(
     elif tokens is not None:
         for layer in range(num_layers):
             _name_tokens(axes, layer, np.flatnonzero(attended[layer]), tokens, stride)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _readable(token: str) -> str:
@@ -324,7 +329,7 @@ def plot_tradeoff(results: Sequence[Result], path: epath.PathLike) -> Figure:
 
     across = min(len(tasks), 3)
     down = -(-len(tasks) // across)
-    figure = _figure(1.0 + 2.5 * down)
+    figure = new_figure(1.0 + 2.5 * down)
     grid = list(figure.subplots(down, across, squeeze=False).flat)
     for axes in grid[len(tasks) :]:
         axes.remove()
@@ -339,7 +344,7 @@ def plot_tradeoff(results: Sequence[Result], path: epath.PathLike) -> Figure:
             y = [getattr(run, "bits_per_byte" if in_bits else "accuracy") for run in runs]
             axes.plot([u or zero for u in x], y, **mark, **_SEED, label=variant)
             axes.plot([np.mean(x) or zero], [np.mean(y)], **mark, **_MEAN)
-        _dress(axes)
+        dress(axes)
         axes.set_title(task, fontsize=11)
         axes.set(xlabel="hard usage, %", ylabel="bits per byte" if in_bits else "accuracy")
         _log_axis(axes, "x", zero / 1.8, 2.2, lambda usage: f"{100 * usage:.10g}", zero)
@@ -356,7 +361,7 @@ def plot_tradeoff(results: Sequence[Result], path: epath.PathLike) -> Figure:
     if any(run.least_usage for run in results):
         handles.append(Line2D([], [], label="least possible", **_LEAST))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_speed(rows: Sequence[Mapping[str, Any]], path: epath.PathLike) -> Figure:
@@ -388,7 +393,7 @@ def plot_speed(rows: Sequence[Mapping[str, Any]], path: epath.PathLike) -> Figur
     # Ordered colours for an ordered quantity; viridis ends before it fades on white.
     colors = dict(zip(lengths, mpl.colormaps["viridis"](np.linspace(0.0, 0.8, len(lengths)))))
     markers = dict(zip(implementations, MARKERS))
-    figure = _figure(4.4)
+    figure = new_figure(4.4)
     axes = figure.add_subplot()
     for length in lengths:
         for name in implementations:
@@ -402,7 +407,7 @@ def plot_speed(rows: Sequence[Mapping[str, Any]], path: epath.PathLike) -> Figur
             axes.plot(usage, times, marker=markers[name], markersize=5, **style)
             dense = [row["dense_milliseconds"] for row in line]
             axes.plot(usage, dense, **(style | {"linestyle": "--", "linewidth": 1.2}))
-    _dress(axes)
+    dress(axes)
     used = [row["usage"] for row in rows]
     times = [row[key] for row in rows for key in ("milliseconds", "dense_milliseconds")]
     axes.set(xlabel="usage", ylabel="milliseconds")
@@ -418,4 +423,4 @@ def plot_speed(rows: Sequence[Mapping[str, Any]], path: epath.PathLike) -> Figur
     ]
     handles.append(Line2D([], [], color=INK, linewidth=1.2, linestyle="--", label="dense"))
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -10,9 +10,12 @@ from routing_jax.evals.benchmarks.mixing import table as mixing_table
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
 from routing_jax.evals.readme import update_blocks
 from routing_jax.evals.results import Result, load_results
+from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
+from routing_jax.evals.scheme_tables import moas_table
 from routing_jax.evals.tables import routed_attention_table
 
 ROUTED_ATTENTION = "routed-attention"
+MOAS = "moas"
 MIXING = "mixing"
 
 
@@ -33,12 +36,14 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
     """The content of every README block that the results in `folder` give.
 
     Args:
-      folder: holds routed-attention/*.json and mixing/*.json.
+      folder: holds routed-attention/*.json, moas/*.json and mixing/*.json.
     """
     folder = epath.Path(folder)
     blocks = {}
     if results := load_results(folder, ROUTED_ATTENTION):
         blocks[ROUTED_ATTENTION] = routed_attention_table(results)
+    if results := load_results(folder, MOAS):
+        blocks[MOAS] = moas_table(results)
     for path in sorted((folder / MIXING).glob("*.json")):
         bench = json.loads(path.read_text())
         blocks[f"{MIXING}-{path.stem}"] = (
@@ -51,12 +56,14 @@ def plot_results(folder: epath.PathLike) -> None:
     """Draws the plots of all results, each beside its JSON files.
 
     Args:
-      folder: holds routed-attention/*.json and mixing/*.json.
+      folder: holds routed-attention/*.json, moas/*.json and mixing/*.json.
     """
     folder = epath.Path(folder)
     results = load_results(folder, ROUTED_ATTENTION)
     if results:
         plot_routed_attention(results, folder / ROUTED_ATTENTION)
+    if results := load_results(folder, MOAS):
+        plot_moas(results, folder / MOAS)
     for path in sorted((folder / MIXING).glob("*.json")):
         rows = json.loads(path.read_text())["rows"]
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
@@ -84,6 +91,21 @@ def plot_routed_attention(results: list[Result], folder: epath.Path) -> None:
                 title = f"{task}: which token attended in which layer"
                 plot_heatmap(r.heatmap, r.heatmap_tokens, folder / f"heatmap_{task}.png", title)
     plot_tradeoff(results, folder / "tradeoff.png")
+
+
+def plot_moas(results: list[Result], folder: epath.Path) -> None:
+    """Nats a character against key/value bytes, and how seed 0 came to use its schemes.
+
+    Args:
+      results: of the experiment.
+      folder: where the plots go.
+    """
+    plot_quality(results, folder / "quality.png")
+    for task in sorted({r.task for r in results}):
+        first = [r for r in results if r.task == task and r.seed == 0]
+        mixed = [r for r in first if r.details and "share" in r.details]
+        if mixed:
+            plot_layer_use(mixed, folder / f"use_{task}.png")
 
 
 def report(folder: epath.PathLike, readme: epath.PathLike | None) -> None:

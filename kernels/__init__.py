@@ -39,6 +39,7 @@ from routing_jax.kernels.decode import (
     listed_pages,
     where_pages,
 )
+from routing_jax.kernels.dropout import dropout
 from routing_jax.kernels.segments import segment_starts
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "dense_pages",
     "dense_table",
     "density",
+    "dropout",
     "global_table",
     "listed_pages",
     "map_routed",

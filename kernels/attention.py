@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from routing_jax.kernels.block_patterns import dense_table
 from routing_jax.kernels.block_sparse.api import block_sparse_attention
+from routing_jax.kernels.dropout import dropout
 from routing_jax.kernels.hopper import hopper_refusal
 
 AttentionImplementation = Literal["xla", "cudnn"]
@@ -96,6 +97,19 @@ def _attend_rows(q, k, v, q_positions, k_positions, q_segments, k_segments):
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], pieces * rows, *q.shape[2:])[:, :T]
 
 
+def _attend_with_dropout(q, k, v, segment_ids, rate, rng):
+    """Causal attention whose weights are dropped at random, which the library call cannot do."""
+    B, T, _, H = q.shape
+    grouped = q.reshape(B, T, k.shape[2], -1, H)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    mask = jnp.tri(T, dtype=bool)[None]
+    if segment_ids is not None:
+        mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    logits = jnp.where(mask[:, None, None], logits * H**-0.5, -jnp.inf)
+    weights = dropout(jax.nn.softmax(logits, axis=-1), rate, rng).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
+
+
 def dense_attention(
     q: jax.Array,
     k: jax.Array,
@@ -103,6 +117,8 @@ def dense_attention(
     *,
     segment_ids: jax.Array | None = None,
     implementation: AttentionImplementation | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
 ) -> jax.Array:
     """Causal softmax attention of every query to all earlier keys, scaled by 1/√H.
 
@@ -112,6 +128,9 @@ def dense_attention(
       v: [B,T,K,H].
       segment_ids: [B,T] int32; a query attends only within its segment.
       implementation: 'cudnn', 'xla', or None for the best one here.
+      dropout_rate: of the attention weights, where `dropout_rng` is given; all T×S of them are
+        then held at once, whatever the implementation.
+      dropout_rng: a PRNG key, or None for no dropout.
 
     Returns:
       [B,T,N,H], in q's dtype.
@@ -127,6 +146,8 @@ def dense_attention(
     B, T, N, _ = q.shape
     if k.shape[1] != T:
         raise ValueError(f"dense_attention needs T = S; q has T={T}, k has S={k.shape[1]}.")
+    if dropout_rate and dropout_rng is not None:
+        return _attend_with_dropout(q, k, v, segment_ids, dropout_rate, dropout_rng)
     small = B * N * T * T <= _LOGITS_PER_PIECE
     # A flash kernel has nothing to save on logits this small, and handles tiny T badly.
     implementation = implementation or ("xla" if small else default_implementation(q.dtype))

@@ -62,6 +62,7 @@ def map_routed(
     x: jax.Array,
     mask: jax.Array,
     otherwise: jax.Array | None = None,
+    ladder: tuple[int, ...] | None = None,
 ) -> jax.Array:
     """`where(mask, fn(x), otherwise)`, with `fn` run only on the routed tokens.
 
@@ -76,6 +77,7 @@ def map_routed(
       mask: [B,T] bool, which tokens are routed.
       otherwise: [B,T,E], what the other tokens get; 0 when None. The routed ones are written over
         it, so that it is neither copied nor read.
+      ladder: capacities, rising from 0 to T; `capacity_ladder(T)` when None.
 
     Returns:
       [B,T,E], equal to the masked computation within rounding.
@@ -87,7 +89,7 @@ def map_routed(
     chex.assert_shape(mask, x.shape[:2])
     B, T = mask.shape
     rows = jnp.arange(B)[:, None]
-    ladder = capacity_ladder(T)
+    ladder = ladder or capacity_ladder(T)
 
     if otherwise is None:
         out = jax.eval_shape(fn, x, jax.ShapeDtypeStruct(mask.shape, jnp.int32))

@@ -37,7 +37,7 @@ def make_params(config=MIXED):
                 return np.zeros_like(noise)
             case "scale":
                 return 1 + 0.1 * noise
-            case "embedding" | "hidden" | "out" if leaf.ndim < 3:
+            case "embedding" | "positions" | "hidden" | "out" if leaf.ndim < 3:
                 return noise
             case _:
                 return noise / leaf.shape[0] ** 0.5

@@ -6,7 +6,7 @@ from typing import Any
 
 from routing_jax.models import DecoderConfig
 from routing_jax.train.curriculum import CurriculumConfig
-from routing_jax.train.data import DataConfig, RecallConfig, TextConfig
+from routing_jax.train.data import CharacterConfig, DataConfig, RecallConfig, TextConfig
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TrainConfig:
       seed: of parameters, data and noise.
     """
 
-    data: RecallConfig | TextConfig = field(default_factory=RecallConfig)
+    data: RecallConfig | TextConfig | CharacterConfig = field(default_factory=RecallConfig)
     model: DecoderConfig = field(default_factory=DecoderConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -129,6 +129,11 @@ class TrainConfig:
                 f"curriculum.lengths ends with {self.curriculum.lengths[-1]}; it must stay below "
                 f"data.length = {self.data.length}."
             )
+        if 0 < self.model.learned_positions < self.data.length:
+            raise ValueError(
+                f"data.length is {self.data.length}; it must be at most model.learned_positions = "
+                f"{self.model.learned_positions}."
+            )
         vocab = self.data.vocab_size
         if self.model.vocab_size != vocab:
             object.__setattr__(self, "model", self.model.replace(vocab_size=vocab))
@@ -159,13 +164,18 @@ class TrainConfig:
         return dataclasses.replace(self, **flat)
 
 
+_TASKS: dict[str, type[RecallConfig] | type[TextConfig] | type[CharacterConfig]] = {
+    "recall": RecallConfig,
+    "text": TextConfig,
+    "character": CharacterConfig,
+}
+
+
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """The run as plain JSON values; `config_from_dict` reads it back."""
     out = dataclasses.asdict(config)
-    out["data"] = {
-        "task": "recall" if isinstance(config.data, RecallConfig) else "text",
-        **out["data"],
-    }
+    task = next(name for name, kind in _TASKS.items() if isinstance(config.data, kind))
+    out["data"] = {"task": task, **out["data"]}
     return out
 
 
@@ -178,14 +188,10 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     >>> config_from_dict(config_to_dict(TrainConfig())) == TrainConfig()
     True
     """
-    kinds: dict[str, type[RecallConfig] | type[TextConfig]] = {
-        "recall": RecallConfig,
-        "text": TextConfig,
-    }
     try:
         data = dict(values["data"])
-        kind = kinds[data.pop("task")]
-        return _build(TrainConfig, {**values, "data": kind(**data)})
+        kind = _TASKS[data.pop("task")]
+        return _build(TrainConfig, {**values, "data": _build(kind, data)})
     except (KeyError, TypeError) as e:
         raise ValueError(f"this configuration was written by another version: {e}.") from e
 

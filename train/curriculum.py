@@ -25,7 +25,8 @@ class CurriculumConfig:
       peak: the largest λ.
       weighs: what λ multiplies: 'usage' (fraction of tokens that attend), 'cost' or 'kv_cost'.
       explore: weight of the router's auxiliary loss (for token routers an entropy bonus, which
-        keeps both branches alive); fades to 0 as λ ramps to its peak.
+        keeps both branches alive; for scheme routers the balance loss).
+      explore_fades: that weight falls to 0 as λ ramps to its peak; else it stays.
       lengths: sequence lengths to pass through before the task's own; empty for none.
       threshold: accuracy that ends a length, and phase 1.
       patience: steps for which smoothed accuracy must stay above the threshold.
@@ -42,6 +43,7 @@ class CurriculumConfig:
     peak: float = 0.5
     weighs: Literal["usage", "cost", "kv_cost"] = "usage"
     explore: float = 0.1
+    explore_fades: bool = True
     lengths: tuple[int, ...] = ()
     threshold: float = 0.95
     patience: int = 20
@@ -149,7 +151,7 @@ def auxiliary_weight(config: CurriculumConfig, state: CurriculumState) -> jax.Ar
     >>> round(float(auxiliary_weight(CurriculumConfig(), init_curriculum(CurriculumConfig()))), 3)
     0.1
     """
-    return jnp.float32(config.explore) * (1.0 - state.ramp)
+    return jnp.float32(config.explore) * ((1.0 - state.ramp) if config.explore_fades else 1.0)
 
 
 def decay_progress(config: CurriculumConfig, state: CurriculumState) -> jax.Array:

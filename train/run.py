@@ -20,7 +20,7 @@ from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.models import count_params
 from routing_jax.sharding import make_mesh, put_batch
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
-from routing_jax.train.data import RecallConfig, batches
+from routing_jax.train.data import RecallConfig, TextConfig, batches, window_count
 from routing_jax.train.loop import Trained, abstract_state, train, train_mesh
 from routing_jax.train.metrics import read_metrics
 
@@ -187,7 +187,10 @@ def evaluate_run(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    count = -(-config.eval_sequences // size)
+    wanted = config.eval_sequences
+    if not isinstance(config.data, RecallConfig):  # no window twice
+        wanted = min(wanted, window_count(config.data, split="validation", length=length))
+    count = -(-wanted // size)
     with jax.set_mesh(mesh):
         placed = (put_batch(batch, mesh) for batch in itertools.islice(stream, count))
         return evaluate(config.model, params, placed)
@@ -206,7 +209,6 @@ def finish_run(
     """
     workdir = epath.Path(workdir)
     params = trained.state.params
-    is_recall = isinstance(config.data, RecallConfig)
     mesh = train_mesh(config)
     held_out = evaluate_run(config, params, mesh)
     first = None
@@ -229,7 +231,9 @@ def finish_run(
         accuracy=held_out.accuracy,
         accuracy_first_place=first,
         loss=held_out.loss,
-        bits_per_byte=held_out.loss / float(np.log(2)) if not is_recall else None,
+        bits_per_byte=held_out.loss / float(np.log(2))
+        if isinstance(config.data, TextConfig)
+        else None,
         usage=held_out.usage,
         usage_per_layer=list(held_out.usage_per_layer),
         cost=held_out.cost,

@@ -4,6 +4,7 @@ from routing_jax.attention.cache import LayerCache, push_history, write_kv
 from routing_jax.attention.conv import CausalConv
 from routing_jax.attention.full import FullAttention
 from routing_jax.attention.mixer import LayerReport, Mode, attention_work, visible_pairs
+from routing_jax.attention.mixture_of_schemes import MixtureOfSchemes, scheme_cost, scheme_heads
 from routing_jax.attention.norm import rms_norm
 from routing_jax.attention.projections import HeadsConfig
 from routing_jax.attention.rope import apply_rope, llama3_factors
@@ -15,6 +16,7 @@ __all__ = [
     "HeadsConfig",
     "LayerCache",
     "LayerReport",
+    "MixtureOfSchemes",
     "Mode",
     "RoutedConv",
     "apply_rope",
@@ -24,6 +26,8 @@ __all__ = [
     "push_history",
     "rms_norm",
     "routed_conv_cost",
+    "scheme_cost",
+    "scheme_heads",
     "visible_pairs",
     "write_kv",
 ]

@@ -8,12 +8,13 @@ from routing_jax.attention.cache import LayerCache, write_kv
 from routing_jax.attention.mixer import LayerReport, Mode, check_mode
 from routing_jax.attention.projections import (
     HeadsConfig,
+    attend_everywhere,
     make_attention_weights,
     project_keys_values,
     project_out,
     project_queries,
 )
-from routing_jax.kernels import decode_attention, dense_attention
+from routing_jax.kernels import decode_attention
 
 
 class FullAttention(nn.Module):
@@ -47,9 +48,7 @@ class FullAttention(nn.Module):
             assert cache is not None  # the decoder refuses this mode without one
             y = decode_attention(q, cache.keys, cache.values, positions[:, 0] + 1)
         else:
-            y = dense_attention(
-                q, k, v, segment_ids=segment_ids, implementation=heads.implementation
-            )
+            y = attend_everywhere(q, k, v, segment_ids, heads, rng if mode == "train" else None)
         one = jnp.float32(1)
         share = jnp.float32(heads.num_kv_heads / heads.num_heads)
         report = LayerReport(

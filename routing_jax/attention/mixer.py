@@ -39,10 +39,12 @@ class LayerReport(NamedTuple):
     Attributes:
       cost: scalar, multiply-adds for mixing ÷ those of full causal attention.
       kv_cost: scalar, key/value bytes read ÷ those that dense multi-head attention reads.
-      usage: scalar, the fraction of tokens that attended.
+      usage: scalar, the fraction of tokens that attended; of mixed schemes, the share of the
+        dearest.
       aux: scalar, the router's own auxiliary loss, to be weighted and added by the trainer; for
-        token routers minus the gates' mean entropy in nats, which keeps them undecided.
-      choice: [B,T] bool, which tokens attended.
+        token routers minus the gates' mean entropy in nats, which keeps them undecided; for scheme
+        routers the balance loss.
+      choice: [B,T] bool, which tokens attended; of mixed schemes, by the dearest.
     """
 
     cost: jax.Array

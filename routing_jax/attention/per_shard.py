@@ -23,6 +23,8 @@ def over_batch_and_heads(
     otherwise: jax.Array,
     weights: AttentionWeights,
     heads: HeadsConfig,
+    *,
+    split_heads: bool = True,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Calls `fn` under `shard_map` when a mesh is set (`jax.set_mesh`), plainly when none is.
 
@@ -40,6 +42,7 @@ def over_batch_and_heads(
         other heads.
       weights: the projections.
       heads: head counts and sizes.
+      split_heads: False where `fn` needs all heads on each device.
 
     Returns:
       What `fn` returns, for the whole batch.
@@ -56,7 +59,11 @@ def over_batch_and_heads(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return fn(x, positions, choice, segment_ids, otherwise, weights, lambda y: y)
-    split = mesh.shape[_HEAD_AXIS] > 1 and heads.num_kv_heads % mesh.shape[_HEAD_AXIS] == 0
+    split = (
+        split_heads
+        and mesh.shape[_HEAD_AXIS] > 1
+        and heads.num_kv_heads % mesh.shape[_HEAD_AXIS] == 0
+    )
     head = _HEAD_AXIS if split else None
     batch_devices = mesh.shape[_BATCH_AXES[0]] * mesh.shape[_BATCH_AXES[1]]
     batch = _BATCH_AXES if x.shape[0] % batch_devices == 0 else None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from routing_jax.attention.norm import rms_norm
 from routing_jax.attention.rope import apply_rope
-from routing_jax.kernels import AttentionImplementation
+from routing_jax.kernels import AttentionImplementation, dense_attention
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class HeadsConfig:
       qkv_bias: add a bias to queries, keys and values, as Qwen2 does.
       qk_norm: RMS-normalise queries and keys head by head before they turn, as Qwen3 does.
       norm_eps: of that normalisation.
+      dropout: of the attention weights, in training.
     """
 
     num_heads: int
@@ -37,6 +38,7 @@ class HeadsConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    dropout: float = 0.0
 
 
 class AttentionWeights(NamedTuple):
@@ -165,3 +167,37 @@ def project_out(y: jax.Array, weights: AttentionWeights) -> jax.Array:
     [2.0, 2.0, 2.0, 2.0]
     """
     return jnp.einsum("BTNH,NHD->BTD", y, weights.out)
+
+
+def attend_everywhere(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    heads: HeadsConfig,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """Dense causal attention as the heads are configured; with a layer's key, its dropout too.
+
+    Args:
+      q: [B,T,N,H].
+      k: [B,T,K,H].
+      v: [B,T,K,H].
+      segment_ids: [B,T] int32 or None.
+      heads: implementation and dropout.
+      rng: the layer's PRNG key in training, else None.
+
+    >>> q = jnp.ones((1, 4, 2, 8))
+    >>> attend_everywhere(q, q, q, None, HeadsConfig(2, 2, 8)).shape
+    (1, 4, 2, 8)
+    """
+    return dense_attention(
+        q,
+        k,
+        v,
+        segment_ids=segment_ids,
+        implementation=heads.implementation,
+        dropout_rate=heads.dropout,
+        # The router draws from the layer's key itself.
+        dropout_rng=None if rng is None else jax.random.fold_in(rng, 1),
+    )

@@ -13,23 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.cache import LayerCache, write_kv
+from routing_jax.attention.chosen_queries import attend_chosen
 from routing_jax.attention.conv import conv_branch, conv_kernel
 from routing_jax.attention.mixer import LayerReport, Mode, attention_work, check_mode, visible_pairs
 from routing_jax.attention.per_shard import over_batch_and_heads
 from routing_jax.attention.projections import (
     AttentionWeights,
     HeadsConfig,
+    attend_everywhere,
     make_attention_weights,
     project_keys_values,
     project_out,
     project_queries,
 )
-from routing_jax.kernels import (
-    compacted_attention,
-    decode_attention,
-    dense_attention,
-    map_routed,
-)
+from routing_jax.kernels import decode_attention, map_routed
 from routing_jax.routers import (
     Routing,
     TokenRouter,
@@ -72,30 +69,13 @@ def attend_routed(
     """
 
     def local(x, positions, choice, segment_ids, otherwise, weights, total: Callable):
-        k, v = project_keys_values(x, positions, weights, heads)
+        kv = project_keys_values(x, positions, weights, heads)
 
         def attend(x, q_positions):
-            # A token's place in its row says which keys it sees; its position, which may restart
-            # in a packed row, says how far RoPE turns it.
-            turns = jnp.take_along_axis(positions, jnp.maximum(q_positions, 0), axis=1)
-            q = project_queries(x, turns, weights, heads)
-            if x.shape[1] == k.shape[1]:
-                y = dense_attention(
-                    q, k, v, segment_ids=segment_ids, implementation=heads.implementation
-                )
-            else:
-                y = compacted_attention(
-                    q,
-                    k,
-                    v,
-                    q_positions,
-                    segment_ids=segment_ids,
-                    implementation=heads.implementation,
-                )
-            return project_out(y, weights)
+            return attend_chosen(x, q_positions, positions, kv, segment_ids, weights, heads)
 
         # The sum over heads on other devices stands outside the branches: their counts may differ.
-        return total(map_routed(attend, x, choice, otherwise)), (k, v)
+        return total(map_routed(attend, x, choice, otherwise)), kv
 
     return over_batch_and_heads(local, x, positions, choice, segment_ids, otherwise, weights, heads)
 
@@ -191,9 +171,7 @@ class RoutedConv(nn.Module):
         if mode in ("train", "masked"):
             q = project_queries(x, positions, weights, heads)
             k, v = project_keys_values(x, positions, weights, heads)
-            y = dense_attention(
-                q, k, v, segment_ids=segment_ids, implementation=heads.implementation
-            )
+            y = attend_everywhere(q, k, v, segment_ids, heads, rng if mode == "train" else None)
             mix = gate[:, :, None].astype(x.dtype)
             y = mix * project_out(y, weights) + (1 - mix) * conv
         elif mode == "decode":

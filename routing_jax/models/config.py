@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from routing_jax.attention import HeadsConfig
-from routing_jax.routers import TokenRouterConfig
+from routing_jax.routers import SchemesConfig, TokenRouterConfig
 
-MIXERS = ("full", "conv", "routed")
+MIXERS = ("full", "conv", "routed", "schemes")
 
 
 def parse_layers(pattern: str) -> tuple[str, ...]:
@@ -63,21 +63,28 @@ class DecoderConfig:
     Attributes:
       vocab_size: V.
       width: D.
-      layers: the mixer of each layer, as in 'conv,routed*2': full, conv or routed.
+      layers: the mixer of each layer, as in 'conv,routed*2': full, conv, routed or schemes.
       num_heads: N, query heads.
       num_kv_heads: K, key/value heads; N = K is multi-head, K = 1 multi-query attention.
       head_dim: H.
-      mlp_width: F of the SwiGLU MLP; 0 for no MLP.
-      rope_theta: base of the rotary embedding; 0 for no positions.
+      mlp: 'swiglu' as in Llama, or 'gelu' as in GPT-2.
+      mlp_width: F of the MLP; 0 for no MLP.
+      rope_theta: base of the rotary embedding; 0 for none.
       rope_factors: H/2 divisors of the rotary frequencies, for long contexts; empty for none.
       qkv_bias: add a bias to queries, keys and values.
       qk_norm: RMS-normalise queries and keys head by head, before they turn.
       context: most tokens a sequence may have; 0 for no limit.
+      learned_positions: positions with a learned embedding, the longest sequence; 0 for none.
       conv_width: W, tokens that the depthwise convolution sees.
       router: the token router of routed layers.
-      norm_eps: added to the mean square in RMSNorm.
+      schemes: the attention schemes of 'schemes' layers, and their router.
+      norm: 'rms' or 'layer', without bias.
+      norm_eps: added to the mean square, or variance, in the norm.
       tie_embeddings: use the embedding as output projection.
       head_bias: add a bias to the logits, so that what is rarely an answer is ruled out at once.
+      dropout: in training, of embeddings, attention weights, and what a layer adds.
+      init_std: of all matrices, output projections less by √(2L), as in GPT-2; 0 to scale each by
+        its inputs.
       dtype: compute dtype; parameters and softmax stay float32.
       attention: 'cudnn', 'xla', or None for the best one here.
       scan: run the repeating pattern of layers as one loop: faster to compile, same numbers.
@@ -90,17 +97,23 @@ class DecoderConfig:
     num_heads: int = 1
     num_kv_heads: int = 1
     head_dim: int = 64
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
     mlp_width: int = 128
     rope_theta: float = 10_000.0
     rope_factors: tuple[float, ...] = ()
     qkv_bias: bool = False
     qk_norm: bool = False
     context: int = 0
+    learned_positions: int = 0
     conv_width: int = 4
     router: TokenRouterConfig = field(default_factory=TokenRouterConfig)
+    schemes: SchemesConfig = field(default_factory=SchemesConfig)
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     head_bias: bool = False
+    dropout: float = 0.0
+    init_std: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["xla", "cudnn"] | None = None
     scan: bool = False
@@ -116,6 +129,8 @@ class DecoderConfig:
                 f"model.num_kv_heads is {self.num_kv_heads}; it must divide "
                 f"model.num_heads = {self.num_heads}."
             )
+        if "schemes" in self.mixers:
+            self.schemes.kv_heads(self.num_heads)
         if self.rope_theta and self.head_dim % 2:
             raise ValueError(
                 f"model.head_dim is {self.head_dim}; with RoPE (model.rope_theta > 0) it must be "
@@ -132,9 +147,15 @@ class DecoderConfig:
                 f"model.rope_factors is {self.rope_factors}; it must be empty, or "
                 f"model.head_dim / 2 = {self.head_dim // 2} numbers above 0."
             )
-        for name in ("mlp_width", "context"):
+        for name in ("mlp_width", "context", "learned_positions", "init_std"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 0.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; it must lie in [0, 1).")
+        if self.norm not in ("rms", "layer"):
+            raise ValueError(f"model.norm is {self.norm!r}; accepted: 'rms', 'layer'.")
+        if self.mlp not in ("swiglu", "gelu"):
+            raise ValueError(f"model.mlp is {self.mlp!r}; accepted: 'swiglu', 'gelu'.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}; accepted: 'float32', 'bfloat16'.")
         if self.attention not in ("xla", "cudnn", None):
@@ -160,6 +181,7 @@ class DecoderConfig:
             self.qkv_bias,
             self.qk_norm,
             self.norm_eps,
+            self.dropout,
         )
 
     def replace(self, **changes) -> "DecoderConfig":

@@ -11,13 +11,17 @@ from routing_jax.attention import (
     FullAttention,
     LayerCache,
     LayerReport,
+    MixtureOfSchemes,
     Mode,
     RoutedConv,
     rms_norm,
+    scheme_heads,
 )
+from routing_jax.kernels import dropout
 from routing_jax.kernels.checks import known_values, refuse_rows
 from routing_jax.models.config import DecoderConfig, repeating_pattern
 from routing_jax.models.embedding import embed
+from routing_jax.models.gpt import GeluMLP, LayerNorm, draw_weights
 
 
 class DecoderCache(NamedTuple):
@@ -98,7 +102,18 @@ def make_mixer(config: DecoderConfig, kind: str) -> nn.Module:
         return FullAttention(config.heads, name="mixer")
     if kind == "conv":
         return CausalConv(config.heads, config.conv_width, name="mixer")
+    if kind == "schemes":
+        return MixtureOfSchemes(config.heads, config.schemes, name="mixer")
     return RoutedConv(config.heads, config.router, config.conv_width, name="mixer")
+
+
+def make_norm(config: DecoderConfig, name: str) -> nn.Module:
+    """A norm of the configured kind.
+
+    >>> type(make_norm(DecoderConfig(norm="layer"), "final_norm")).__name__
+    'LayerNorm'
+    """
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.norm_eps, name=name)
 
 
 class Block(nn.Module):
@@ -112,13 +127,19 @@ class Block(nn.Module):
         self, x: jax.Array, positions, segment_ids, cache, rng, mode: Mode
     ) -> tuple[jax.Array, LayerCache | None, LayerReport]:
         """Runs one layer on x [B,T,D]."""
-        eps = self.config.norm_eps
-        mixed, cache, report = make_mixer(self.config, self.kind)(
-            RMSNorm(eps, name="mixer_norm")(x), positions, segment_ids, cache, rng, mode
+        cfg = self.config
+
+        def drop(y: jax.Array, place: int) -> jax.Array:
+            key = None if rng is None or mode != "train" else jax.random.fold_in(rng, place)
+            return dropout(y, cfg.dropout, key)
+
+        mixed, cache, report = make_mixer(cfg, self.kind)(
+            make_norm(cfg, "mixer_norm")(x), positions, segment_ids, cache, rng, mode
         )
-        x = x + mixed
-        if self.config.mlp_width:
-            x = x + SwiGLU(self.config.mlp_width, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
+        x = x + drop(mixed, 2)  # 1 is taken by the mixer's attention weights
+        if cfg.mlp_width:
+            mlp = SwiGLU if cfg.mlp == "swiglu" else GeluMLP
+            x = x + drop(mlp(cfg.mlp_width, name="mlp")(make_norm(cfg, "mlp_norm")(x)), 3)
         return x, cache, report
 
 
@@ -190,6 +211,18 @@ class Decoder(nn.Module):
             "embedding", nn.initializers.normal(spread), (cfg.vocab_size, cfg.width)
         )
         x = embed(embedding.astype(dtype), tokens)
+        if cfg.learned_positions:
+            if tokens.shape[1] > cfg.learned_positions:
+                raise ValueError(
+                    f"tokens are {tokens.shape}; T must be at most model.learned_positions = "
+                    f"{cfg.learned_positions}."
+                )
+            table = self.param(
+                "positions", nn.initializers.normal(spread), (cfg.learned_positions, cfg.width)
+            )
+            x += embed(table.astype(dtype), jnp.maximum(positions, 0))
+        if rng is not None and mode == "train":
+            x = dropout(x, cfg.dropout, jax.random.fold_in(rng, 0))
 
         mixers = cfg.mixers
         period = len(repeating_pattern(mixers))
@@ -223,7 +256,7 @@ class Decoder(nn.Module):
             lengths = jnp.maximum(cache.lengths, jnp.max(positions, axis=1) + 1)
             cache = DecoderCache(caches, lengths)
 
-        x = RMSNorm(cfg.norm_eps, name="final_norm")(x)
+        x = make_norm(cfg, "final_norm")(x)
         if cfg.tie_embeddings:
             head = embedding.T
         else:
@@ -280,6 +313,8 @@ def init_params(config: DecoderConfig, rng: jax.Array) -> dict[str, Any]:
     tokens = jnp.zeros((1, config.conv_width), jnp.int32)
     unrolled = Decoder(config.replace(scan=False, remat=False))
     params = unrolled.init(rng, tokens, mode="masked")["params"]
+    if config.init_std:
+        params = draw_weights(params, config.init_std, len(config.mixers), rng)
     return stack_layers(params, config) if config.scan else params
 
 
@@ -295,7 +330,7 @@ def init_cache(
       dtype: of keys, values and convolution inputs; the compute dtype when None.
 
     Raises:
-      ValueError: `length` is longer than the model's context.
+      ValueError: `length` is longer than the model's context, or than its learned positions.
 
     >>> init_cache(DecoderConfig(), 2, 16).layers[0].keys.shape
     (2, 16, 1, 64)
@@ -305,11 +340,19 @@ def init_cache(
             f"a sequence of {length} tokens is longer than this model's context, model.context = "
             f"{config.context}."
         )
+    if 0 < config.learned_positions < length:
+        raise ValueError(
+            f"length is {length}; it must be at most model.learned_positions = "
+            f"{config.learned_positions}."
+        )
     dtype = jnp.dtype(dtype or config.dtype)
 
     def layer(kind: str) -> LayerCache:
-        kv = (batch, length, config.num_kv_heads, config.head_dim)
-        attends, convolves = kind != "conv", kind != "full"
+        heads = config.heads
+        if kind == "schemes":
+            heads = scheme_heads(heads, config.schemes).projected
+        kv = (batch, length, heads.num_kv_heads, heads.head_dim)
+        attends, convolves = kind != "conv", kind in ("conv", "routed")
         return LayerCache(
             keys=jnp.zeros(kv, dtype) if attends else None,
             values=jnp.zeros(kv, dtype) if attends else None,

@@ -1,4 +1,4 @@
-"""Independent hard gates with a gradient: noise, threshold, straight-through."""
+"""Hard gates with a gradient: noise, then a threshold or the largest, straight-through."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class Gate(NamedTuple):
     Attributes:
       choice: bool, the hard decision.
       value: float32, `choice` as a number whose gradient is the soft gate's.
-      probs: float32, σ(logits), free of noise.
+      probs: float32, σ(logits) or their softmax, free of noise.
     """
 
     choice: jax.Array
@@ -61,6 +61,30 @@ def binary_gate(
     choice = noisy > 0
     soft = jax.nn.sigmoid(noisy / temperature)
     return Gate(choice, straight_through(choice, soft), probs)
+
+
+def categorical_gate(logits: jax.Array, rng: jax.Array | None, temperature: float = 1.0) -> Gate:
+    """Opens one gate of E, where logit + Gumbel noise is largest: Gumbel-softmax, hard forward.
+
+    A gate opens with its softmax probability (Jang et al. 2017; Maddison et al. 2017). Without
+    `rng` there is no noise, and the most likely one opens.
+
+    Args:
+      logits: [...,E].
+      rng: a PRNG key for the noise, or None for the deterministic gate.
+      temperature: of the soft gates that give the gradient.
+
+    Returns:
+      A Gate of the logits' shape, one-hot in its last dimension.
+
+    >>> categorical_gate(jnp.array([0.0, 2.0, 1.0]), None).choice.tolist()
+    [False, True, False]
+    """
+    logits = logits.astype(jnp.float32)
+    noisy = logits if rng is None else logits + jax.random.gumbel(rng, logits.shape)
+    choice = jax.nn.one_hot(jnp.argmax(noisy, axis=-1), logits.shape[-1], dtype=bool)
+    soft = jax.nn.softmax(noisy / temperature, axis=-1)
+    return Gate(choice, straight_through(choice, soft), jax.nn.softmax(logits, axis=-1))
 
 
 def binary_entropy(logits: jax.Array) -> jax.Array:

@@ -92,7 +92,18 @@ def test_a_bad_field_is_named_with_its_file(make_result, tmp_path, field, value,
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Result)])
+def test_details_may_be_missing(make_result, tmp_path):
+    values = dataclasses.asdict(make_result())
+    assert values.pop("details") is None
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(values))
+    assert read_result(path) == make_result()
+
+
+NEEDED = [field.name for field in dataclasses.fields(Result) if field.name != "details"]
+
+
+@pytest.mark.parametrize("field", NEEDED)
 def test_a_missing_field_is_named(make_result, tmp_path, field):
     values = dataclasses.asdict(make_result())
     del values[field]

@@ -141,6 +141,11 @@ def test_exploring_fades_as_the_penalty_ramps():
     np.testing.assert_allclose(explore[:3], 0.2, rtol=1e-6)
     np.testing.assert_allclose(explore, 0.2 * (1 - weight / config.peak), atol=1e-6)
     assert explore[-1] == 0
+    constant = CurriculumConfig(
+        learn_steps=3, ramp_steps=4, hold_steps=5, explore=0.2, explore_fades=False
+    )
+    explore = jax.vmap(lambda s: auxiliary_weight(constant, s) + 0 * s.ramp)(states)
+    np.testing.assert_allclose(explore, 0.2, rtol=1e-6)
 
 
 def test_from_the_start_is_the_peak_at_every_step():

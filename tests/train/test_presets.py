@@ -1,6 +1,7 @@
 """Presets: each says what it is for, builds, and trains, in every variant of the experiment."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import pytest
 
 from routing_jax.models import repeating_pattern
 from routing_jax.train import presets
+from routing_jax.train.config import config_from_dict, config_to_dict
 from routing_jax.train.curriculum import init_curriculum
-from routing_jax.train.data import RecallConfig, batches
+from routing_jax.train.data import CharacterConfig, RecallConfig, batches
 from routing_jax.train.experiments.routed_attention import VARIANTS, runs
 from routing_jax.train.presets import PRESETS, get_preset
 from routing_jax.train.step import init_state, make_train_step
@@ -32,7 +34,7 @@ def shrink(config):
         model__layers=",".join(repeating_pattern(model.mixers)),
         model__width=8,
         model__head_dim=4,
-        model__num_heads=1,
+        model__num_heads=2 if "schemes" in model.mixers else 1,
         model__num_kv_heads=1,
         model__mlp_width=min(8, model.mlp_width),
         model__router=type(router)(
@@ -77,7 +79,7 @@ def assert_trains(config):
     assert int(after.curriculum.step) == 1
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
     assert moved["embedding"]
-    assert moved["head"]
+    assert moved["embedding" if config.model.tie_embeddings else "head"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,8 @@ def text(tmp_path_factory):
 def test_every_preset_takes_a_step(name, text, compile_cache):
     config = get_preset(name)
     if not is_recall(config):
-        config = config.replace(data__source=text)
+        characters = isinstance(config.data, CharacterConfig)
+        config = config.replace(data__source=(text,) if characters else text)
     assert_trains(shrink(config))
 
 
@@ -133,6 +136,7 @@ def test_every_maker_says_how_long_and_what_to_expect():
         presets.mqar,
         presets.unmarked,
         presets.language_model,
+        presets.mixed_schemes,
     )
     for maker in makers:
         for word in ("Command: `routing-jax train ", "Hardware and time: ", "Expect: "):
@@ -148,6 +152,18 @@ def test_lengths_and_tasks_are_those_of_the_names():
                                           and name != "mqar-256-summary")  # fmt: skip
             assert (config.data.style == "mqar") == name.startswith("mqar")
             assert bool(config.model.router.summary) == name.endswith("summary")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_read_back_from_json(name):
+    config = get_preset(name)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_a_text_longer_than_the_learned_positions_is_refused():
+    said = r"^data\.length is 512; it must be at most model\.learned_positions = 256\.$"
+    with pytest.raises(ValueError, match=said):
+        get_preset("moas").replace(data__length=512)
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():

@@ -96,6 +96,18 @@ def read_pieces(source: str, data_dir: str, validation_fraction: float) -> Piece
     return pieces
 
 
+def read_documents(source: str) -> list[bytes]:
+    """Read 'stdlib', or a file or all files of a folder of text, whole and in order.
+
+    Raises:
+      ValueError: a source that is not there or can't be read.
+
+    >>> len(read_documents("stdlib")) > 100
+    True
+    """
+    return list(_stdlib() if source == "stdlib" else _texts(epath.Path(source).expanduser()))
+
+
 def cut(documents: Iterable[bytes]) -> Iterator[bytes]:
     """Cut documents into pieces of at most 64 KiB, leaving out empty ones.
 

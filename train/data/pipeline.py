@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from routing_jax.train.data.batch import SPLITS, Batch, Split
+from routing_jax.train.data.characters import CharacterConfig
 from routing_jax.train.data.recall import RecallConfig, recall_batch
 from routing_jax.train.data.text import TextConfig, text_batch
 
-DataConfig = RecallConfig | TextConfig
+DataConfig = RecallConfig | TextConfig | CharacterConfig
 
 _PREFETCH = 4  # batches made ahead, enough to hide a slow one behind a step
 

@@ -1,4 +1,4 @@
-"""Bytes of text in windows of one context, addressed by step."""
+"""Bytes or characters of text in windows of one context, addressed by step."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from routing_jax.train.data.batch import Batch, Split, generator
+from routing_jax.train.data.characters import CharacterConfig, load_characters
 from routing_jax.train.data.corpus import load_corpus
 
 
@@ -52,7 +53,9 @@ class TextConfig:
         return 256
 
 
-def window_count(config: TextConfig, *, split: Split, length: int | None = None) -> int:
+def window_count(
+    config: TextConfig | CharacterConfig, *, split: Split, length: int | None = None
+) -> int:
     """Count the windows that one pass over a split has.
 
     ``ceil(window_count / batch_size)`` validation batches read each validation window once.
@@ -63,7 +66,7 @@ def window_count(config: TextConfig, *, split: Split, length: int | None = None)
       length: T, by default ``config.length``.
 
     Raises:
-      ValueError: as ``load_corpus``, or a split shorter than one window.
+      ValueError: as ``load_corpus`` or ``load_characters``, or a split shorter than one window.
 
     >>> window_count(TextConfig(), split="train", length=1024) > 1000
     True
@@ -72,13 +75,17 @@ def window_count(config: TextConfig, *, split: Split, length: int | None = None)
     return _count(_data(config, split, length).size, split, length)
 
 
-def _data(config: TextConfig, split: Split, length: int) -> np.ndarray:
-    """[bytes] uint8, the split's text, at least one window of it."""
-    corpus = load_corpus(config.source, config.data_dir, config.validation_fraction)
+def _data(config: TextConfig | CharacterConfig, split: Split, length: int) -> np.ndarray:
+    """[tokens] of the split's text, at least one window of it."""
+    if isinstance(config, CharacterConfig):
+        corpus, tokens = load_characters(config), "characters"
+    else:
+        corpus = load_corpus(config.source, config.data_dir, config.validation_fraction)
+        tokens = "bytes"
     data = getattr(corpus, split)
     if data.size < length + 1:
         raise ValueError(
-            f"source={config.source!r} has {data.size} bytes in its {split} split, too few for "
+            f"source={config.source!r} has {data.size} {tokens} in its {split} split, too few for "
             f"one window of length={length}: give more text, a shorter length or another "
             "validation_fraction."
         )
@@ -93,7 +100,7 @@ def _count(size: int, split: Split, length: int) -> int:
 
 
 def text_batch(
-    config: TextConfig,
+    config: TextConfig | CharacterConfig,
     *,
     split: Split,
     seed: int,

@@ -1,0 +1,48 @@
+"""Mixed schemes on a mesh: devices that hold other rows and other heads give the same numbers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ON_FOUR = """
+import jax, numpy as np
+from routing_jax.attention import HeadsConfig, MixtureOfSchemes
+from routing_jax.routers import SchemesConfig
+from routing_jax.sharding import make_mesh, put_batch, tree_shardings
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(4, 16, 8)).astype(np.float32)
+x[:2] += 2  # rows of one device lean elsewhere than those of the other
+positions = np.tile(np.arange(16, dtype=np.int32), (4, 1))
+mesh = make_mesh(2, 1, 2)
+for nested in (False, True):
+    schemes = SchemesConfig(names="mha,mqa", kind="hard", nested=nested, hidden=4)
+    mixer = MixtureOfSchemes(HeadsConfig(4, 4, 4), schemes)
+    shapes = jax.eval_shape(mixer.init, jax.random.key(0), x, positions)["params"]
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+    def run(params, x, positions):
+        y, _, report = mixer.apply({"params": params}, x, positions, mode="eval")
+        return y, report.kv_cost
+    want, cost = jax.jit(run)(params, x, positions)
+    with jax.set_mesh(mesh):
+        named = {"mixer": params}
+        split = jax.device_put(named, tree_shardings(named, mesh))["mixer"]
+        assert not split["query"].sharding.is_fully_replicated
+        got, same = jax.jit(run)(split, *put_batch((x, positions), mesh))
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(same, cost, rtol=1e-5)
+    assert 0.3 < float(cost) < 0.95
+print("same")
+"""
+
+
+def test_one_scheme_a_token_on_four_devices_equals_one():
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ON_FOUR]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "same\n"
