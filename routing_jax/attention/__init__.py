@@ -1,24 +1,44 @@
 """What runs: the mixers that obey a router, and the dense ones they are compared with."""
 
+from routing_jax.attention.block_routed import (
+    BlockMemory,
+    BlockRouted,
+    block_routed_cost,
+    empty_block_memory,
+)
 from routing_jax.attention.cache import LayerCache, push_history, write_kv
 from routing_jax.attention.conv import CausalConv
 from routing_jax.attention.full import FullAttention
+from routing_jax.attention.linear import (
+    LinearAttention,
+    LinearMemory,
+    empty_linear_memory,
+    linear_attention,
+)
 from routing_jax.attention.mixer import LayerReport, Mode, attention_work, visible_pairs
 from routing_jax.attention.projections import HeadsConfig
 from routing_jax.attention.rope import apply_rope
 from routing_jax.attention.routed_conv import RoutedConv, attend_routed, routed_conv_cost
 
 __all__ = [
+    "BlockMemory",
+    "BlockRouted",
     "CausalConv",
     "FullAttention",
     "HeadsConfig",
     "LayerCache",
     "LayerReport",
+    "LinearAttention",
+    "LinearMemory",
     "Mode",
     "RoutedConv",
     "apply_rope",
     "attend_routed",
     "attention_work",
+    "block_routed_cost",
+    "empty_block_memory",
+    "empty_linear_memory",
+    "linear_attention",
     "push_history",
     "routed_conv_cost",
     "visible_pairs",

@@ -39,9 +39,10 @@ class LayerReport(NamedTuple):
     Attributes:
       cost: scalar, multiply-adds for mixing ÷ those of full causal attention.
       kv_cost: scalar, key/value bytes read ÷ those that dense multi-head attention reads.
-      usage: scalar, the fraction of tokens that attended.
+      usage: scalar, the fraction of tokens that attended; for block routers, of the visible key
+        blocks that were visited.
       aux: scalar, the router's own auxiliary loss, to be weighted and added by the trainer; for
-        token routers minus the gates' mean entropy in nats, which keeps them undecided.
+        independent gates minus their mean entropy in nats, which keeps them undecided.
       choice: [B,T] bool, which tokens attended.
     """
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from routing_jax.attention import HeadsConfig
-from routing_jax.routers import TokenRouterConfig
+from routing_jax.routers import BlockRouterConfig, TokenRouterConfig
 
-MIXERS = ("full", "conv", "routed")
+MIXERS = ("full", "conv", "routed", "block", "linear")
 
 
 def parse_layers(pattern: str) -> tuple[str, ...]:
@@ -63,7 +63,8 @@ class DecoderConfig:
     Attributes:
       vocab_size: V.
       width: D.
-      layers: the mixer of each layer, as in 'conv,routed*2': full, conv or routed.
+      layers: the mixer of each layer, as in 'conv,routed*2': full, conv, routed, block or
+        linear.
       num_heads: N, query heads.
       num_kv_heads: K, key/value heads; N = K is multi-head, K = 1 multi-query attention.
       head_dim: H.
@@ -71,6 +72,7 @@ class DecoderConfig:
       rope_theta: base of the rotary embedding; 0 for no positions.
       conv_width: W, tokens that the depthwise convolution sees.
       router: the token router of routed layers.
+      blocks: the block router of block layers.
       norm_eps: added to the mean square in RMSNorm.
       tie_embeddings: use the embedding as output projection.
       head_bias: add a bias to the logits, so that what is rarely an answer is ruled out at once.
@@ -90,6 +92,7 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     conv_width: int = 4
     router: TokenRouterConfig = field(default_factory=TokenRouterConfig)
+    blocks: BlockRouterConfig = field(default_factory=BlockRouterConfig)
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     head_bias: bool = False

@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention import (
+    BlockRouted,
     CausalConv,
     FullAttention,
     LayerCache,
     LayerReport,
+    LinearAttention,
     Mode,
     RoutedConv,
+    empty_block_memory,
+    empty_linear_memory,
 )
 from routing_jax.kernels.checks import known_values, refuse_rows
 from routing_jax.models.config import DecoderConfig, repeating_pattern
@@ -99,6 +103,10 @@ def make_mixer(config: DecoderConfig, kind: str) -> nn.Module:
         return FullAttention(config.heads, name="mixer")
     if kind == "conv":
         return CausalConv(config.heads, config.conv_width, name="mixer")
+    if kind == "block":
+        return BlockRouted(config.heads, config.blocks, name="mixer")
+    if kind == "linear":
+        return LinearAttention(config.heads, name="mixer")
     return RoutedConv(config.heads, config.router, config.conv_width, name="mixer")
 
 
@@ -198,7 +206,7 @@ class Decoder(nn.Module):
             caches = (None,) * period if cache is None else cache.layers
             scan = nn.scan(
                 Pattern,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=repeats,
@@ -290,7 +298,8 @@ def init_cache(
     Args:
       config: the model.
       batch: B.
-      length: S, the most tokens a sequence may hold.
+      length: S, the most tokens a sequence may hold; with block layers, it is rounded up to whole
+        blocks.
       dtype: of keys, values and convolution inputs; the compute dtype when None.
 
     >>> init_cache(DecoderConfig(), 2, 16).layers[0].keys.shape
@@ -298,9 +307,18 @@ def init_cache(
     """
     dtype = jnp.dtype(dtype or config.dtype)
 
+    if "block" in config.mixers:  # a block is a page of the decoding kernel
+        length = -(-length // config.blocks.block_kv) * config.blocks.block_kv
+
+    def memory(kind: str):
+        if kind == "block":
+            blocks = length // config.blocks.block_kv
+            return empty_block_memory(config.blocks, config.heads, batch, blocks, config.width)
+        return empty_linear_memory(config.heads, batch) if kind == "linear" else None
+
     def layer(kind: str) -> LayerCache:
         kv = (batch, length, config.num_kv_heads, config.head_dim)
-        attends, convolves = kind != "conv", kind != "full"
+        attends, convolves = kind in ("full", "routed", "block"), kind in ("conv", "routed")
         return LayerCache(
             keys=jnp.zeros(kv, dtype) if attends else None,
             values=jnp.zeros(kv, dtype) if attends else None,
@@ -310,6 +328,7 @@ def init_cache(
             summary=jnp.zeros((batch, config.router.summary))
             if kind == "routed" and config.router.summary
             else None,
+            memory=memory(kind),
         )
 
     layers = tuple(layer(kind) for kind in config.mixers)

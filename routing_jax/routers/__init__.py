@@ -1,17 +1,59 @@
 """Who decides where attention is worth its cost."""
 
+from routing_jax.routers.block import (
+    BlockRouter,
+    BlockRouting,
+    KeyBlocks,
+    TileQueries,
+    block_features,
+    block_router_work,
+)
+from routing_jax.routers.block_budget import (
+    competing_blocks,
+    row_limits,
+    select_blocks,
+    select_candidates,
+)
+from routing_jax.routers.block_config import BlockRouterConfig
+from routing_jax.routers.block_scores import (
+    assign_clusters,
+    block_sums,
+    dot_scores,
+    pattern_scores,
+)
+from routing_jax.routers.coarse_to_fine import beam_scores, beam_search
+from routing_jax.routers.distillation import block_divergence, pooled_attention
 from routing_jax.routers.gates import Gate, binary_entropy, binary_gate, straight_through
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.token import TokenRouter, TokenRouterConfig, TokenRouting, seen_before
 
 __all__ = [
+    "BlockRouter",
+    "BlockRouterConfig",
+    "BlockRouting",
     "Gate",
+    "KeyBlocks",
     "Routing",
+    "TileQueries",
     "TokenRouter",
     "TokenRouterConfig",
     "TokenRouting",
+    "assign_clusters",
+    "beam_scores",
+    "beam_search",
     "binary_entropy",
     "binary_gate",
+    "block_divergence",
+    "block_features",
+    "block_router_work",
+    "block_sums",
+    "competing_blocks",
+    "dot_scores",
+    "pattern_scores",
+    "pooled_attention",
+    "row_limits",
     "seen_before",
+    "select_blocks",
+    "select_candidates",
     "straight_through",
 ]
