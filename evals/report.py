@@ -1,5 +1,6 @@
 """From committed results to what people read: plots beside them, and the blocks of a README."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +11,10 @@ from routing_jax.evals.benchmarks.mixing import table as mixing_table
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
 from routing_jax.evals.readme import update_blocks
 from routing_jax.evals.results import Result, load_results
-from routing_jax.evals.tables import routed_attention_table
+from routing_jax.evals.tables import block_routing_table, routed_attention_table, router_of
 
 ROUTED_ATTENTION = "routed-attention"
+BLOCK_ROUTING = "block-routing"
 MIXING = "mixing"
 
 
@@ -33,12 +35,14 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
     """The content of every README block that the results in `folder` give.
 
     Args:
-      folder: holds routed-attention/*.json and mixing/*.json.
+      folder: holds routed-attention/*.json, block-routing/*.json and mixing/*.json.
     """
     folder = epath.Path(folder)
     blocks = {}
     if results := load_results(folder, ROUTED_ATTENTION):
         blocks[ROUTED_ATTENTION] = routed_attention_table(results)
+    if results := load_results(folder, BLOCK_ROUTING):
+        blocks[BLOCK_ROUTING] = block_routing_table(results)
     for path in sorted((folder / MIXING).glob("*.json")):
         bench = json.loads(path.read_text())
         blocks[f"{MIXING}-{path.stem}"] = (
@@ -51,12 +55,14 @@ def plot_results(folder: epath.PathLike) -> None:
     """Draws the plots of all results, each beside its JSON files.
 
     Args:
-      folder: holds routed-attention/*.json and mixing/*.json.
+      folder: holds routed-attention/*.json, block-routing/*.json and mixing/*.json.
     """
     folder = epath.Path(folder)
     results = load_results(folder, ROUTED_ATTENTION)
     if results:
         plot_routed_attention(results, folder / ROUTED_ATTENTION)
+    if results := load_results(folder, BLOCK_ROUTING):
+        plot_block_routing(results, folder / BLOCK_ROUTING)
     for path in sorted((folder / MIXING).glob("*.json")):
         rows = json.loads(path.read_text())["rows"]
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
@@ -84,6 +90,17 @@ def plot_routed_attention(results: list[Result], folder: epath.Path) -> None:
                 title = f"{task}: which token attended in which layer"
                 plot_heatmap(r.heatmap, r.heatmap_tokens, folder / f"heatmap_{task}.png", title)
     plot_tradeoff(results, folder / "tradeoff.png")
+
+
+def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
+    """Quality against the share of blocks visited, a mark a router.
+
+    Args:
+      results: of the experiment.
+      folder: where the plot goes.
+    """
+    by_router = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
+    plot_tradeoff(by_router, folder / "tradeoff.png")
 
 
 def report(folder: epath.PathLike, readme: epath.PathLike | None) -> None:

@@ -110,6 +110,7 @@ _KINDS = {
     ),
     "heatmap": _Kind(_is_heatmap, "layers of equally many 0 or 1", optional=True),
     "heatmap_tokens": _Kind(_is_strings, "a list of strings", optional=True),
+    "details": _Kind(lambda value: isinstance(value, dict), "a JSON object", optional=True),
 }
 
 
@@ -166,6 +167,8 @@ class Result:
     """[L][T]: whether token T attended in layer L, for one held-out sequence."""
     heatmap_tokens: list[str] | None
     """[T]: the tokens of that sequence."""
+    details: dict[str, Any] | None = None
+    """What only this experiment measures."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -253,7 +256,8 @@ def read_result(path: epath.PathLike) -> Result:
         if not isinstance(values, dict):
             raise ValueError("it must be a JSON object.")
         names = [field.name for field in dataclasses.fields(Result)]
-        if missing := [name for name in names if name not in values]:
+        needed = [name for name in names if name != "details"]
+        if missing := [name for name in needed if name not in values]:
             raise ValueError(f"{', '.join(missing)} must not be missing.")
         if unknown := [name for name in values if name not in names]:
             raise ValueError(f"{', '.join(unknown)} must be one of the fields of a Result.")

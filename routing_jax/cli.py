@@ -93,18 +93,21 @@ def data_command(args: Sequence[str]) -> int:
 
 def reproduce_command(args: Sequence[str]) -> int:
     """Runs `reproduce NAME`."""
-    from routing_jax.train.experiments import routed_attention
+    from routing_jax.train.experiments import block_routing, routed_attention
+    from routing_jax.train.experiments.block_routing import BlockRoutingArgs
+    from routing_jax.train.experiments.routed_attention import RoutedAttentionArgs
 
-    names = {"routed-attention": routed_attention}
+    names: dict[str, tuple[type, Callable[..., int]]] = {
+        "routed-attention": (RoutedAttentionArgs, routed_attention.reproduce),
+        "block-routing": (BlockRoutingArgs, block_routing.reproduce),
+    }
     if not args or args[0] not in names:
         raise ValueError(
             f"reproduce takes one of {', '.join(names)}; {args[0] if args else 'nothing'!r} was "
             "given."
         )
-    module = names[args[0]]
-    return module.reproduce(
-        parse(module.ReproduceArgs, args[1:], f"routing-jax reproduce {args[0]}")
-    )
+    kind, reproduce = names[args[0]]
+    return reproduce(parse(kind, args[1:], f"routing-jax reproduce {args[0]}"))
 
 
 @dataclass(frozen=True)

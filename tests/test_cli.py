@@ -162,7 +162,10 @@ TRAIN = ["train", "recall-128", *NEW]
         (["presets", "all"], "presets takes no argument; 'all' was given"),
         (["data", "show"], "data takes 'prepare SOURCE OUT'; show was given"),
         (["data", "prepare", "{empty}", "{new}"], "source='{empty}' holds no text"),
-        (["reproduce", "chess"], "reproduce takes one of routed-attention; 'chess' was given"),
+        (
+            ["reproduce", "chess"],
+            "reproduce takes one of routed-attention, block-routing; 'ch",
+        ),
         (["reproduce", "routed-attention", "--only", "chess"], "only is 'chess', which names no r"),
         (["reproduce", "routed-attention", "--only", "("], r"only is '\(', which is no regular e"),
         (["bench", "chess"], "bench takes 'mixing' or 'attention'; 'chess' was given"),

@@ -167,7 +167,7 @@ def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int
         named = f"{e.filename} can't be used: {e.strerror}." if e.filename and e.strerror else e
         print(f"error: {named}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (ValueError, ImportError) as e:
+    except (ValueError, ImportError, NotImplementedError) as e:
         if not _raised_here(e):
             raise
         print(f"error: {e}", file=sys.stderr)

@@ -6,7 +6,7 @@ from typing import Any
 
 from routing_jax.models import DecoderConfig
 from routing_jax.train.curriculum import CurriculumConfig
-from routing_jax.train.data import DataConfig, RecallConfig, TextConfig
+from routing_jax.train.data import DataConfig, NeedleConfig, RecallConfig, TextConfig
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,11 @@ class TrainConfig:
       log_every: steps between metric lines.
       checkpoint_every: steps between checkpoints.
       seed: of parameters, data and noise.
+      start_from: folder of a run of the same parameters, whose newest checkpoint's are the first
+        ones here; empty to draw them from the seed.
     """
 
-    data: RecallConfig | TextConfig = field(default_factory=RecallConfig)
+    data: RecallConfig | TextConfig | NeedleConfig = field(default_factory=RecallConfig)
     model: DecoderConfig = field(default_factory=DecoderConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -107,6 +109,7 @@ class TrainConfig:
     log_every: int = 20
     checkpoint_every: int = 500
     seed: int = 0
+    start_from: str = ""
 
     def __post_init__(self):
         for name in (
@@ -159,13 +162,18 @@ class TrainConfig:
         return dataclasses.replace(self, **flat)
 
 
+_TASKS: dict[str, type[RecallConfig] | type[TextConfig] | type[NeedleConfig]] = {
+    "recall": RecallConfig,
+    "text": TextConfig,
+    "needle": NeedleConfig,
+}
+
+
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """The run as plain JSON values; `config_from_dict` reads it back."""
     out = dataclasses.asdict(config)
-    out["data"] = {
-        "task": "recall" if isinstance(config.data, RecallConfig) else "text",
-        **out["data"],
-    }
+    task = next(name for name, kind in _TASKS.items() if isinstance(config.data, kind))
+    out["data"] = {"task": task, **out["data"]}
     return out
 
 
@@ -178,13 +186,9 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     >>> config_from_dict(config_to_dict(TrainConfig())) == TrainConfig()
     True
     """
-    kinds: dict[str, type[RecallConfig] | type[TextConfig]] = {
-        "recall": RecallConfig,
-        "text": TextConfig,
-    }
     try:
         data = dict(values["data"])
-        kind = kinds[data.pop("task")]
+        kind = _TASKS[data.pop("task")]
         return _build(TrainConfig, {**values, "data": kind(**data)})
     except (KeyError, TypeError) as e:
         raise ValueError(f"this configuration was written by another version: {e}.") from e

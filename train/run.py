@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -20,7 +21,7 @@ from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.models import count_params
 from routing_jax.sharding import make_mesh, put_batch
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
-from routing_jax.train.data import RecallConfig, batches
+from routing_jax.train.data import RecallConfig, TextConfig, batches
 from routing_jax.train.loop import Trained, abstract_state, train, train_mesh
 from routing_jax.train.metrics import read_metrics
 
@@ -29,8 +30,11 @@ _EVAL_SEED_OFFSET = 1_000_003  # evaluation data of no training seed
 
 
 def least_usage(config: TrainConfig) -> float | None:
-    """The least mean usage that solves the task: its queries, each attending in one layer."""
-    if not isinstance(config.data, RecallConfig):
+    """The least mean usage that solves the task: its queries, each attending in one layer.
+
+    None where usage does not count tokens.
+    """
+    if not isinstance(config.data, RecallConfig) or "block" in config.model.mixers:
         return None
     return config.data.floor() / (config.data.length * len(config.model.mixers))
 
@@ -155,6 +159,23 @@ def load_run(
     return config, state.params, step
 
 
+def starting_parameters(config: TrainConfig) -> Any:
+    """The parameters of the run that `start_from` names, on this run's mesh.
+
+    Raises:
+      ValueError: there is no such run, or its parameters are not those of this model.
+    """
+    mesh = train_mesh(config)
+    _, params, _ = load_run(config.start_from, mesh=mesh)
+    shapes = [jax.tree.map(jnp.shape, p) for p in (params, abstract_state(config, mesh).params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"start_from is {config.start_from!r}, whose model has other parameters; it must be a "
+            "run of a model with the same layers and sizes."
+        )
+    return params
+
+
 def evaluate_run(
     config: TrainConfig,
     params: Any,
@@ -206,7 +227,6 @@ def finish_run(
     """
     workdir = epath.Path(workdir)
     params = trained.state.params
-    is_recall = isinstance(config.data, RecallConfig)
     mesh = train_mesh(config)
     held_out = evaluate_run(config, params, mesh)
     first = None
@@ -229,7 +249,9 @@ def finish_run(
         accuracy=held_out.accuracy,
         accuracy_first_place=first,
         loss=held_out.loss,
-        bits_per_byte=held_out.loss / float(np.log(2)) if not is_recall else None,
+        bits_per_byte=held_out.loss / float(np.log(2))
+        if isinstance(config.data, TextConfig)
+        else None,
         usage=held_out.usage,
         usage_per_layer=list(held_out.usage_per_layer),
         cost=held_out.cost,
@@ -304,7 +326,8 @@ def run(
     for length in config.lengths:
         batches(config.data, split="train", seed=config.seed, batch_size=1, length=length)
     start = find_start(config, workdir, resume=resume, resume_step=resume_step)
-    trained = train(config, workdir, resume_step=start, quiet=quiet)
+    params = starting_parameters(config) if start is None and config.start_from else None
+    trained = train(config, workdir, resume_step=start, params=params, quiet=quiet)
     return finish_run(config, workdir, trained, labels=labels)
 
 
@@ -317,4 +340,5 @@ __all__ = [
     "load_run",
     "read_config",
     "run",
+    "starting_parameters",
 ]

@@ -1,9 +1,10 @@
-"""Training data: recall tasks made on the fly, and bytes of text, both addressed by step.
+"""Training data: recall and needle tasks made on the fly, and bytes of text, addressed by step.
 
 Start at ``pipeline.batches``. Each task has a file of its own; ``prepare`` writes a data set.
 """
 
 from routing_jax.train.data.batch import Batch
+from routing_jax.train.data.needle import NeedleConfig
 from routing_jax.train.data.pipeline import DataConfig, batches
 from routing_jax.train.data.recall import RecallConfig
 from routing_jax.train.data.text import TextConfig, window_count
@@ -11,6 +12,7 @@ from routing_jax.train.data.text import TextConfig, window_count
 __all__ = [
     "Batch",
     "DataConfig",
+    "NeedleConfig",
     "RecallConfig",
     "TextConfig",
     "batches",

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from routing_jax.train.data.batch import SPLITS, Batch, Split
+from routing_jax.train.data.needle import NeedleConfig, needle_batch
 from routing_jax.train.data.recall import RecallConfig, recall_batch
 from routing_jax.train.data.text import TextConfig, text_batch
 
-DataConfig = RecallConfig | TextConfig
+DataConfig = RecallConfig | TextConfig | NeedleConfig
 
 _PREFETCH = 4  # batches made ahead, enough to hide a slow one behind a step
 
@@ -80,6 +81,10 @@ def batches(
                 config, split=split, seed=seed, step=step, batch_size=batch_size, length=length,
                 place=place,
             )  # fmt: skip
+        if isinstance(config, NeedleConfig):
+            return needle_batch(
+                config, split=split, seed=seed, step=step, batch_size=batch_size, length=length
+            )
         return text_batch(
             config, split=split, seed=seed, step=step, batch_size=batch_size, length=length
         )

@@ -8,59 +8,32 @@ Expect: the source's claim beaten where the query is marked, and its 25 % found 
 """
 
 import dataclasses
-import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 from etils import epath
 
 from routing_jax.evals.report import ROUTED_ATTENTION as EXPERIMENT
 from routing_jax.evals.report import plot_routed_attention
-from routing_jax.evals.results import load_results, result_path, write_result
 from routing_jax.evals.tables import routed_attention_table
 from routing_jax.models import count_params, init_params
 from routing_jax.routers import TokenRouterConfig
 from routing_jax.train.config import TrainConfig
+from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing
 from routing_jax.train.presets import get_preset
-from routing_jax.train.run import least_usage, read_config, run
+from routing_jax.train.run import least_usage
 
 
 @dataclass(frozen=True)
-class ReproduceArgs:
+class RoutedAttentionArgs(ReproduceArgs):
     """Run an experiment, or what is missing of it, then render its table and plots.
 
     Attributes:
-      out: results folder; a run's result is OUT/routed-attention/TASK_VARIANT_sSEED.json.
-      scratch: folder for checkpoints and logs of the runs.
-      only: run only those whose name TASK_VARIANT_sSEED matches this regular expression.
-      max_minutes: start no further run after so many minutes; 0 for no limit.
       text: corpus of the language-model runs, as --data.source takes it.
-      list: print the runs and stop.
     """
 
-    out: str = "evals/results"
-    scratch: str = "runs/reproduce"
-    only: str = ""
-    max_minutes: float = 0.0
     text: str = "stdlib"
-    list: bool = False
-
-
-class Run(NamedTuple):
-    """One run of the experiment."""
-
-    task: str
-    variant: str
-    seed: int
-    config: TrainConfig
-
-    @property
-    def name(self) -> str:
-        """TASK_VARIANT_sSEED, the name of its files."""
-        return f"{self.task}_{self.variant}_s{self.seed}"
 
 
 def _layers(config: TrainConfig, kind: str) -> TrainConfig:
@@ -138,47 +111,9 @@ def runs(text: str = "stdlib") -> Iterator[Run]:
                 yield Run(task, variant, seed, config.replace(seed=seed))
 
 
-def reproduce(args: ReproduceArgs) -> int:
+def reproduce(args: RoutedAttentionArgs) -> int:
     """Makes every missing run that `only` names, then renders; returns the exit code."""
-    try:
-        pattern = re.compile(args.only)
-    except re.error as e:
-        raise ValueError(f"only is {args.only!r}, which is no regular expression: {e}.") from e
-    wanted = [r for r in runs(args.text) if pattern.search(r.name)]
-    if not wanted:
-        raise ValueError(f"only is {args.only!r}, which names no run; --list shows them all.")
-    paths = [result_path(args.out, EXPERIMENT, r.task, r.variant, r.seed) for r in wanted]
-    if args.list:
-        for r, path in zip(wanted, paths):
-            print(f"{r.name:<44} {'done' if path.exists() else ''}")
-        return 0
-    started = time.time()
-    for r, path in zip(wanted, paths):
-        if path.exists():
-            continue
-        if args.max_minutes and time.time() - started > 60 * args.max_minutes:
-            print(f"stopped before {r.name}: {args.max_minutes} minutes are over")
-            break
-        print(f"== {r.name}", flush=True)
-        workdir = epath.Path(args.scratch) / EXPERIMENT / r.name
-        if (workdir / "config.json").exists() and read_config(workdir) != r.config:
-            raise ValueError(
-                f"{workdir} holds an unfinished run with another configuration; remove it, or give "
-                "another --scratch."
-            )
-        result = run(
-            r.config,
-            workdir,
-            resume=True,
-            labels={"experiment": EXPERIMENT, "task": r.task, "variant": r.variant},
-        )
-        write_result(result, path)
-        print(
-            f"== {r.name}: accuracy {result.accuracy:.3%}, usage {result.usage:.4%}, "
-            f"cost {result.cost:.4f}, {result.minutes:.1f} minutes",
-            flush=True,
-        )
-    results = load_results(args.out, EXPERIMENT)
+    results = make_missing(EXPERIMENT, args, runs(args.text))
     if results:
         folder = epath.Path(args.out) / EXPERIMENT
         (folder / "table.md").write_text(routed_attention_table(results) + "\n")

@@ -10,12 +10,12 @@ import pytest
 from routing_jax.evals.results import load_results, result_path
 from routing_jax.models import count_params, init_params
 from routing_jax.train.config import config_to_dict
-from routing_jax.train.experiments import routed_attention
+from routing_jax.train.experiments import experiment, routed_attention
+from routing_jax.train.experiments.experiment import Run
 from routing_jax.train.experiments.routed_attention import (
     EXPERIMENT,
     VARIANTS,
-    ReproduceArgs,
-    Run,
+    RoutedAttentionArgs,
     reproduce,
     runs,
 )
@@ -88,13 +88,13 @@ def lab(tiny_run, example, tmp_path, monkeypatch):
         return dataclasses.replace(example, seed=config.seed, **labels)
 
     monkeypatch.setattr(routed_attention, "runs", lambda text: iter(plan))
-    monkeypatch.setattr(routed_attention, "run", run)
-    monkeypatch.setattr(routed_attention.time, "time", lambda: clock[0])
+    monkeypatch.setattr(experiment, "run", run)
+    monkeypatch.setattr(experiment.time, "time", lambda: clock[0])
     return made
 
 
 def arguments(folder, **changes):
-    return ReproduceArgs(str(folder / "out"), str(folder / "scratch"), **changes)
+    return RoutedAttentionArgs(str(folder / "out"), str(folder / "scratch"), **changes)
 
 
 def seeds(folder):
@@ -134,7 +134,7 @@ def test_an_interrupted_run_leaves_no_result_and_is_made_again(lab, tmp_path, mo
         raise Interrupted("stopped by SIGTERM; step 4 is saved.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(routed_attention, "run", interrupted)
+        patch.setattr(experiment, "run", interrupted)
         with pytest.raises(Interrupted):
             reproduce(arguments(tmp_path, only="s0$"))
     assert seeds(tmp_path) == []
