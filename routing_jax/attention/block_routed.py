@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from routing_jax.attention.cache import LayerCache, write_kv
 from routing_jax.attention.mixer import LayerReport, Mode, attention_work, check_mode
+from routing_jax.attention.per_shard import block_attention_over_batch_and_heads
 from routing_jax.attention.projections import (
     HeadsConfig,
     make_attention_weights,
@@ -21,7 +22,6 @@ from routing_jax.attention.projections import (
     project_queries,
 )
 from routing_jax.kernels import (
-    block_sparse_attention,
     block_sparse_decode,
     contiguous_pages,
     dense_attention,
@@ -190,20 +190,12 @@ class BlockRouted(nn.Module):
         )
         routing = BlockRouter(cfg, self.heads.num_kv_heads, name="router")(tiles, blocks, noise)
 
-        y: Any
         if cfg.is_dense(num_blocks) and routing.bias is None:
             implementation = self.heads.implementation
             y = dense_attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
         else:
-            y = block_sparse_attention(
-                q,
-                k,
-                v,
-                routing.table,
-                block_bias=routing.bias,
-                q_positions=places,
-                segment_ids=segment_ids,
-                implementation=cfg.implementation,
+            y = block_attention_over_batch_and_heads(
+                q, k, v, routing.table, routing.bias, places, segment_ids, cfg.implementation
             )
         visible = visible_blocks(routing.table, T, T, q_positions=places)
         report = self._report(routing, visible, jnp.sum(positions >= 0), num_blocks, x.shape[-1])

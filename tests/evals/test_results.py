@@ -92,7 +92,10 @@ def test_a_bad_field_is_named_with_its_file(make_result, tmp_path, field, value,
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Result)])
+NEEDED = [field.name for field in dataclasses.fields(Result) if field.name != "details"]
+
+
+@pytest.mark.parametrize("field", NEEDED)
 def test_a_missing_field_is_named(make_result, tmp_path, field):
     values = dataclasses.asdict(make_result())
     del values[field]

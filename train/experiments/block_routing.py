@@ -78,11 +78,12 @@ def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
         config = with_router(config, fraction=min(1.0, 2 * fraction))
     if router == "gates":
         config = with_router(config, fraction=1.0)
-        plan = config.curriculum
+        plan, mixers = config.curriculum, config.model.mixers
         config = config.replace(
             curriculum__peak=1.0,
             curriculum__weighs="cost",
-            curriculum__target=fraction,
+            # λ weighs the mean over layers, most of whose cost is that of the block layers.
+            curriculum__target=fraction * mixers.count("block") / len(mixers),
             curriculum__ramp_steps=plan.hold_steps // 2,
             curriculum__hold_steps=plan.hold_steps - plan.hold_steps // 2,
         )

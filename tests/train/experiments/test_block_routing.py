@@ -9,20 +9,25 @@ import pytest
 
 from routing_jax.evals.by_position import head_usage, loss_by_position, position_edges
 from routing_jax.evals.evaluate import evaluate
+from routing_jax.evals.results import load_results
 from routing_jax.models import DecoderConfig, count_params, init_params
 from routing_jax.routers import BlockRouterConfig
 from routing_jax.train.config import config_to_dict
 from routing_jax.train.data import Batch
+from routing_jax.train.experiments import block_routing
 from routing_jax.train.experiments.block_routing import (
     MAIN,
     ROUTERS,
     TASKS,
+    BlockRoutingArgs,
     control,
     distilled,
     fine_tuned,
+    reproduce,
     routed,
     runs,
 )
+from routing_jax.train.experiments.experiment import Run
 from routing_jax.train.presets import get_preset
 from routing_jax.train.step import init_state, make_train_step
 
@@ -75,7 +80,8 @@ def test_budgets_and_controls_are_those_of_their_names(task):
         assert config.batch_tokens == base.batch_tokens
         assert config.curriculum.max_steps == base.curriculum.max_steps
         if router == "gates":
-            assert config.curriculum.target == percent / 100
+            share = 1.0 if task == "block-lm" else 0.5  # of the layers that are routed
+            assert config.curriculum.target == pytest.approx(share * percent / 100)
             assert config.curriculum.weighs == "cost"
         elif router == "mass":
             assert blocks.fraction == percent / 50
@@ -155,3 +161,28 @@ def test_head_usage_is_the_usage_of_the_block_layers(compile_cache):
         told = head_usage(config, params, tokens)
         want = evaluate(config, params, [(tokens, tokens, np.ones(tokens.shape))]).usage_per_layer
         np.testing.assert_allclose(np.mean(told, axis=1), want[1::2], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_reproducing_trains_distils_and_renders(tmp_path, monkeypatch, compile_cache):
+    def planned(text, scratch):
+        before = f"{scratch}/block-routing/block-mqar-2048_distil_s0"
+        for variant, config in (
+            ("full", control(BASE, "full")),
+            ("distil", distilled(BASE)),
+            ("indexer-25", fine_tuned(BASE, 25, before)),
+        ):
+            short = {"curriculum__learn_steps": 2, "curriculum__hold_steps": 2}
+            yield Run("block-mqar-2048", variant, 0, tiny(config).replace(**short))
+
+    monkeypatch.setattr(block_routing, "runs", planned)
+    args = BlockRoutingArgs(str(tmp_path / "out"), str(tmp_path / "scratch"))
+    assert reproduce(args) == 0
+    results = {r.variant: r for r in load_results(tmp_path / "out", "block-routing")}
+    assert results["full"].details["head_usage"] == []
+    heads = np.array(results["indexer-25"].details["head_usage"])
+    assert heads.shape == (2, 1)
+    assert np.all(heads < np.array(results["distil"].details["head_usage"]))
+    folder = tmp_path / "out" / "block-routing"
+    assert "indexer-25" in (folder / "table.md").read_text()
+    assert (folder / "tradeoff.png").exists()
