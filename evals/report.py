@@ -1,5 +1,6 @@
 """From committed results to what people read: plots beside them, and the blocks of a README."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +13,11 @@ from routing_jax.evals.readme import update_blocks
 from routing_jax.evals.results import Result, load_results
 from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
 from routing_jax.evals.scheme_tables import moas_table
-from routing_jax.evals.tables import routed_attention_table
+from routing_jax.evals.tables import block_routing_table, routed_attention_table, router_of
 
 ROUTED_ATTENTION = "routed-attention"
 MOAS = "moas"
+BLOCK_ROUTING = "block-routing"
 MIXING = "mixing"
 
 
@@ -36,7 +38,7 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
     """The content of every README block that the results in `folder` give.
 
     Args:
-      folder: holds routed-attention/*.json, moas/*.json and mixing/*.json.
+      folder: holds a folder of JSON files for each experiment, and mixing/*.json.
     """
     folder = epath.Path(folder)
     blocks = {}
@@ -44,6 +46,8 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         blocks[ROUTED_ATTENTION] = routed_attention_table(results)
     if results := load_results(folder, MOAS):
         blocks[MOAS] = moas_table(results)
+    if results := load_results(folder, BLOCK_ROUTING):
+        blocks[BLOCK_ROUTING] = block_routing_table(results)
     for path in sorted((folder / MIXING).glob("*.json")):
         bench = json.loads(path.read_text())
         blocks[f"{MIXING}-{path.stem}"] = (
@@ -56,7 +60,7 @@ def plot_results(folder: epath.PathLike) -> None:
     """Draws the plots of all results, each beside its JSON files.
 
     Args:
-      folder: holds routed-attention/*.json, moas/*.json and mixing/*.json.
+      folder: holds a folder of JSON files for each experiment, and mixing/*.json.
     """
     folder = epath.Path(folder)
     results = load_results(folder, ROUTED_ATTENTION)
@@ -64,6 +68,8 @@ def plot_results(folder: epath.PathLike) -> None:
         plot_routed_attention(results, folder / ROUTED_ATTENTION)
     if results := load_results(folder, MOAS):
         plot_moas(results, folder / MOAS)
+    if results := load_results(folder, BLOCK_ROUTING):
+        plot_block_routing(results, folder / BLOCK_ROUTING)
     for path in sorted((folder / MIXING).glob("*.json")):
         rows = json.loads(path.read_text())["rows"]
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
@@ -106,6 +112,17 @@ def plot_moas(results: list[Result], folder: epath.Path) -> None:
         mixed = [r for r in first if r.details and "share" in r.details]
         if mixed:
             plot_layer_use(mixed, folder / f"use_{task}.png")
+
+
+def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
+    """Quality against the share of blocks visited, a mark a router.
+
+    Args:
+      results: of the experiment.
+      folder: where the plot goes.
+    """
+    by_router = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
+    plot_tradeoff(by_router, folder / "tradeoff.png")
 
 
 def report(folder: epath.PathLike, readme: epath.PathLike | None) -> None:

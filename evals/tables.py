@@ -289,3 +289,71 @@ def routed_attention_table(results: Sequence[Result]) -> str:
     parts = [recall_table(recall)] if recall else []
     parts += [text_table(text)] if text else []
     return "\n\n".join([*parts, caption(results)])
+
+
+def router_of(variant: str) -> str:
+    """The router of a variant of block routing, without its budget in percent.
+
+    >>> router_of("sink-window-25"), router_of("window-1k")
+    ('sink-window', 'window-1k')
+    """
+    return re.sub(r"-\d+$", "", variant)
+
+
+def _head_range(row: _Row) -> str:
+    """Least and most share of blocks that a head visits, over layers and seeds."""
+    shares = [
+        share
+        for run in row.runs
+        for layer in (run.details or {}).get("head_usage", [])
+        for share in layer
+    ]
+    return f"{_percent(min(shares))} to {_percent(max(shares))}" if shares else NOTHING
+
+
+def block_routing_table(results: Sequence[Result]) -> str:
+    """Quality and cost of block routers, a row a router and budget, beside dense attention.
+
+    Raises:
+      ValueError: no results.
+    """
+    if not results:
+        raise ValueError("results is empty; a table needs at least one result.")
+    rows = _rows(results)
+    full = {row.task: row.runs for row in rows if row.variant == "full"}
+    columns = [
+        Column("task", "left"),
+        Column("router and budget, %", "left"),
+        Column("accuracy (worst)"),
+        Column("bits per byte ± std"),
+        Column("against full (worst)"),
+        Column("blocks visited (worst)"),
+        Column("by head"),
+        *_SPENT,
+    ]
+    cells = []
+    for task, row in zip(_task_cells(rows), rows):
+        text = row.runs[0].bits_per_byte is not None
+        figures = summary(row.runs, "bits_per_byte")
+        spread = "" if figures is None or figures.seeds == 1 else f" ± {figures.std:.4f}"
+        field = "bits_per_byte" if text else "accuracy"
+        base = summary(full.get(row.task, []), field)
+        against = NOTHING
+        if base is not None and base.mean and row.variant != "full":
+            against = row.mean(
+                field, functools.partial(_relative, base.mean), _highest if text else _lowest
+            )
+        cells.append(
+            [
+                task,
+                row.variant,
+                NOTHING if text else row.mean("accuracy", percent_down, _lowest),
+                row.mean("bits_per_byte", "{:.4f}".format) + spread,
+                against,
+                row.mean("usage", _percent, _highest),
+                _head_range(row),
+                *_spent(row),
+            ]
+        )
+    table = markdown_table(*_with_devices(columns, cells, rows))
+    return "\n\n".join([table, caption(results)])

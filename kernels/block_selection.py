@@ -118,6 +118,7 @@ def table_from_scores(
     sinks: int = 0,
     causal: bool = True,
     wanted: jax.Array | None = None,
+    row_limits: jax.Array | None = None,
     tile_starts: jax.Array | None = None,
 ) -> Selection:
     """For each tile and kv head: its own blocks, the sinks, and the best-scored of the others.
@@ -136,6 +137,8 @@ def table_from_scores(
       causal: whether later keys are hidden.
       wanted: [B,K,M,J] bool, blocks a gate opened: only these are listed, the best-scored first
         where they do not all fit. None wants as many as fit.
+      row_limits: int32, broadcast against [B,K,M]: the most blocks each row lists, where that is
+        fewer than `capacity`; own blocks and sinks are listed in any case.
       tile_starts: [B,M] int32, the position of each tile's first query; m·block_q when None.
         Decoding and chunked prefill say here which tiles they hold.
 
@@ -180,6 +183,9 @@ def table_from_scores(
     rank = jnp.where(own | sink, jnp.inf, rank)
     best, chosen = jax.lax.top_k(rank, min(capacity, sizes["J"]))
     kept = best > -jnp.inf
+    if row_limits is not None:
+        slots = jnp.arange(best.shape[-1], dtype=jnp.int32)[None, None, None]
+        kept &= (best == jnp.inf) | (slots < row_limits[..., None])
     table = _sorted_table(jnp.where(kept, chosen, _UNUSED), block_q, block_kv)
     if wanted is None:
         return Selection(table, jnp.zeros_like(table.counts))

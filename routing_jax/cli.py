@@ -93,13 +93,15 @@ def data_command(args: Sequence[str]) -> int:
 
 def reproduce_command(args: Sequence[str]) -> int:
     """Runs `reproduce NAME`."""
-    from routing_jax.train.experiments import moas, routed_attention
+    from routing_jax.train.experiments import block_routing, moas, routed_attention
+    from routing_jax.train.experiments.block_routing import BlockRoutingArgs
     from routing_jax.train.experiments.moas import MoasArgs
     from routing_jax.train.experiments.routed_attention import RoutedAttentionArgs
 
     names: dict[str, tuple[type, Callable[..., int]]] = {
         "routed-attention": (RoutedAttentionArgs, routed_attention.reproduce),
         "moas": (MoasArgs, moas.reproduce),
+        "block-routing": (BlockRoutingArgs, block_routing.reproduce),
     }
     if not args or args[0] not in names:
         raise ValueError(

@@ -131,12 +131,14 @@ def train_command(args: Sequence[str]) -> int:
 
 def result_table(result: Result, workdir: str) -> str:
     """The closing table of a run."""
+    layers = result.config["model"]["layers"]
     rows = [("accuracy", f"{result.accuracy:.3%} of {result.sequences:,} held-out sequences")]
     if result.accuracy_first_place is not None:
         rows.append(("  pair at 0–1", f"{result.accuracy_first_place:.3%} (proves nothing alone)"))
     if result.bits_per_byte is not None:
         rows.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
-    usage = f"{result.usage:.4%} of tokens attend"
+    counted = "visible blocks visited" if "block" in layers else "tokens attend"
+    usage = f"{result.usage:.4%} of {counted}"
     if result.least_usage:
         usage += f" = {result.usage / result.least_usage:.2f} × the least possible"
     per_layer = ", ".join(f"{u:.3%}" for u in result.usage_per_layer)
@@ -167,7 +169,7 @@ def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int
         named = f"{e.filename} can't be used: {e.strerror}." if e.filename and e.strerror else e
         print(f"error: {named}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (ValueError, ImportError) as e:
+    except (ValueError, ImportError, NotImplementedError) as e:
         if not _raised_here(e):
             raise
         print(f"error: {e}", file=sys.stderr)

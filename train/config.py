@@ -6,7 +6,13 @@ from typing import Any
 
 from routing_jax.models import DecoderConfig
 from routing_jax.train.curriculum import CurriculumConfig
-from routing_jax.train.data import CharacterConfig, DataConfig, RecallConfig, TextConfig
+from routing_jax.train.data import (
+    CharacterConfig,
+    DataConfig,
+    NeedleConfig,
+    RecallConfig,
+    TextConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,13 @@ class TrainConfig:
       log_every: steps between metric lines.
       checkpoint_every: steps between checkpoints.
       seed: of parameters, data and noise.
+      start_from: folder of a run of the same parameters, whose newest checkpoint's are the first
+        ones here; empty to draw them from the seed.
     """
 
-    data: RecallConfig | TextConfig | CharacterConfig = field(default_factory=RecallConfig)
+    data: RecallConfig | TextConfig | CharacterConfig | NeedleConfig = field(
+        default_factory=RecallConfig
+    )
     model: DecoderConfig = field(default_factory=DecoderConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -107,6 +117,7 @@ class TrainConfig:
     log_every: int = 20
     checkpoint_every: int = 500
     seed: int = 0
+    start_from: str = ""
 
     def __post_init__(self):
         for name in (
@@ -164,10 +175,11 @@ class TrainConfig:
         return dataclasses.replace(self, **flat)
 
 
-_TASKS: dict[str, type[RecallConfig] | type[TextConfig] | type[CharacterConfig]] = {
+_TASKS: dict[str, type[DataConfig]] = {
     "recall": RecallConfig,
     "text": TextConfig,
     "character": CharacterConfig,
+    "needle": NeedleConfig,
 }
 
 

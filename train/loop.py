@@ -142,6 +142,7 @@ def train(
     workdir: str | epath.Path,
     *,
     resume_step: int | None = None,
+    params: Any = None,
     quiet: bool = False,
 ) -> Trained:
     """Trains to the end of the curriculum, logging and checkpointing in `workdir`.
@@ -150,6 +151,7 @@ def train(
       config: the run; written to `workdir/config.json` once its state is made or restored.
       workdir: where metrics and checkpoints go; may be gs://.
       resume_step: continue from this checkpoint; None starts anew.
+      params: the first parameters of a run that starts anew; drawn from the seed when None.
       quiet: print no progress.
 
     Returns:
@@ -172,6 +174,8 @@ def train(
         shardings = jax.tree.map(lambda s: s.sharding, like)
         if resume_step is None:
             state = jax.jit(lambda: init_state(config), out_shardings=shardings)()
+            if params is not None:
+                state = state._replace(params=params)
             step, stage = 0, int(state.curriculum.stage)
         else:
             state, extra = checkpoints.restore(resume_step, like)

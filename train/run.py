@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -20,7 +21,13 @@ from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.models import count_params
 from routing_jax.sharding import make_mesh, put_batch
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
-from routing_jax.train.data import RecallConfig, TextConfig, batches, window_count
+from routing_jax.train.data import (
+    CharacterConfig,
+    RecallConfig,
+    TextConfig,
+    batches,
+    window_count,
+)
 from routing_jax.train.loop import Trained, abstract_state, train, train_mesh
 from routing_jax.train.metrics import read_metrics
 
@@ -29,8 +36,11 @@ _EVAL_SEED_OFFSET = 1_000_003  # evaluation data of no training seed
 
 
 def least_usage(config: TrainConfig) -> float | None:
-    """The least mean usage that solves the task: its queries, each attending in one layer."""
-    if not isinstance(config.data, RecallConfig):
+    """The least mean usage that solves the task: its queries, each attending in one layer.
+
+    None where usage does not count tokens.
+    """
+    if not isinstance(config.data, RecallConfig) or "block" in config.model.mixers:
         return None
     return config.data.floor() / (config.data.length * len(config.model.mixers))
 
@@ -155,6 +165,23 @@ def load_run(
     return config, state.params, step
 
 
+def starting_parameters(config: TrainConfig) -> Any:
+    """The parameters of the run that `start_from` names, on this run's mesh.
+
+    Raises:
+      ValueError: there is no such run, or its parameters are not those of this model.
+    """
+    mesh = train_mesh(config)
+    _, params, _ = load_run(config.start_from, mesh=mesh)
+    shapes = [jax.tree.map(jnp.shape, p) for p in (params, abstract_state(config, mesh).params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"start_from is {config.start_from!r}, whose model has other parameters; it must be a "
+            "run of a model with the same layers and sizes."
+        )
+    return params
+
+
 def evaluate_run(
     config: TrainConfig,
     params: Any,
@@ -188,7 +215,7 @@ def evaluate_run(
         process_count=jax.process_count(),
     )
     wanted = config.eval_sequences
-    if not isinstance(config.data, RecallConfig):  # no window twice
+    if isinstance(config.data, TextConfig | CharacterConfig):  # no window twice
         wanted = min(wanted, window_count(config.data, split="validation", length=length))
     count = -(-wanted // size)
     with jax.set_mesh(mesh):
@@ -308,7 +335,8 @@ def run(
     for length in config.lengths:
         batches(config.data, split="train", seed=config.seed, batch_size=1, length=length)
     start = find_start(config, workdir, resume=resume, resume_step=resume_step)
-    trained = train(config, workdir, resume_step=start, quiet=quiet)
+    params = starting_parameters(config) if start is None and config.start_from else None
+    trained = train(config, workdir, resume_step=start, params=params, quiet=quiet)
     return finish_run(config, workdir, trained, labels=labels)
 
 
@@ -321,4 +349,5 @@ __all__ = [
     "load_run",
     "read_config",
     "run",
+    "starting_parameters",
 ]

@@ -18,12 +18,14 @@ class LayerCache(NamedTuple):
       values: [B,S,K,H].
       history: [B,W−1,D], the convolution's last inputs, oldest first.
       summary: [B,R] float32, the token router's recurrent summary.
+      memory: what else the mixer remembers: a BlockMemory or a LinearMemory.
     """
 
     keys: Any = None
     values: Any = None
     history: Any = None
     summary: Any = None
+    memory: Any = None
 
 
 def write_kv(

@@ -40,9 +40,9 @@ class LayerReport(NamedTuple):
       cost: scalar, multiply-adds for mixing ÷ those of full causal attention.
       kv_cost: scalar, key/value bytes read ÷ those that dense multi-head attention reads.
       usage: scalar, the fraction of tokens that attended; of mixed schemes, the share of the
-        dearest.
+        dearest; for block routers, of the visible key blocks that were visited.
       aux: scalar, the router's own auxiliary loss, to be weighted and added by the trainer; for
-        token routers minus the gates' mean entropy in nats, which keeps them undecided; for scheme
+        independent gates minus their mean entropy in nats, which keeps them undecided; for scheme
         routers the balance loss.
       choice: [B,T] bool, which tokens attended; of mixed schemes, by the dearest.
     """

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from routing_jax.attention.projections import AttentionWeights, HeadsConfig
+from routing_jax.kernels import BlockTable, block_sparse_attention
 
 # The axes of the one mesh this library uses (DESIGN: `data`, `fsdp`, `tensor`).
 _BATCH_AXES = ("data", "fsdp")
@@ -89,3 +90,80 @@ def over_batch_and_heads(
         out_specs=(P(batch), (P(batch, None, head), P(batch, None, head))),
         check_vma=False,  # the branches of lax.switch mix constants with per-device values
     )(x, positions, choice, segment_ids, otherwise, weights)
+
+
+def block_attention_over_batch_and_heads(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: BlockTable,
+    block_bias: jax.Array | None,
+    q_positions: jax.Array,
+    segment_ids: jax.Array | None,
+    implementation: str | None,
+) -> jax.Array:
+    """`block_sparse_attention` under `shard_map` when a mesh is set, plainly when none is.
+
+    Its loops follow each row's own length, and a Pallas call cannot be partitioned. Heads are
+    split where the mesh's tensor axis divides the key/value heads.
+
+    Args:
+      q: [B,T,N,H].
+      k: [B,S,K,H].
+      v: [B,S,K,H].
+      table: the listed blocks; its B and K may be 1.
+      block_bias: [B,K,M,C] or None; its B and K may be 1.
+      q_positions: [B,T] int32.
+      segment_ids: [B,S] int32 or None.
+      implementation: as `block_sparse_attention` takes it.
+
+    Returns:
+      [B,T,N,H].
+
+    >>> from routing_jax.kernels import dense_table
+    >>> q, at = jnp.ones((1, 4, 2, 8)), jnp.arange(4)[None]
+    >>> table = dense_table(4, 4, block_q=2, block_kv=2)
+    >>> block_attention_over_batch_and_heads(q, q, q, table, None, at, None, None).shape
+    (1, 4, 2, 8)
+    """
+
+    def local(q, k, v, counts, indices, bias, places, segments):
+        rows = BlockTable(counts, indices, table.block_q, table.block_kv)
+        return block_sparse_attention(
+            q,
+            k,
+            v,
+            rows,
+            block_bias=bias,
+            q_positions=places,
+            segment_ids=segments,
+            implementation=implementation,
+        )
+
+    arrays = q, k, v, table.counts, table.indices, block_bias, q_positions, segment_ids
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(*arrays)
+    split = mesh.shape[_HEAD_AXIS] > 1 and k.shape[2] % mesh.shape[_HEAD_AXIS] == 0
+    batch_devices = mesh.shape[_BATCH_AXES[0]] * mesh.shape[_BATCH_AXES[1]]
+    over_batch = q.shape[0] % batch_devices == 0
+
+    def spec(array: jax.Array | None, head_axis: int) -> Any:
+        """What is 1 stands for all, and every device has it."""
+        if array is None:
+            return P()
+        axes: list[Any] = [None] * array.ndim
+        if over_batch and array.shape[0] > 1:
+            axes[0] = _BATCH_AXES
+        if split and 0 < head_axis < array.ndim and array.shape[head_axis] > 1:
+            axes[head_axis] = _HEAD_AXIS
+        return P(*axes)
+
+    heads_at = (2, 2, 2, 1, 1, 1, 0, 0)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=tuple(spec(array, axis) for array, axis in zip(arrays, heads_at)),
+        out_specs=spec(q, 2),
+        check_vma=False,  # the loops mix constants with per-device values
+    )(*arrays)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from routing_jax.attention import HeadsConfig
-from routing_jax.routers import SchemesConfig, TokenRouterConfig
+from routing_jax.routers import BlockRouterConfig, SchemesConfig, TokenRouterConfig
 
-MIXERS = ("full", "conv", "routed", "schemes")
+MIXERS = ("full", "conv", "routed", "schemes", "block", "linear")
 
 
 def parse_layers(pattern: str) -> tuple[str, ...]:
@@ -63,7 +63,8 @@ class DecoderConfig:
     Attributes:
       vocab_size: V.
       width: D.
-      layers: the mixer of each layer, as in 'conv,routed*2': full, conv, routed or schemes.
+      layers: the mixer of each layer, as in 'conv,routed*2': full, conv, routed, schemes, block or
+        linear.
       num_heads: N, query heads.
       num_kv_heads: K, key/value heads; N = K is multi-head, K = 1 multi-query attention.
       head_dim: H.
@@ -78,6 +79,7 @@ class DecoderConfig:
       conv_width: W, tokens that the depthwise convolution sees.
       router: the token router of routed layers.
       schemes: the attention schemes of 'schemes' layers, and their router.
+      blocks: the block router of block layers.
       norm: 'rms' or 'layer', without bias.
       norm_eps: added to the mean square, or variance, in the norm.
       tie_embeddings: use the embedding as output projection.
@@ -108,6 +110,7 @@ class DecoderConfig:
     conv_width: int = 4
     router: TokenRouterConfig = field(default_factory=TokenRouterConfig)
     schemes: SchemesConfig = field(default_factory=SchemesConfig)
+    blocks: BlockRouterConfig = field(default_factory=BlockRouterConfig)
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False

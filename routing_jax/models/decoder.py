@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention import (
+    BlockRouted,
     CausalConv,
     FullAttention,
     LayerCache,
     LayerReport,
+    LinearAttention,
     MixtureOfSchemes,
     Mode,
     RoutedConv,
+    empty_block_memory,
+    empty_linear_memory,
     rms_norm,
     scheme_heads,
 )
@@ -104,6 +108,10 @@ def make_mixer(config: DecoderConfig, kind: str) -> nn.Module:
         return CausalConv(config.heads, config.conv_width, name="mixer")
     if kind == "schemes":
         return MixtureOfSchemes(config.heads, config.schemes, name="mixer")
+    if kind == "block":
+        return BlockRouted(config.heads, config.blocks, name="mixer")
+    if kind == "linear":
+        return LinearAttention(config.heads, name="mixer")
     return RoutedConv(config.heads, config.router, config.conv_width, name="mixer")
 
 
@@ -232,10 +240,12 @@ class Decoder(nn.Module):
             caches = (None,) * period if cache is None else cache.layers
             scan = nn.scan(
                 Pattern,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=repeats,
+                # The values that kernels check under checkify look to Flax like a dependency.
+                check_constancy_invariants=False,
             )
             x, (caches, reports) = scan(cfg, mode, name="layers")(
                 x, (caches, rngs), positions, segment_ids
@@ -326,7 +336,8 @@ def init_cache(
     Args:
       config: the model.
       batch: B.
-      length: S, the most tokens a sequence may hold.
+      length: S, the most tokens a sequence may hold; with block layers, it is rounded up to whole
+        blocks.
       dtype: of keys, values and convolution inputs; the compute dtype when None.
 
     Raises:
@@ -347,12 +358,21 @@ def init_cache(
         )
     dtype = jnp.dtype(dtype or config.dtype)
 
+    if "block" in config.mixers:  # a block is a page of the decoding kernel
+        length = -(-length // config.blocks.block_kv) * config.blocks.block_kv
+
+    def memory(kind: str):
+        if kind == "block":
+            blocks = length // config.blocks.block_kv
+            return empty_block_memory(config.blocks, config.heads, batch, blocks, config.width)
+        return empty_linear_memory(config.heads, batch) if kind == "linear" else None
+
     def layer(kind: str) -> LayerCache:
         heads = config.heads
         if kind == "schemes":
             heads = scheme_heads(heads, config.schemes).projected
         kv = (batch, length, heads.num_kv_heads, heads.head_dim)
-        attends, convolves = kind != "conv", kind in ("conv", "routed")
+        attends, convolves = kind not in ("conv", "linear"), kind in ("conv", "routed")
         return LayerCache(
             keys=jnp.zeros(kv, dtype) if attends else None,
             values=jnp.zeros(kv, dtype) if attends else None,
@@ -362,6 +382,7 @@ def init_cache(
             summary=jnp.zeros((batch, config.router.summary))
             if kind == "routed" and config.router.summary
             else None,
+            memory=memory(kind),
         )
 
     layers = tuple(layer(kind) for kind in config.mixers)

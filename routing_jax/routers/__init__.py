@@ -1,6 +1,29 @@
 """Who decides where attention is worth its cost."""
 
+from routing_jax.routers.block import (
+    BlockRouter,
+    BlockRouting,
+    KeyBlocks,
+    TileQueries,
+    block_features,
+    block_router_work,
+)
+from routing_jax.routers.block_budget import (
+    competing_blocks,
+    row_limits,
+    select_blocks,
+    select_candidates,
+)
+from routing_jax.routers.block_config import BlockRouterConfig
+from routing_jax.routers.block_scores import (
+    assign_clusters,
+    block_sums,
+    dot_scores,
+    pattern_scores,
+)
 from routing_jax.routers.budget import Multipliers, ascend, budget_loss, init_multipliers
+from routing_jax.routers.coarse_to_fine import beam_scores, beam_search
+from routing_jax.routers.distillation import block_divergence, pooled_attention
 from routing_jax.routers.gates import (
     Gate,
     binary_entropy,
@@ -21,7 +44,11 @@ from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfi
 from routing_jax.routers.token import TokenRouter, TokenRouterConfig, TokenRouting, seen_before
 
 __all__ = [
+    "BlockRouter",
+    "BlockRouterConfig",
+    "BlockRouting",
     "Gate",
+    "KeyBlocks",
     "LayerRouter",
     "LayerRouterConfig",
     "LayerRouting",
@@ -30,18 +57,33 @@ __all__ = [
     "SchemeRouter",
     "SchemeRouting",
     "SchemesConfig",
+    "TileQueries",
     "TokenRouter",
     "TokenRouterConfig",
     "TokenRouting",
     "ascend",
+    "assign_clusters",
     "balance_loss",
+    "beam_scores",
+    "beam_search",
     "binary_entropy",
     "binary_gate",
+    "block_divergence",
+    "block_features",
+    "block_router_work",
+    "block_sums",
     "budget_loss",
     "categorical_gate",
+    "competing_blocks",
     "cooled_temperature",
+    "dot_scores",
     "init_multipliers",
+    "pattern_scores",
     "pool_queries",
+    "pooled_attention",
+    "row_limits",
     "seen_before",
+    "select_blocks",
+    "select_candidates",
     "straight_through",
 ]

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from routing_jax.evals.tables import (
     Column,
+    block_routing_table,
     caption,
     markdown_table,
     multiple_up,
@@ -177,3 +178,31 @@ def test_each_kind_of_task_has_its_table(recall, make_result):
     assert routed_attention_table([text, *recall[::-1]]) == both
     with pytest.raises(ValueError, match="at least one result"):
         routed_attention_table([])
+
+
+def test_block_routers_stand_beside_dense_attention_of_their_task(make_result):
+    def made(task, variant, seed=0, **changes):
+        return make_result(task=task, variant=variant, seed=seed, **changes)
+
+    heads = {"head_usage": [[0.1, 0.2], [0.25, 0.3]]}
+    table, told = block_routing_table(
+        [
+            made("needle", "learned-25", accuracy=0.9, usage=0.2, details=heads),
+            made("needle", "learned-25", 1, accuracy=0.7, usage=0.3, details=heads),
+            made("needle", "full", accuracy=1.0, usage=1.0),
+            made("text", "full", bits_per_byte=2.0, accuracy=0.5),
+            made("text", "window-1k", bits_per_byte=2.1, accuracy=0.5),
+        ]
+    ).split("\n\n")
+    dense, learned, _, window = cells(table)
+    assert dense["router and budget, %"] == "full"
+    assert learned["accuracy (worst)"] == "80.00 % (70.00 %)"
+    assert learned["against full (worst)"] == "-20.00 % (-30.00 %)"
+    assert learned["blocks visited (worst)"] == "25.0 % (30.0 %)"
+    assert learned["by head"] == "10.0 % to 30.0 %"
+    assert window["bits per byte ± std"] == "2.1000"
+    assert window["against full (worst)"] == "+5.00 %"
+    assert window["accuracy (worst)"] == dense["by head"] == "–"
+    assert "NVIDIA H100" in told
+    with pytest.raises(ValueError, match="results is empty"):
+        block_routing_table([])

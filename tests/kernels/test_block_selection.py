@@ -50,6 +50,20 @@ def test_scores_choose_own_blocks_sinks_and_the_best(block_q, block_kv, sinks, c
         assert table.indices[row][len(blocks) :].tolist() == [0] * (5 - len(blocks))
 
 
+def test_a_row_keeps_its_limit_and_what_is_forced():
+    rng = np.random.default_rng(7)
+    scores = rng.normal(size=(2, 2, 8, 8)).astype(np.float32)
+    limits = rng.integers(0, 6, (2, 1, 8)).astype(np.int32)
+    table, _ = jax.jit(
+        lambda s, n: table_from_scores(s, 5, block_q=8, block_kv=8, sinks=1, row_limits=n)
+    )(scores, limits)
+    rows = listed_sets(table)
+    for b, k, m in np.ndindex(2, 2, 8):
+        capacity = max(int(limits[b, 0, m]), len({0, m}))
+        want, _ = expected_rows(scores, min(5, capacity), 8, 8, 1, True)
+        assert rows[b, k, m] == want[b, k, m]
+
+
 def test_decoding_tiles_make_the_rows_of_prefill():
     rng = np.random.default_rng(2)
     scores = jnp.asarray(rng.normal(size=(2, 1, 16, 16)), jnp.float32)

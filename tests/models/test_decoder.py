@@ -18,9 +18,15 @@ from routing_jax.models import (
     stack_layers,
     unstack_layers,
 )
+from routing_jax.routers import BlockRouterConfig
 
 from ..small_model import MIXED, make_params
 
+BLOCKS = MIXED.replace(
+    layers="(block,linear)*2",
+    blocks=BlockRouterConfig(block_q=2, block_kv=4, budget="blocks", blocks=3, width=3),
+    scan=True,
+)
 SCANNED = MIXED.replace(layers="(conv,routed,full)*2", scan=True)
 
 
@@ -96,7 +102,7 @@ def test_packed_segments_equal_separate_sequences():
 STARTS, STEPS = np.array([7, 1, 4, 3]), 8  # tokens of each prompt, and of its continuation
 
 
-@pytest.mark.parametrize("config", [MIXED, SCANNED], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("config", [MIXED, SCANNED, BLOCKS], ids=["unrolled", "scanned", "blocks"])
 def test_prefill_and_decode_equal_the_masked_model(config):
     params = make_params(config)
     tokens = tokens_of(len(STARTS), STARTS.max() + STEPS)
@@ -124,7 +130,24 @@ def test_prefill_and_decode_equal_the_masked_model(config):
         )
         mixtures |= set(np.asarray(out.reports.choice)[1::3].sum((1, 2)).tolist())
     np.testing.assert_array_equal(out.cache.lengths, STARTS + STEPS)
-    assert mixtures & {1, 2, 3}  # routed and unrouted samples in one step
+    if config is not BLOCKS:
+        assert mixtures & {1, 2, 3}  # routed and unrouted samples in one step
+
+
+def test_a_cache_of_block_layers_holds_whole_blocks():
+    cache = init_cache(BLOCKS, 2, 9)
+    assert cache.layers[0].keys.shape[-3] == 12
+    assert cache.layers[1].keys is None
+
+
+def test_what_heads_visit_is_told_on_request():
+    model = Decoder(BLOCKS)
+    _, told = jax.jit(lambda p, t: model.apply({"params": p}, t, mutable=["intermediates"]))(
+        make_params(BLOCKS), tokens_of(2, 22)
+    )
+    (heads,) = told["intermediates"]["layers"]["block_0"]["mixer"]["head_usage"]
+    assert heads.shape == (2, 1)  # repeats, kv heads
+    assert np.all((np.asarray(heads) > 0) & (np.asarray(heads) < 1))
 
 
 def prefilled():
@@ -202,15 +225,17 @@ def test_reports_stand_one_a_layer_in_order():
 
 
 @pytest.mark.parametrize(
-    "layers", ["full", "conv", "routed", "conv,routed*2,full", "(conv,full)*2"]
+    "layers",
+    ["full", "conv", "routed", "block", "linear", "conv,routed*2,full", "(conv,full)*2"],
 )
 def test_the_parameters_are_those_of_the_formula(layers):
-    config = MIXED.replace(layers=layers)
+    config = MIXED.replace(layers=layers, blocks=BLOCKS.blocks)
     D, N, K, H, F, V, W = 8, 2, 1, 4, 12, 24, 3
     attention, conv = D * N * H + 2 * D * K * H + N * H * D, W * D
     R, hidden = 3, 4
     router = D * R + (D + 1) * hidden + hidden + 1
     mixer = {"full": attention, "conv": conv, "routed": attention + conv + router}
+    mixer |= {"block": attention + 2 * D * K * 3 + K, "linear": attention}
     want = 2 * V * D + D + sum(mixer[kind] + 3 * D * F + 2 * D for kind in config.mixers)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     assert count_params(shapes) == want

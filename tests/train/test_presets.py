@@ -1,5 +1,6 @@
 """Presets: each says what it is for, builds, and trains, in every variant of the experiment."""
 
+import dataclasses
 import functools
 import json
 
@@ -12,7 +13,13 @@ from routing_jax.models import repeating_pattern
 from routing_jax.train import presets
 from routing_jax.train.config import config_from_dict, config_to_dict
 from routing_jax.train.curriculum import init_curriculum
-from routing_jax.train.data import CharacterConfig, RecallConfig, batches
+from routing_jax.train.data import (
+    CharacterConfig,
+    NeedleConfig,
+    RecallConfig,
+    TextConfig,
+    batches,
+)
 from routing_jax.train.experiments.routed_attention import VARIANTS, runs
 from routing_jax.train.presets import PRESETS, get_preset
 from routing_jax.train.step import init_state, make_train_step
@@ -27,6 +34,11 @@ def shrink(config):
     small = {"num_queries": min(2, config.data.num_queries)} if is_recall(config) else {}
     if is_recall(config):
         small |= {"num_values": 4, "num_keys": LENGTH // 2}  # of one size, so compiled once
+    if isinstance(config.data, NeedleConfig):
+        small = {"num_values": 4, "num_keys": 4, "num_noise": 8}
+        small["num_needles"] = min(2, config.data.num_needles)
+    blocks = {"block_q": 4, "block_kv": 8, "width": 2, "blocks": 3}
+    blocks["fanout"] = min(2, model.blocks.fanout)
     return config.replace(
         **{f"data__{name}": value for name, value in small.items()},
         data__length=LENGTH,
@@ -40,6 +52,7 @@ def shrink(config):
         model__router=type(router)(
             kind=router.kind, hidden=2, usage=router.usage, summary=min(4, router.summary)
         ),
+        model__blocks=dataclasses.replace(model.blocks, **blocks),
         batch_tokens=2 * LENGTH,
     )
 
@@ -94,9 +107,10 @@ def text(tmp_path_factory):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_a_step(name, text, compile_cache):
     config = get_preset(name)
-    if not is_recall(config):
-        characters = isinstance(config.data, CharacterConfig)
-        config = config.replace(data__source=(text,) if characters else text)
+    if isinstance(config.data, CharacterConfig):
+        config = config.replace(data__source=(text,))
+    elif isinstance(config.data, TextConfig):
+        config = config.replace(data__source=text)
     assert_trains(shrink(config))
 
 
@@ -107,7 +121,7 @@ SAME_MODEL = [v for v, make in VARIANTS.items() if make(ROUTED).model == ROUTED.
 
 def variant_of(name, variant, text):
     config = get_preset(name)
-    if not is_recall(config):
+    if isinstance(config.data, TextConfig):
         config = config.replace(data__source=text)
     # Shrunk before and after: a variant may size its parts by what it replaces.
     return shrink(VARIANTS[variant](shrink(config)))
@@ -137,6 +151,9 @@ def test_every_maker_says_how_long_and_what_to_expect():
         presets.unmarked,
         presets.language_model,
         presets.mixed_schemes,
+        presets.block_mqar,
+        presets.block_needle,
+        presets.block_language_model,
     )
     for maker in makers:
         for word in ("Command: `routing-jax train ", "Hardware and time: ", "Expect: "):
@@ -148,9 +165,9 @@ def test_lengths_and_tasks_are_those_of_the_names():
         config = get_preset(name)
         if is_recall(config):
             assert str(config.data.length) in name.split("-")
-            assert config.data.marked == ("unmarked" not in name and name != "mqar-256"
-                                          and name != "mqar-256-summary")  # fmt: skip
-            assert (config.data.style == "mqar") == name.startswith("mqar")
+            unmarked = ("unmarked" in name) or name in ("mqar-256", "mqar-256-summary")
+            assert config.data.marked != (unmarked or name.startswith("block-mqar"))
+            assert (config.data.style == "mqar") == ("mqar" in name)
             assert bool(config.model.router.summary) == name.endswith("summary")
 
 

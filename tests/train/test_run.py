@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -27,6 +28,7 @@ from routing_jax.train.run import (
     load_run,
     read_config,
     run,
+    starting_parameters,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,6 +96,22 @@ def test_least_usage_is_the_queries_over_all_tokens_of_all_layers():
     assert least_usage(get_preset("recall-128")) == 1 / 256
     assert least_usage(get_preset("multi-query-256")) == 8 / 512
     assert least_usage(get_preset("lm")) is None
+
+
+def test_a_run_starts_from_anothers_parameters(tiny_run, finished, tmp_path):
+    folder, _ = finished
+    _, params, _ = load_run(folder)
+    second = tiny_run.replace(start_from=str(folder), optimizer__learning_rate=1e-9)
+    same = starting_parameters(second)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    run(second, tmp_path / "second", quiet=True)
+    _, after, _ = load_run(tmp_path / "second")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, params)
+    with pytest.raises(ValueError, match=r"^start_from is '.*', whose model has other parameters"):
+        starting_parameters(second.replace(model__width=16))
+    with pytest.raises(ValueError, match=r"nowhere holds no run"):
+        run(tiny_run.replace(start_from="nowhere"), tmp_path / "third", quiet=True)
+    assert not (tmp_path / "third").exists()
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_is(tiny_run, finished):

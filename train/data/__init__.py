@@ -1,10 +1,11 @@
-"""Training data: recall tasks made on the fly, and bytes or characters of text, addressed by step.
+"""Training data: recall and needle tasks made on the fly, bytes or characters of text, by step.
 
 Start at ``pipeline.batches``. Each task has a file of its own; ``prepare`` writes a data set.
 """
 
 from routing_jax.train.data.batch import Batch
 from routing_jax.train.data.characters import CharacterConfig, vocabulary
+from routing_jax.train.data.needle import NeedleConfig
 from routing_jax.train.data.pipeline import DataConfig, batches
 from routing_jax.train.data.recall import RecallConfig
 from routing_jax.train.data.text import TextConfig, window_count
@@ -13,6 +14,7 @@ __all__ = [
     "Batch",
     "CharacterConfig",
     "DataConfig",
+    "NeedleConfig",
     "RecallConfig",
     "TextConfig",
     "batches",

@@ -5,10 +5,11 @@ from typing import Literal
 
 from routing_jax.train.data.batch import SPLITS, Batch, Split
 from routing_jax.train.data.characters import CharacterConfig
+from routing_jax.train.data.needle import NeedleConfig, needle_batch
 from routing_jax.train.data.recall import RecallConfig, recall_batch
 from routing_jax.train.data.text import TextConfig, text_batch
 
-DataConfig = RecallConfig | TextConfig | CharacterConfig
+DataConfig = RecallConfig | TextConfig | CharacterConfig | NeedleConfig
 
 _PREFETCH = 4  # batches made ahead, enough to hide a slow one behind a step
 
@@ -81,6 +82,10 @@ def batches(
                 config, split=split, seed=seed, step=step, batch_size=batch_size, length=length,
                 place=place,
             )  # fmt: skip
+        if isinstance(config, NeedleConfig):
+            return needle_batch(
+                config, split=split, seed=seed, step=step, batch_size=batch_size, length=length
+            )
         return text_batch(
             config, split=split, seed=seed, step=step, batch_size=batch_size, length=length
         )

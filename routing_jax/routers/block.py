@@ -1,0 +1,268 @@
+"""Block routing: each tile of queries chooses the key blocks that it attends to.
+
+MoBA's rule (arXiv 2502.13189) and what it is compared with, in one module: the kinds differ in
+their scores alone, and all rows are made of scores by the same budget.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from routing_jax.kernels import BlockTable
+from routing_jax.routers.block_budget import (
+    competing_blocks,
+    row_limits,
+    select_blocks,
+    select_candidates,
+)
+from routing_jax.routers.block_config import FIXED, BlockRouterConfig
+from routing_jax.routers.block_scores import assign_clusters, dot_scores, pattern_scores
+from routing_jax.routers.coarse_to_fine import beam_scores, beam_search, score_listed
+from routing_jax.routers.gates import binary_entropy, binary_gate, straight_through
+from routing_jax.routers.routing import Routing
+
+
+class TileQueries(NamedTuple):
+    """What a block router may know of each tile: its first query, and nothing behind it.
+
+    Attributes:
+      x: [B,M,D], the layer's input at the tile's first query.
+      q: [B,M,N,H], that query itself.
+      starts: [B,M] int32, where it stands; multiples of block_q.
+      segments: [B,M] int32, its segment, or None.
+    """
+
+    x: jax.Array
+    q: jax.Array
+    starts: jax.Array
+    segments: jax.Array | None = None
+
+
+class KeyBlocks(NamedTuple):
+    """What a block router may know of each key block.
+
+    Attributes:
+      means: [B,J,F] float32, the mean of `block_features` over the block's keys; read only of
+        blocks that were complete before a tile.
+      segments: [B,J] int32, the segment of the block's last key, or None.
+    """
+
+    means: jax.Array
+    segments: jax.Array | None = None
+
+
+class BlockRouting(NamedTuple):
+    """A block router's output.
+
+    Attributes:
+      routing: Routing with choice a BlockTable, probs and logits [B,K,M,J] float32 ([B,K,M,C],
+        of the listed blocks, where not every block is scored). K is 1 for fixed patterns.
+      bias: [B,K,M,C] float32 to be added to the logits of each listed block, or None.
+      listed: [B,K,M] float32, how many blocks a row lists without noise; where gates decide,
+        with the gradient of their probabilities.
+      dropped: [B,K,M] int32, how many blocks a gate or cluster wanted and the budget left out.
+      aux: scalar, to be weighted and added by the trainer; see `BlockRouter`.
+    """
+
+    routing: Routing
+    bias: jax.Array | None
+    listed: jax.Array
+    dropped: jax.Array
+    aux: jax.Array
+
+    @property
+    def table(self) -> BlockTable:
+        """The blocks chosen."""
+        return self.routing.choice
+
+
+def block_features(config: BlockRouterConfig, x: jax.Array, keys: jax.Array) -> jax.Array:
+    """What is pooled over each block's keys.
+
+    A projection of pooled inputs is the pooled projection, so inputs are pooled first: cheaper.
+
+    Args:
+      config: the router.
+      x: [B,T,D], the layer's input.
+      keys: [B,T,K,H].
+
+    Returns:
+      [B,T,F]; F is D, K·H for kind 'pooled', and 0 for fixed patterns.
+
+    >>> x, keys = jnp.ones((1, 4, 6)), jnp.ones((1, 4, 2, 8))
+    >>> block_features(BlockRouterConfig(kind="pooled"), x, keys).shape
+    (1, 4, 16)
+    """
+    if config.kind == "pooled":
+        return jax.lax.stop_gradient(keys.reshape(*keys.shape[:2], -1))
+    if config.kind in FIXED:
+        return x[..., :0]
+    return x if config.kind in ("learned", "clusters") else jax.lax.stop_gradient(x)
+
+
+def block_router_work(
+    config: BlockRouterConfig,
+    *,
+    tokens: jax.Array,
+    tiles: int,
+    blocks: int,
+    width: int,
+    kv_heads: int,
+    head_dim: int,
+) -> jax.Array:
+    """Multiply-adds of a block router: pooling, projections, scores.
+
+    What training adds (noise, the map that an indexer is distilled from) is not counted.
+
+    Args:
+      config: the router.
+      tokens: scalar, keys that are pooled.
+      tiles: rows made, over the whole batch.
+      blocks: key blocks of each sequence that are scored, J.
+      width: D.
+      kv_heads: K.
+      head_dim: H.
+
+    >>> config = BlockRouterConfig(kind="pooled")
+    >>> work = dict(tokens=jnp.float32(128), tiles=2, blocks=2, width=8, kv_heads=1, head_dim=4)
+    >>> float(block_router_work(config, **work))  # 128·4 to pool, 2·2·4 to score
+    528.0
+    """
+    tokens = jnp.float32(tokens)
+    if config.kind in FIXED:
+        return 0 * tokens
+    scored = blocks
+    if config.fanout:
+        listed = config.capacity(blocks)
+        scored = beam_scores(blocks, config.fanout, listed) + listed
+    if config.feature_width is None:
+        return tokens * (kv_heads * head_dim) + tiles * scored * kv_heads * head_dim
+    per_row = (width + scored) * kv_heads * config.feature_width
+    # Every block is projected once, and its features are pooled again at each level of a tree.
+    return (
+        tokens * width
+        + tiles * per_row
+        + tokens / config.block_kv * (width * kv_heads * config.feature_width)
+    )
+
+
+class BlockRouter(nn.Module):
+    """Scores key blocks for each tile and lists the best; parameters `query`, `key` (and `bias`).
+
+    `__call__(TileQueries, KeyBlocks, rng) -> BlockRouting`. With `rng`, gates and clusters are
+    noisy, as in training. The auxiliary loss is minus the gates' mean entropy for budget 'gates'
+    and, for clusters, how unevenly they are filled; 0 for all others. An indexer's divergence is
+    added by its layer, which has the queries and keys that it wants.
+    """
+
+    config: BlockRouterConfig
+    num_kv_heads: int
+
+    @nn.compact
+    def __call__(
+        self, tiles: TileQueries, blocks: KeyBlocks, rng: jax.Array | None = None
+    ) -> BlockRouting:
+        """Routes the tiles; see the class."""
+        cfg = self.config
+        num_blocks = blocks.means.shape[1]
+        own = tiles.starts // cfg.block_kv
+        allowed = competing_blocks(cfg, own, num_blocks)
+        if tiles.segments is not None and blocks.segments is not None:
+            same = tiles.segments[:, None, :, None] == blocks.segments[:, None, None]
+            allowed &= same
+        zero = jnp.float32(0)
+
+        if cfg.kind in FIXED:
+            room = row_limits(cfg, own, num_blocks)[:, 0] - jnp.minimum(cfg.forced, own + 1)
+            number = tiles.starts // cfg.block_q
+            scores = pattern_scores(cfg.kind, number, own, num_blocks, room)
+            return self._select(tiles, allowed, scores, None, None, zero)
+
+        queries, keys = self._features(tiles, blocks)
+        if cfg.kind == "clusters":
+            clusters = assign_clusters(queries, keys, rng, cfg.temperature)
+            return self._select(
+                tiles, allowed, clusters.scores, clusters.together, clusters.bias, clusters.aux
+            )
+        bias = zero
+        if cfg.kind == "learned":
+            init = nn.initializers.constant(cfg.bias)
+            bias = self.param("bias", init, (self.num_kv_heads,))[None, :, None, None]
+        if cfg.fanout:
+            return self._search(tiles, blocks, queries, keys, bias)
+        scores = dot_scores(queries, keys) + bias
+        gate = jax.nn.log_sigmoid(scores) if cfg.kind == "learned" else None
+        if cfg.budget != "gates":
+            return self._select(tiles, allowed, scores, None, gate, zero)
+
+        gates = binary_gate(scores, rng, cfg.temperature)
+        some = jnp.broadcast_to(allowed, scores.shape)
+        entropy = jnp.sum(jnp.where(some, binary_entropy(scores), 0)) / jnp.maximum(some.sum(), 1)
+        made = self._select(tiles, allowed, scores, gates.choice, gate, -entropy)
+        forced = jnp.minimum(cfg.forced, own + 1)[:, None]
+        opens = forced + jnp.sum(some & (scores > 0), axis=-1)
+        opens = jnp.minimum(opens, row_limits(cfg, own, num_blocks))
+        soft = forced + jnp.sum(jnp.where(some, gates.probs, 0), axis=-1)
+        return made._replace(listed=straight_through(opens, soft))
+
+    def _features(self, tiles: TileQueries, blocks: KeyBlocks) -> tuple[jax.Array, jax.Array]:
+        """Queries [B,M,K,R] and pooled keys [B,J,K,R], float32."""
+        cfg, K, R = self.config, self.num_kv_heads, self.config.feature_width
+        if R is None:
+            q = jax.lax.stop_gradient(tiles.q.astype(jnp.float32))
+            q = q.reshape(*q.shape[:2], K, -1, q.shape[-1]).mean(axis=3)
+            return q, blocks.means.reshape(*blocks.means.shape[:2], K, -1)
+        D = tiles.x.shape[-1]
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=(1, 2))
+        query, key = (self.param(name, init, (D, K, R)) for name in ("query", "key"))
+        x = tiles.x.astype(jnp.float32)
+        if cfg.kind in ("indexer", "random"):
+            x = jax.lax.stop_gradient(x)
+        if cfg.kind == "random":
+            query, key = jax.lax.stop_gradient((query, key))
+        return (
+            jnp.einsum("BMD,DKR->BMKR", x, query),
+            jnp.einsum("BJD,DKR->BJKR", blocks.means, key),
+        )
+
+    def _select(self, tiles, allowed, scores, wanted, bias, aux) -> BlockRouting:
+        """Rows from scores [B,K,M,J] of all blocks."""
+        ranked = jnp.where(allowed, scores, -jnp.inf)
+        table, dropped = select_blocks(self.config, ranked, tiles.starts, wanted)
+        if bias is not None:
+            bias = self._of_chosen(tiles, table, jnp.take_along_axis(bias, table.indices, axis=-1))
+        if self.config.kind == "learned":
+            probs = jax.nn.sigmoid(scores)
+        else:
+            probs = jnp.where(allowed, jax.nn.softmax(jnp.where(allowed, scores, -1e30)), 0.0)
+        listed = table.counts.astype(jnp.float32)
+        return BlockRouting(Routing(table, probs, scores), bias, listed, dropped, aux)
+
+    def _search(self, tiles, blocks, queries, keys, bias) -> BlockRouting:
+        """Rows from a search that scores few blocks."""
+        cfg, num_blocks = self.config, keys.shape[1]
+        own = tiles.starts // cfg.block_kv
+        beam = cfg.capacity(num_blocks)
+        with_stop = jax.lax.stop_gradient((queries, keys))  # the choice has no gradient
+        found, scores = beam_search(*with_stop, own, fanout=cfg.fanout, beam=beam)
+        if tiles.segments is not None and blocks.segments is not None:
+            at = jnp.minimum(found, num_blocks - 1).reshape(found.shape[0], -1)
+            theirs = jnp.take_along_axis(blocks.segments, at, axis=1).reshape(found.shape)
+            scores = jnp.where(theirs == tiles.segments[:, None, :, None], scores, -jnp.inf)
+        table, dropped = select_candidates(cfg, found, scores, tiles.starts, num_blocks)
+        logits = score_listed(queries.swapaxes(1, 2), keys, table.indices) + bias
+        gate = None
+        if cfg.kind == "learned":
+            gate = self._of_chosen(tiles, table, jax.nn.log_sigmoid(logits))
+        routing = Routing(table, jax.nn.sigmoid(logits), logits)
+        listed = table.counts.astype(jnp.float32)
+        return BlockRouting(routing, gate, listed, dropped, jnp.float32(0))
+
+    def _of_chosen(self, tiles: TileQueries, table: BlockTable, bias: jax.Array) -> jax.Array:
+        """The bias of slots whose block was chosen: own blocks, sinks and empty slots have none."""
+        slots = jnp.arange(table.capacity, dtype=jnp.int32)[None, None, None]
+        own = (tiles.starts // self.config.block_kv)[:, None, :, None]
+        chosen = (table.indices >= self.config.sinks) & (table.indices < own)
+        return jnp.where(chosen & (slots < table.counts[..., None]), bias, 0.0)

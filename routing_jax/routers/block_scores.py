@@ -1,0 +1,169 @@
+"""Scores of key blocks: pooled features, dot products, clusters, and fixed patterns.
+
+Everything is float32, so that a choice near its threshold does not flip by rounding.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from routing_jax.kernels.padding import pad_axis
+from routing_jax.routers.gates import straight_through
+
+
+def block_sums(
+    features: jax.Array, valid: jax.Array, block_kv: int, segment_ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """What each block's keys add up to, and how many they are.
+
+    Of a block that holds parts of several segments only the last one counts: only its tokens
+    have later tiles that could choose the block.
+
+    Args:
+      features: [B,S,F].
+      valid: [B,S] bool; other tokens count as nothing.
+      block_kv: keys a block.
+      segment_ids: [B,S] int32 or None.
+
+    Returns:
+      ([B,J,F] float32, [B,J] float32).
+
+    >>> sums, sizes = block_sums(jnp.ones((1, 5, 1)), jnp.ones((1, 5), bool), 4)
+    >>> sums.ravel().tolist(), sizes.ravel().tolist()
+    ([4.0, 1.0], [4.0, 1.0])
+    """
+
+    def cut(x):
+        num_blocks = -(-x.shape[1] // block_kv)
+        x = pad_axis(x, 1, num_blocks * block_kv)
+        return x.reshape(x.shape[0], num_blocks, block_kv, *x.shape[2:])
+
+    counts = cut(valid)
+    if segment_ids is not None:
+        segments = cut(segment_ids)
+        counts &= segments == segments[:, :, -1:]
+    weights = counts.astype(jnp.float32)
+    blocks = cut(features.astype(jnp.float32))
+    return jnp.einsum("BJPF,BJP->BJF", blocks, weights), weights.sum(axis=2)
+
+
+def dot_scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Scores q · k / √R of every tile and block.
+
+    Args:
+      queries: [B,M,K,R].
+      keys: [B,J,K,R].
+
+    Returns:
+      [B,K,M,J] float32.
+
+    >>> float(dot_scores(jnp.ones((1, 1, 1, 4)), jnp.ones((1, 1, 1, 4)))[0, 0, 0, 0])
+    2.0
+    """
+    return jnp.einsum("BMKR,BJKR->BKMJ", queries, keys) * queries.shape[-1] ** -0.5
+
+
+class Clusters(NamedTuple):
+    """Which blocks share a cluster with each tile.
+
+    Attributes:
+      together: [B,K,M,J] bool.
+      scores: [B,K,M,J] float32, log-probability that they do, noise-free.
+      bias: [B,K,M,J] float32, 0 with the gradient of the noisy log-probability.
+      aux: scalar, E · Σ p̄²: 1 where clusters are equally full, E where one holds everything.
+    """
+
+    together: jax.Array
+    scores: jax.Array
+    bias: jax.Array
+    aux: jax.Array
+
+
+def assign_clusters(
+    queries: jax.Array, keys: jax.Array, rng: jax.Array | None, temperature: float
+) -> Clusters:
+    """Assigns tiles and blocks to clusters by Gumbel-softmax, straight-through.
+
+    Jang et al. 2017 for the assignment; blocks of one cluster attend to one another as tokens of
+    one do in the Routing Transformer (arXiv 2003.05997).
+
+    Args:
+      queries: [B,M,K,E], logits of the tiles.
+      keys: [B,J,K,E], logits of the blocks.
+      rng: a PRNG key for Gumbel noise, or None for none.
+      temperature: of the soft assignment that gives the gradient.
+
+    >>> one = jax.nn.one_hot(jnp.array([[[0], [1]]]), 2) * 9
+    >>> assign_clusters(one, one, None, 1.0).together[0, 0].tolist()
+    [[True, False], [False, True]]
+    """
+
+    def log_together(queries, keys):
+        tiles, blocks = (jax.nn.log_softmax(x, axis=-1) for x in (queries, keys))
+        # log Σ_e exp(a+b) by a matrix product of what is at most 1: nothing as large as M×J×E.
+        share = jnp.einsum("BMKE,BJKE->BKMJ", jnp.exp(tiles), jnp.exp(blocks))
+        return jnp.log(jnp.maximum(share, 1e-20))
+
+    scores = log_together(queries, keys)
+    noisy = [queries, keys]
+    if rng is not None:
+        rngs = jax.random.split(rng)
+        noisy = [x + jax.random.gumbel(r, x.shape) for x, r in zip(noisy, rngs)]
+    of_tiles, of_blocks = (jnp.argmax(x, axis=-1).swapaxes(1, 2) for x in noisy)
+    soft = log_together(*(x / temperature for x in noisy))
+    everyone = jnp.concatenate([jax.nn.softmax(x, axis=-1) for x in (queries, keys)], axis=1)
+    share = everyone.mean(axis=(0, 1))
+    return Clusters(
+        together=of_tiles[..., None] == of_blocks[:, :, None],
+        scores=scores,
+        bias=straight_through(jnp.zeros_like(soft), soft),
+        aux=queries.shape[-1] * jnp.sum(share * share, axis=-1).mean(),
+    )
+
+
+def pattern_scores(
+    kind: str, tiles: jax.Array, own: jax.Array, num_blocks: int, room: jax.Array
+) -> jax.Array:
+    """Scores that make a fixed pattern of whatever a row has room for.
+
+    window: nearest first. strided: every s-th block back from the own one, s as small as the room
+    allows (Sparse Transformers, arXiv 1904.10509). bigbird: half the room for the nearest, half
+    for blocks drawn once and for all (arXiv 2007.14062).
+
+    Args:
+      kind: one of these three.
+      tiles: [B,M] int32, the number of each tile in its sequence.
+      own: [B,M] int32, the block that each tile stands in.
+      num_blocks: J.
+      room: [B,M] int32, blocks that a row may list besides its own and the sinks.
+
+    Returns:
+      [B,1,M,J] float32.
+
+    >>> at = jnp.array([[5]])
+    >>> scores = pattern_scores("strided", at, at, 6, jnp.array([[2]]))
+    >>> jnp.argsort(-scores[0, 0, 0])[:3].tolist()  # the own block, then every third
+    [5, 2, 4]
+    """
+    blocks = jnp.arange(num_blocks, dtype=jnp.int32)[None, None]
+    back = own[..., None] - blocks
+    nearest = -back.astype(jnp.float32)
+    if kind == "window":
+        scores = nearest
+    elif kind == "strided":
+        stride = -(-own // jnp.maximum(room, 1))
+        scores = nearest + jnp.where(back % jnp.maximum(stride, 1)[..., None] == 0, num_blocks, 0)
+    else:
+        drawn = _mixed(tiles[..., None], blocks)
+        scores = jnp.where(back <= room[..., None] // 2, num_blocks + nearest, drawn)
+    return scores[:, None]
+
+
+def _mixed(tiles: jax.Array, blocks: jax.Array) -> jax.Array:
+    """[B,M,J] in (−1, 0], as good as random and the same whenever it is asked for."""
+    x = tiles.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+    x = x ^ (blocks.astype(jnp.uint32) * jnp.uint32(0x85EBCA6B))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # Wellons' integer hash
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return -(x >> 8).astype(jnp.float32) / (1 << 24)

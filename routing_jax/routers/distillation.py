@@ -1,0 +1,86 @@
+"""Where dense attention looks, block by block, and how far a router is from it.
+
+The target of SeerAttention's gate (arXiv 2410.13276) and of DeepSeek's indexer: the dense map
+pooled over tiles and blocks. It is made a tile at a time; no T×S array ever exists.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from routing_jax.kernels.padding import pad_axis
+
+
+def pooled_attention(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    block_q: int,
+    block_kv: int,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """The causal attention map, averaged over a tile's queries and a kv head's query heads.
+
+    Args:
+      q: [B,T,N,H].
+      k: [B,T,K,H].
+      block_q: queries a tile.
+      block_kv: keys a block.
+      segment_ids: [B,T] int32 or None.
+
+    Returns:
+      [B,K,M,J] float32; a row sums to 1. No gradient flows through it.
+
+    >>> q = jnp.zeros((1, 4, 1, 2))
+    >>> pooled_attention(q, q, block_q=2, block_kv=2)[0, 0].tolist()  # query t sees t+1 keys alike
+    [[1.0, 0.0], [0.5833333730697632, 0.4166666865348816]]
+    """
+    q, k = jax.lax.stop_gradient((q, k))
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    tiles, blocks = -(-T // block_q), -(-T // block_kv)
+    places = jnp.arange(tiles * block_q, dtype=jnp.int32).reshape(tiles, block_q)
+    rows = pad_axis(q, 1, tiles * block_q).reshape(B, tiles, block_q, K, N // K, H)
+    segments = None
+    if segment_ids is not None:
+        segments = pad_axis(segment_ids, 1, tiles * block_q).reshape(B, tiles, block_q)
+        segments = segments.swapaxes(0, 1)
+    keys_at = jnp.arange(T, dtype=jnp.int32)
+
+    def one_tile(args):
+        q, at, of_queries = args  # [B,block_q,K,G,H], [block_q], [B,block_q] or None
+        logits = jnp.einsum("BQKGH,BSKH->BKGQS", q, k, preferred_element_type=jnp.float32)
+        seen = (at[:, None] >= keys_at[None])[None]
+        if of_queries is not None and segment_ids is not None:
+            seen = seen & (of_queries[:, :, None] == segment_ids[:, None])
+        logits = jnp.where(seen[:, None, None], logits * H**-0.5, -jnp.inf)
+        live = ((at < T)[None] & seen.any(-1))[:, None, None, :, None]
+        mass = jnp.where(live, jax.nn.softmax(jnp.where(live, logits, 0.0), axis=-1), 0.0)
+        mass = pad_axis(mass.sum(axis=(2, 3)), 2, blocks * block_kv)  # B K S
+        mass = mass.reshape(B, K, blocks, block_kv).sum(axis=-1)
+        return mass / jnp.maximum(mass.sum(axis=-1, keepdims=True), 1e-30)
+
+    return jnp.moveaxis(jax.lax.map(one_tile, (rows.swapaxes(0, 1), places, segments)), 0, 2)
+
+
+def block_divergence(scores: jax.Array, target: jax.Array, open_: jax.Array) -> jax.Array:
+    """KL(target ‖ softmax(scores)) over the blocks that compete, in nats, mean over rows.
+
+    Args:
+      scores: [B,K,M,J] float32, the router's.
+      target: [B,K,M,J] float32, not negative; normalised here over the open blocks.
+      open_: bool, broadcast against them: blocks that compete. A row without any counts nothing.
+
+    >>> scores, target = jnp.zeros((1, 1, 1, 2)), jnp.array([[[[1.0, 0.0]]]])
+    >>> round(float(block_divergence(scores, target, jnp.ones((1, 1, 1, 2), bool))), 4)  # log 2
+    0.6931
+    """
+    open_ = jnp.broadcast_to(open_, scores.shape)
+    target = jnp.where(open_, target, 0.0)
+    total = target.sum(axis=-1, keepdims=True)
+    target = target / jnp.maximum(total, 1e-30)
+    some = open_.any(axis=-1) & (total[..., 0] > 0)
+    # Rows without an open block would softmax over nothing, whose gradient is nan.
+    logits = jnp.where(open_, scores, jnp.where(some[..., None], -jnp.inf, 0.0))
+    log_probs = jnp.where(open_, jax.nn.log_softmax(logits, axis=-1), 0.0)
+    terms = jax.scipy.special.xlogy(target, target) - target * log_probs
+    return jnp.where(some, terms.sum(axis=-1), 0.0).sum() / jnp.maximum(some.sum(), 1)

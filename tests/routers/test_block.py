@@ -1,0 +1,284 @@
+"""Block routers: rows are what the scores say, by a plain loop in NumPy, within every budget."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routing_jax.routers import (
+    BlockRouter,
+    BlockRouterConfig,
+    KeyBlocks,
+    TileQueries,
+    assign_clusters,
+    block_router_work,
+    block_sums,
+    row_limits,
+)
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+B, M, J, K, G, H, D = 2, 12, 6, 2, 2, 4, 5
+PLAIN = BlockRouterConfig(block_q=2, block_kv=4, budget="blocks", blocks=3, width=3, clusters=3)
+
+
+def make_inputs(seed):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    starts = np.tile(np.arange(M, dtype=np.int32) * 2, (B, 1))
+    tiles = TileQueries(draw(B, M, D), draw(B, M, K * G, H), starts)
+    params = {"query": draw(D, K, 3), "key": draw(D, K, 3), "bias": draw(K)}
+    return tiles, draw(B, J, D), draw(B, J, K * H), params
+
+
+def route(config, seed=0, rng=None):
+    tiles, means, key_means, params = make_inputs(seed)
+    means = key_means if config.kind == "pooled" else means
+    if config.kind in ("window", "strided", "bigbird"):
+        means, params = means[..., :0], {}
+    wanted = {"learned": ("query", "key", "bias")}.get(config.kind, ("query", "key"))
+    params = {k: v for k, v in params.items() if k in wanted and config.kind != "pooled"}
+    return compiled(config)({"params": params}, tiles, KeyBlocks(means), rng)
+
+
+@functools.cache
+def compiled(config):
+    return jax.jit(BlockRouter(config, K).apply)
+
+
+def rows_of(table):
+    """(b, k, m) → what the row lists."""
+    counts = np.broadcast_to(table.counts, (B, K, M))
+    indices = np.broadcast_to(table.indices, (B, K, M, table.capacity))
+    return {at: indices[at][: counts[at]].tolist() for at in np.ndindex(B, K, M)}
+
+
+def numpy_scores(config, seed):
+    """[B,K,M,J] in float64."""
+    tiles, means, key_means, params = make_inputs(seed)
+    if config.kind == "pooled":
+        q = tiles.q.astype(float).reshape(B, M, K, G, H).mean(3)
+        k = key_means.astype(float).reshape(B, J, K, H)
+    else:
+        q = np.einsum("bmd,dkr->bmkr", tiles.x.astype(float), params["query"])
+        k = np.einsum("bjd,dkr->bjkr", means.astype(float), params["key"])
+    if config.kind == "clusters":
+        return q, k
+    scores = np.einsum("bmkr,bjkr->bkmj", q, k) / np.sqrt(q.shape[-1])
+    return scores + params["bias"][None, :, None, None] * (config.kind == "learned")
+
+
+def numpy_row(config, scores, own, together=None):
+    """What one row lists, from its scores [J]: the rule in plain words."""
+    always = {own} | set(range(min(config.sinks, own)))
+    others = list(range(config.sinks, own))
+    ranked = sorted(others, key=lambda j: -scores[j])
+    if config.budget == "blocks":
+        most = config.blocks
+    else:
+        most = int(np.floor(config.fraction * (own + 1) + 0.5))
+    if config.budget == "mass":
+        share = np.exp([scores[j] for j in ranked])
+        held = np.cumsum(share) / share.sum() if ranked else share
+        most = min(most, len(always) + int(np.sum(held - share / share.sum() < config.mass)))
+    if config.budget == "gates":
+        ranked = [j for j in ranked if scores[j] > 0]
+    if together is not None:
+        ranked = [j for j in ranked if together[j]]
+    return sorted(always | set(ranked[: max(0, most - len(always))]))
+
+
+BUDGETS = st.one_of(
+    st.integers(2, J).map(lambda n: {"budget": "blocks", "blocks": n}),
+    st.sampled_from([0.1, 0.25, 0.5, 1.0]).map(lambda f: {"budget": "fraction", "fraction": f}),
+)
+SOFT = st.one_of(
+    BUDGETS,
+    st.sampled_from([0.2, 0.6, 0.95]).map(lambda p: {"budget": "mass", "mass": p, "fraction": 0.7}),
+)
+
+
+@given(
+    kind=st.sampled_from(["pooled", "learned", "indexer", "random"]),
+    budget=SOFT,
+    sinks=st.integers(0, 1),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=10)
+def test_a_row_lists_what_its_scores_say(kind, budget, sinks, seed):
+    if kind == "random" and budget["budget"] == "mass":
+        kind = "learned"
+    config = dataclasses.replace(PLAIN, kind=kind, sinks=sinks, **budget)
+    scores = numpy_scores(config, seed)
+    for (b, k, m), got in rows_of(route(config, seed).table).items():
+        assert got == numpy_row(config, scores[b, k, m], m // 2)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_open_gates_are_listed_and_what_has_no_room_is_counted(fraction):
+    config = dataclasses.replace(PLAIN, budget="gates", fraction=fraction)
+    scores, routed = numpy_scores(config, 3), route(config, 3)
+    for (b, k, m), got in rows_of(routed.table).items():
+        own = m // 2
+        assert got == numpy_row(config, scores[b, k, m], own)
+        wish = numpy_row(dataclasses.replace(config, fraction=1.0), scores[b, k, m], own)
+        assert int(routed.dropped[b, k, m]) == len(wish) - len(got)
+        assert float(routed.listed[b, k, m]) == len(got)
+    assert (int(routed.dropped.sum()) > 0) == (fraction < 1)
+
+
+def test_blocks_of_the_tiles_cluster_are_listed():
+    config = dataclasses.replace(PLAIN, kind="clusters", budget="fraction", fraction=0.6)
+    q, k = numpy_scores(config, 1)
+    softmax = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (q, k)]
+    scores = np.einsum("bmke,bjke->bkmj", *softmax)
+    mine, theirs = q.argmax(-1), k.argmax(-1)
+    for (b, h, m), got in rows_of(route(config, 1).table).items():
+        together = theirs[b, :, h] == mine[b, m, h]
+        assert got == numpy_row(config, scores[b, h, m], m // 2, together)
+
+
+def test_a_cluster_without_blocks_leaves_its_own_block_and_the_sinks():
+    queries = jnp.array([5.0, 0.0]).reshape(1, 1, 1, 2)
+    keys = jnp.array([[0.0, 5.0]] * 4).reshape(1, 4, 1, 2)
+    clusters = assign_clusters(queries, keys, None, 1.0)
+    assert not clusters.together.any()
+    assert np.all(np.isfinite(clusters.scores))
+    one = assign_clusters(queries[..., :1], keys[..., :1], None, 1.0)  # one cluster holds all
+    assert one.together.all()
+    assert float(one.aux) == 1
+
+
+def test_unequal_clusters_cost_up_to_their_number():
+    for logits, aux in ((np.eye(4), 1.0), (np.eye(4)[[0] * 4], 4.0)):
+        one = jnp.asarray(50 * logits, jnp.float32)[None, :, None]
+        assert float(assign_clusters(one, one, None, 1.0).aux) == pytest.approx(aux, rel=1e-4)
+
+
+def own_of(m):
+    return m // 2
+
+
+@pytest.mark.parametrize("kind", ["window", "strided", "bigbird"])
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_fixed_patterns_fill_the_same_budget(kind, blocks):
+    config = dataclasses.replace(PLAIN, kind=kind, blocks=blocks)
+    table = route(config).table
+    for (_, _, m), got in rows_of(table).items():
+        own = own_of(m)
+        assert len(got) == min(blocks, own + 1)
+        assert own in got
+        assert 0 in got
+        assert max(got) == own
+        if kind == "window":
+            near = range(max(1, own - blocks + 2), own + 1)
+            assert got == sorted({0, *near})
+        if kind == "bigbird":
+            half = (blocks - 2) // 2 if own + 1 >= blocks else 0
+            assert set(range(max(0, own - half), own + 1)) <= set(got)
+    if kind == "strided":
+        wide = dataclasses.replace(config, sinks=0, blocks=2)
+        for (_, _, m), got in rows_of(route(wide).table).items():
+            own = own_of(m)
+            if own:  # one other block: a whole stride back, to the start
+                assert got == [0, own]
+
+
+def test_random_blocks_of_bigbird_differ_from_row_to_row_and_stay_the_same():
+    config = BlockRouterConfig(
+        kind="bigbird", block_q=4, block_kv=4, sinks=0, budget="blocks", blocks=4
+    )
+    tiles = TileQueries(jnp.zeros((1, 64, D)), jnp.zeros((1, 64, 1, H)), jnp.arange(64)[None] * 4)
+    router = BlockRouter(config, 1)
+    whole = router.apply({}, tiles, KeyBlocks(jnp.zeros((1, 64, 0)))).table
+    far = {tuple(row[:2].tolist()) for row in np.asarray(whole.indices[0, 0, 40:])}
+    assert len(far) > 20
+    one = tiles._replace(x=tiles.x[:, :1], q=tiles.q[:, :1], starts=tiles.starts[:, 50:51])
+    alone = router.apply({}, one, KeyBlocks(jnp.zeros((1, 64, 0)))).table
+    np.testing.assert_array_equal(alone.indices[0, 0, 0], whole.indices[0, 0, 50])
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.12, 0.25, 0.5])
+def test_a_fraction_is_what_is_spent_at_any_length(fraction):
+    config = BlockRouterConfig(kind="window", fraction=fraction)
+    for blocks in (64, 128, 512):
+        own = np.arange(blocks)
+        listed = np.asarray(row_limits(config, jnp.asarray(own)[None], blocks))[0, 0]
+        spent = listed.sum() / (own + 1).sum()
+        assert spent == pytest.approx(fraction, abs=0.01 + 1.5 / blocks)
+        assert listed.max() <= config.capacity(blocks)
+
+
+@pytest.mark.parametrize("kind", ["learned", "clusters", "pooled"])
+def test_the_choice_depends_on_no_seed_without_noise_and_on_nothing_else_with(kind):
+    budget = "gates" if kind == "learned" else "blocks"
+    config = dataclasses.replace(PLAIN, kind=kind, budget=budget, fraction=1.0)
+    quiet = [route(config, 4) for _ in range(2)]
+    noisy = [route(config, 4, jax.random.key(k)) for k in (7, 7, 8)]
+    for pair in (quiet, noisy[:2]):
+        jax.tree.map(np.testing.assert_array_equal, *pair)
+    differ = np.any(noisy[0].table.counts != noisy[2].table.counts) or np.any(
+        noisy[0].table.indices != noisy[2].table.indices
+    )
+    assert differ == (kind != "pooled")
+
+
+def test_sums_leave_out_padding_and_earlier_segments():
+    x = np.random.default_rng(0).normal(size=(2, 10, 3)).astype(np.float32)
+    valid = np.arange(10)[None] < np.array([[10], [6]])
+    segments = np.array([[0] * 6 + [1] * 4, [0] * 3 + [2] * 7])
+    sums, sizes = block_sums(x, valid, 4, segments)
+    for b, j in np.ndindex(2, 3):
+        inside = [s for s in range(4 * j, min(4 * j + 4, 10)) if valid[b, s]]
+        end = 4 * j + 3
+        if end < 10:  # of a block that is not complete nothing is read
+            inside = [s for s in inside if segments[b, s] == segments[b, end]]
+            np.testing.assert_allclose(sums[b, j], x[b, inside].sum(0), rtol=1e-5, atol=1e-6)
+            assert sizes[b, j] == len(inside)
+
+
+@pytest.mark.parametrize("kind", ["pooled", "learned", "clusters"])
+def test_overhead_is_small_at_the_sizes_it_is_meant_for(kind):
+    """Below 5 % of dense attention's multiply-adds, from 4k tokens up."""
+    config = BlockRouterConfig(kind=kind, clusters=16)
+    for length in (4096, 16384, 65536):
+        blocks = length // 64
+        work = block_router_work(
+            config, tokens=length, tiles=blocks, blocks=blocks, width=512, kv_heads=4, head_dim=128
+        )
+        dense = 2 * 4 * 128 * 64 * 64 * blocks * (blocks + 1) / 2
+        assert float(work) < 0.05 * dense
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"kind": "clever"}, r"blocks\.kind is 'clever'; accepted: pooled, learned, .*"),
+        ({"budget": "all"}, r"blocks\.budget is 'all'; accepted: blocks, .*"),
+        ({"fraction": 0.0}, r"blocks\.fraction is 0\.0; it must lie in \(0, 1\]"),
+        ({"fraction": 1.5}, r"blocks\.fraction is 1\.5; it must lie in \(0, 1\]"),
+        ({"mass": -1.0}, r"blocks\.mass is -1\.0; it must lie in \(0, 1\]"),
+        ({"blocks": 1}, r"blocks\.blocks is 1; it must hold .* and the sinks, 2 blocks"),
+        ({"block_q": 0}, r"blocks\.block_q is 0; it must be at least 1"),
+        ({"block_q": 48}, r"blocks\.block_q is 48; it must divide blocks\.block_kv = 64"),
+        ({"clusters": 0}, r"blocks\.clusters is 0; it must be at least 1"),
+        ({"sinks": -1}, r"blocks\.sinks is -1; it must be at least 0"),
+        ({"temperature": 0.0}, r"blocks\.temperature is 0\.0; it must be above 0"),
+        ({"fanout": 1}, r"blocks\.fanout is 1; it must be 0 or at least 2"),
+        ({"budget": "gates", "kind": "pooled"}, r".*needs blocks\.kind 'learned'; it is 'pooled'"),
+        ({"budget": "mass", "kind": "window"}, r".*'pooled' or 'learned' or 'indexer'; it is .*"),
+        ({"fanout": 4, "kind": "clusters"}, r"blocks\.fanout is 4; it needs .*"),
+        ({"distil": True}, r"blocks\.distil needs blocks\.kind 'indexer'; it is 'learned'"),
+    ],
+)
+def test_a_bad_field_is_named(fields, said):
+    with pytest.raises(ValueError, match=rf"^{said}\.$"):
+        BlockRouterConfig(**fields)

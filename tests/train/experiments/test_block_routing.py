@@ -1,0 +1,188 @@
+"""The block-routing experiment: fair budgets and controls, each run planned once and traceable."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from routing_jax.evals.by_position import head_usage, loss_by_position, position_edges
+from routing_jax.evals.evaluate import evaluate
+from routing_jax.evals.results import load_results
+from routing_jax.models import DecoderConfig, count_params, init_params
+from routing_jax.routers import BlockRouterConfig
+from routing_jax.train.config import config_to_dict
+from routing_jax.train.data import Batch
+from routing_jax.train.experiments import block_routing
+from routing_jax.train.experiments.block_routing import (
+    MAIN,
+    ROUTERS,
+    TASKS,
+    BlockRoutingArgs,
+    control,
+    distilled,
+    fine_tuned,
+    reproduce,
+    routed,
+    runs,
+)
+from routing_jax.train.experiments.experiment import Run
+from routing_jax.train.presets import get_preset
+from routing_jax.train.step import init_state, make_train_step
+
+from ...small_model import make_params
+
+BASE = get_preset("block-mqar-2048")
+
+
+def parameters(config):
+    return count_params(jax.eval_shape(lambda: init_params(config.model, jax.random.key(0))))
+
+
+def test_every_run_is_planned_once_with_three_seeds_where_it_counts():
+    plan = list(runs(text="corpus"))
+    names = {run.name for run in plan}
+    assert len(names) == len(plan)
+    assert all(run.config.seed == run.seed for run in plan)
+    for task, seed in itertools.product(TASKS, range(3)):
+        assert {f"{task}_{v}_s{seed}" for v in ("full", "window-1k", "distil")} <= names
+        assert {f"{task}_{v}-{p}_s{seed}" for v in MAIN for p in (12, 25)} <= names
+    assert {f"{t}_{r}-{p}_s0" for t in TASKS for r in ROUTERS for p in (5, 12, 25, 50)} <= names
+    sources = {run.config.data.source for run in plan if run.task == "block-lm"}
+    assert sources == {"corpus"}
+
+
+def test_a_distilled_indexer_is_made_before_what_starts_from_it():
+    plan = list(runs(scratch="scratch"))
+    names = [run.name for run in plan]
+    for place, run in enumerate(plan):
+        if run.variant.startswith("indexer"):
+            before = f"{run.task}_distil_s{run.seed}"
+            assert run.config.start_from == f"scratch/block-routing/{before}"
+            assert names.index(before) < place
+    first, second = (
+        jax.eval_shape(lambda c=c: init_params(c.model, jax.random.key(0)))
+        for c in (distilled(BASE), fine_tuned(BASE, 25, ""))
+    )
+    assert first == second
+    assert distilled(BASE).model.blocks.distil
+    assert not fine_tuned(BASE, 25, "").model.blocks.distil
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_budgets_and_controls_are_those_of_their_names(task):
+    base = get_preset(task)
+    for router, percent in itertools.product(ROUTERS, (5, 12, 25, 50)):
+        config = routed(base, router, percent)
+        blocks = config.model.blocks
+        assert config.data == base.data
+        assert config.batch_tokens == base.batch_tokens
+        assert config.curriculum.max_steps == base.curriculum.max_steps
+        if router == "gates":
+            share = 1.0 if task == "block-lm" else 0.5  # of the layers that are routed
+            assert config.curriculum.target == pytest.approx(share * percent / 100)
+            assert config.curriculum.weighs == "cost"
+        elif router == "mass":
+            assert blocks.fraction == percent / 50
+        else:
+            assert (blocks.budget, blocks.fraction) == ("fraction", percent / 100)
+    window = control(base, "window-1k").model.blocks
+    assert window.blocks * window.block_kv == 1024
+    assert "full" in control(base, "full").model.mixers
+    assert set(control(base, "conv").model.mixers) == {"conv"}
+    assert parameters(control(base, "conv")) == pytest.approx(parameters(base), rel=0.02)
+    assert parameters(control(base, "full")) == pytest.approx(parameters(base), rel=0.05)
+
+
+SMALL = DecoderConfig(
+    width=8,
+    layers="(conv,block)*2",
+    head_dim=4,
+    mlp_width=0,
+    blocks=BlockRouterConfig(block_q=4, block_kv=8, width=2),
+    dtype="float32",
+)
+
+
+def tiny(config):
+    """The same run of a small model at length 32."""
+    blocks = dataclasses.replace(config.model.blocks, block_q=4, block_kv=8, width=2, blocks=3)
+    small = dataclasses.replace(
+        config.model, width=8, head_dim=4, num_heads=1, num_kv_heads=1, mlp_width=0, blocks=blocks
+    )
+    data = dataclasses.replace(config.data, length=32, num_queries=2, num_keys=16, num_values=4)
+    return config.replace(data=data, model=small, curriculum__lengths=(), batch_tokens=64)
+
+
+VARIANTS = {
+    **{name: lambda c, name=name: routed(c, name, 25) for name in ROUTERS},
+    **{n: lambda c, n=n: control(c, n) for n in ("full", "linear", "window-1k")},
+    "distil": distilled,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_can_be_traced(variant):
+    config = tiny(VARIANTS[variant](BASE))
+    shapes = jax.eval_shape(lambda: init_state(config))
+    batch = jax.ShapeDtypeStruct((2, 32), np.int32)
+    weights = jax.ShapeDtypeStruct((2, 32), np.float32)
+    state, metrics = jax.eval_shape(make_train_step(config), shapes, Batch(batch, batch, weights))
+    assert jax.tree.structure(state) == jax.tree.structure(shapes)
+    assert metrics["cost"].shape == ()
+    assert config_to_dict(config)["model"]["blocks"]["block_kv"] == 8
+
+
+def some_batches():
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        tokens = rng.integers(0, 256, (2, 21), dtype=np.int32)
+        weights = (rng.random((2, 20)) < 0.7).astype(np.float32)
+        yield tokens[:, :-1], tokens[:, 1:], weights
+
+
+def test_losses_by_position_average_to_the_loss(compile_cache):
+    params = make_params(SMALL)
+    edges = position_edges(20, first=4)
+    assert edges == [4, 8, 16, 20]
+    parts = loss_by_position(SMALL, params, some_batches(), edges)
+    read = [sum(w[:, a:b].sum() for *_, w in some_batches()) for a, b in zip([0, *edges], edges)]
+    whole = evaluate(SMALL, params, some_batches()).loss
+    assert np.average(parts, weights=read) == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(ValueError, match=r"^batches is empty"):
+        loss_by_position(SMALL, params, [], edges)
+
+
+def test_head_usage_is_the_usage_of_the_block_layers(compile_cache):
+    tokens = next(some_batches())[0]
+    for config in (SMALL, SMALL.replace(scan=True)):
+        params = make_params(config)
+        told = head_usage(config, params, tokens)
+        want = evaluate(config, params, [(tokens, tokens, np.ones(tokens.shape))]).usage_per_layer
+        np.testing.assert_allclose(np.mean(told, axis=1), want[1::2], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_reproducing_trains_distils_and_renders(tmp_path, monkeypatch, compile_cache):
+    def planned(text, scratch):
+        before = f"{scratch}/block-routing/block-mqar-2048_distil_s0"
+        for variant, config in (
+            ("full", control(BASE, "full")),
+            ("distil", distilled(BASE)),
+            ("indexer-25", fine_tuned(BASE, 25, before)),
+        ):
+            short = {"curriculum__learn_steps": 2, "curriculum__hold_steps": 2}
+            yield Run("block-mqar-2048", variant, 0, tiny(config).replace(**short))
+
+    monkeypatch.setattr(block_routing, "runs", planned)
+    args = BlockRoutingArgs(str(tmp_path / "out"), str(tmp_path / "scratch"))
+    assert reproduce(args) == 0
+    results = {r.variant: r for r in load_results(tmp_path / "out", "block-routing")}
+    assert results["full"].details["head_usage"] == []
+    heads = np.array(results["indexer-25"].details["head_usage"])
+    assert heads.shape == (2, 1)
+    assert np.all(heads < np.array(results["distil"].details["head_usage"]))
+    folder = tmp_path / "out" / "block-routing"
+    assert "indexer-25" in (folder / "table.md").read_text()
+    assert (folder / "tradeoff.png").exists()
