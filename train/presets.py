@@ -146,7 +146,7 @@ def mixed_schemes(steps: int) -> TrainConfig:
 
     Command: `routing-jax train moas --workdir runs/moas --data.source train.txt more.txt
     --data.vocab-size 283` (your own files of text; the default is Python's own library).
-    Hardware and time (estimated): one H100, a minute, most of it compilation.
+    Hardware and time: one H100, an estimated minute, most of it compilation.
     Expect: about 2.2 nats a character after 500 steps on 2.4 MB of WikiText, no better than MHA.
     500 steps have a constant learning rate, as in the paper; 2,000 a warm-up of 100 and a cosine,
     as in its notebook. λ is 0 in both; `reproduce moas` has the variants, and λ on `kv_cost`.
