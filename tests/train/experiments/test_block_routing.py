@@ -122,7 +122,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+QUICK = ("distil", "tree", "gates", "linear")
+
+
+@pytest.mark.parametrize(
+    "variant", [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+)
 def test_every_variant_can_be_traced(variant):
     config = tiny(VARIANTS[variant](BASE))
     shapes = jax.eval_shape(lambda: init_state(config))
