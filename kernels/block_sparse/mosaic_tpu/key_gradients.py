@@ -23,7 +23,11 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     per_head,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide, multiply
-from routing_jax.kernels.block_sparse.mosaic_tpu.ring import for_each_step, ring_shapes
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import (
+    for_each_step,
+    in_main_memory,
+    ring_shapes,
+)
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import compiler_params, cost_estimate
 from routing_jax.kernels.block_table import ceil_div, first_positions
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
@@ -108,15 +112,15 @@ def key_gradients(
     """The gradients dk and dv, [X·J,block_kv,H] each; arguments as of `query_gradients`."""
     X, M, J, R, H = geometry.X, geometry.M, geometry.J, geometry.R, geometry.H
     block = pl.BlockSpec((None, geometry.block_kv, H), lambda x, j: (x * J + j, 0, 0))
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    operands = {"k": arrays.k, "v": arrays.v, "runs": listed.runs, "tiles": listed.tiles}
-    specs = {"k": block, "v": block, "tiles": anywhere}
+    main = pl.BlockSpec(memory_space=pltpu.HBM)
+    operands = {"k": arrays.k, "v": arrays.v, "runs": listed.runs, "tiles": in_main_memory(listed.tiles)}
+    specs = {"k": block, "v": block, "tiles": main}
     specs["runs"] = pl.BlockSpec(
         (None, None, 1, 5), lambda x, j: (x, j, 0, 0), memory_space=pltpu.SMEM
     )
     pages = [pltpu.SMEM((1, _PAGE), jnp.int32)]
     if listed.bias is not None:
-        operands["bias"], specs["bias"] = listed.bias, anywhere
+        operands["bias"], specs["bias"] = in_main_memory(listed.bias), main
         pages.append(pltpu.SMEM((1, _PAGE), jnp.float32))
     if arrays.k_segments is not None:
         operands["k_segments"] = arrays.k_segments
@@ -130,8 +134,8 @@ def key_gradients(
         "stats": stats.reshape(X * M, -1, R),
         "queries": arrays.queries.reshape(-1, *arrays.queries.shape[2:]),
     }
-    operands |= streamed
-    specs |= dict.fromkeys(streamed, anywhere)
+    operands |= {name: in_main_memory(x) for name, x in streamed.items()}
+    specs |= dict.fromkeys(streamed, main)
     return pl.pallas_call(
         functools.partial(_program, geometry),
         grid=(X, J),

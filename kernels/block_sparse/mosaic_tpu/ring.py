@@ -18,6 +18,15 @@ def ring_shapes(*blocks: tuple[tuple[int, ...], Any]) -> list[Any]:
     return [*buffers, pltpu.SemaphoreType.DMA((len(blocks), STAGES))]
 
 
+def in_main_memory(x: jax.Array) -> jax.Array:
+    """The array, kept where copies run beside the work.
+
+    Left to itself, XLA moves one that fits into vector memory, and a copy from there is a loop of
+    loads and stores that the program waits for.
+    """
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
 def for_each_step(
     steps: jax.Array,
     sources: Callable[[jax.Array], list[Any]],

@@ -15,7 +15,11 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     vector_memory,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide, multiply
-from routing_jax.kernels.block_sparse.mosaic_tpu.ring import for_each_step, ring_shapes
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import (
+    for_each_step,
+    in_main_memory,
+    ring_shapes,
+)
 
 
 def compiler_params(geometry: Geometry, inputs: AttentionInputs) -> pltpu.CompilerParams:
@@ -60,7 +64,8 @@ def row_operands(geometry: Geometry, arrays: Arrays) -> tuple[dict[str, Any], di
     streamed = {"k": arrays.k, "v": arrays.v}
     if arrays.k_segments is not None:
         streamed["k_segments"] = arrays.k_segments
-    specs |= {name: pl.BlockSpec(memory_space=pl.ANY) for name in streamed}
+    streamed = {name: in_main_memory(x) for name, x in streamed.items()}
+    specs |= {name: pl.BlockSpec(memory_space=pltpu.HBM) for name in streamed}
     ring = ring_shapes(*((x.shape[1:], x.dtype) for x in streamed.values()))
     return specs, of_row | {"queries": arrays.queries} | streamed, ring
 
