@@ -19,17 +19,29 @@ from routing_jax.evals.benchmarks import attention_cases
 from routing_jax.evals.benchmarks.environment import environment
 from routing_jax.evals.benchmarks.running import write_json
 from routing_jax.evals.benchmarks.tpu_compiler import Report, compile_cases, compiler_refusal
-from routing_jax.evals.benchmarks.tpu_programs import CHIPS, TpuCase, splash_call
+from routing_jax.evals.benchmarks.tpu_programs import (
+    CHIPS,
+    TpuCase,
+    attention_inputs,
+    splash_call,
+)
 from routing_jax.evals.benchmarks.tpu_schedule_config import TpuScheduleConfig
 from routing_jax.evals.benchmarks.tpu_schedule_plot import plot
 from routing_jax.evals.benchmarks.tpu_schedule_report import Row, describe, table, with_ratios
 from routing_jax.kernels import row_lengths
+from routing_jax.kernels.block_sparse.mosaic_tpu.call import blocks_together, sizes_of
 from routing_jax.kernels.block_table import whole_blocks
 
 __all__ = ["TpuScheduleConfig", "main", "run"]
 
 _PASSES: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
 _MEMORY = ("argument_bytes", "result_bytes", "temporary_bytes", "peak_bytes")
+
+
+def _listing(case: TpuCase, blocks: int) -> attention_cases.Case:
+    """The case of the attention benchmark whose tiles list so many random blocks."""
+    T, N, K = case.length, case.num_heads, case.num_kv_heads
+    return attention_cases.Case("forward", None, 1, T, T, blocks, case.block, case.head_dim, N, K)
 
 
 @functools.cache
@@ -42,20 +54,18 @@ def row_counts(case: TpuCase, blocks: int, seed: int) -> dict[str, int]:
       seed: of the lists.
 
     >>> row_counts(TpuCase("v5e:2x2", "forward", 512, 64), 2, 0)
-    {'program': 4, 'step': 7, 'mask': 4}
+    {'program': 4, 'turn': 0, 'step': 7}
     """
-    T, K, block = case.length, case.num_kv_heads, case.block
-    sizes = attention_cases.Case(
-        "forward", None, 1, T, T, blocks, block, case.head_dim, case.num_heads, K
-    )
-    rows = attention_cases.make_table(sizes, seed)
+    at_once = blocks_together(sizes_of(*attention_inputs(case)))
+    T, K = case.length, case.num_kv_heads
+    rows = attention_cases.make_table(_listing(case, blocks), seed)
     lengths = np.asarray(row_lengths(rows, T, T), np.int64)
-    whole = np.asarray(whole_blocks(rows, T, T), np.int64)
+    turns = np.asarray(whole_blocks(rows, T, T), np.int64) // at_once
     heads = case.batch * K // lengths.shape[1]
     return {
         "program": case.batch * K * lengths.shape[2],
-        "step": int(lengths.sum()) * heads,
-        "mask": int((lengths - whole).sum()) * heads,
+        "turn": int(turns.sum()) * heads,
+        "step": int((lengths - at_once * turns).sum()) * heads,
     }
 
 
@@ -113,8 +123,11 @@ def _schedule_rows(config: TpuScheduleConfig, chip: str) -> Iterator[Row]:
                 if blocks >= case.length // config.block:
                     continue
                 counts = row_counts(case, blocks, config.seed)
-                every = row_counts(case, 0, config.seed)["step"]
-                listed = {"blocks": blocks, "density": counts["step"] / every}
+                of, every = (
+                    attention_cases.listed_blocks(_listing(case, x), config.seed)
+                    for x in (blocks, 0)
+                )
+                listed = {"blocks": blocks, "density": of / every}
                 yield _counted(row | listed, report, counts)
 
 

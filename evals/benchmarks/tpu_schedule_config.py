@@ -41,12 +41,10 @@ class TpuScheduleConfig:
     num_kv_heads: int = 8
     block: int = 128
     tiles: tuple[tuple[int, int, int], ...] = (
-        (512, 512, 512),
         (512, 1024, 512),
         (1024, 1024, 512),
         (1024, 1024, 1024),
         (1024, 2048, 512),
-        (2048, 1024, 512),
         (2048, 2048, 512),
     )
     memory_lengths: tuple[int, ...] = (4096, 32768, 131072, 1048576)

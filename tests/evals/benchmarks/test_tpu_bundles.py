@@ -56,15 +56,23 @@ def test_the_parts_of_a_kernel_with_a_loop_over_blocks():
     assert found == {"program": 4, "step": 8, "mask": 2}
 
 
+def test_the_parts_of_a_kernel_that_takes_whole_blocks_together():
+    second = """   0xd LB: >> { %13 = h } /* Start region 12 */
+   0xe   : >> { %13 = sbr.rel (!%p5_p0) target = $region12 }
+   0xf PF:"""
+    two = ROWS.replace("   0xd PF:", second).replace("   0xe   : > {", "  0x10   : > {")
+    assert bundles(row_parts(read_regions(two))) == {"turn": 10, "step": 2, "program": 4}
+
+
 def test_the_parts_of_a_kernel_with_a_grid_over_blocks():
     found = bundles(grid_parts(read_regions(GRID)))
     assert found == {"program": 7, "run": 2, "first": 1, "last": 1}
 
 
 def test_a_schedule_of_another_form_is_not_summed():
-    with pytest.raises(ValueError, match="0 loops where one loop over steps"):
+    with pytest.raises(ValueError, match="0 loops over blocks; 1 was"):
         row_parts(read_regions(GRID))
-    with pytest.raises(ValueError, match="2 loops where no loop within a program"):
+    with pytest.raises(ValueError, match="1 loops within a program; 0 was"):
         grid_parts(read_regions(ROWS))
 
 
