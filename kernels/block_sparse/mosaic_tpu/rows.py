@@ -14,8 +14,9 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     Geometry,
     vector_memory,
 )
-from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide, multiply
+from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
 from routing_jax.kernels.block_sparse.mosaic_tpu.ring import for_each_step, ring_shapes
+from routing_jax.kernels.tpu_arrays import multiply
 
 
 def compiler_params(geometry: Geometry, inputs: AttentionInputs) -> pltpu.CompilerParams:
