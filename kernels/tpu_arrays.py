@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 
 def multiply(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -21,3 +22,12 @@ def multiply(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
     return lax.dot_general(
         a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def in_main_memory(x: jax.Array) -> jax.Array:
+    """The array, kept where copies run beside the work.
+
+    Left to itself, XLA moves one that fits into vector memory, and a copy from there is a loop of
+    loads and stores that the program waits for.
+    """
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)

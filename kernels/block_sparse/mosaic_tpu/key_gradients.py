@@ -28,7 +28,7 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.rows import compiler_params, co
 from routing_jax.kernels.block_table import ceil_div, first_positions
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
 from routing_jax.kernels.padding import pad_axis
-from routing_jax.kernels.tpu_arrays import multiply
+from routing_jax.kernels.tpu_arrays import in_main_memory, multiply
 
 _PAGE = 1024
 
@@ -109,30 +109,27 @@ def key_gradients(
     """The gradients dk and dv, [X·J,block_kv,H] each; arguments as of `query_gradients`."""
     X, M, J, R, H = geometry.X, geometry.M, geometry.J, geometry.R, geometry.H
     block = pl.BlockSpec((None, geometry.block_kv, H), lambda x, j: (x * J + j, 0, 0))
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    operands = {"k": arrays.k, "v": arrays.v, "runs": listed.runs, "tiles": listed.tiles}
-    specs = {"k": block, "v": block, "tiles": anywhere}
+    operands = {"k": arrays.k, "v": arrays.v, "runs": listed.runs}
+    specs = {"k": block, "v": block}
     specs["runs"] = pl.BlockSpec(
         (None, None, 1, 5), lambda x, j: (x, j, 0, 0), memory_space=pltpu.SMEM
     )
-    pages = [pltpu.SMEM((1, _PAGE), jnp.int32)]
-    if listed.bias is not None:
-        operands["bias"], specs["bias"] = listed.bias, anywhere
-        pages.append(pltpu.SMEM((1, _PAGE), jnp.float32))
     if arrays.k_segments is not None:
         operands["k_segments"] = arrays.k_segments
         specs["k_segments"] = pl.BlockSpec(
             (None, *arrays.k_segments.shape[1:]),
             lambda x, j: (lax.div(x, geometry.K) * J + j, 0, 0),
         )
+    paged = {"tiles": listed.tiles} | ({} if listed.bias is None else {"bias": listed.bias})
     streamed = {
         "q": arrays.q.reshape(X * M, R, H),
         "d_out": d_out.reshape(X * M, R, H),
         "stats": stats.reshape(X * M, -1, R),
         "queries": arrays.queries.reshape(-1, *arrays.queries.shape[2:]),
     }
-    operands |= streamed
-    specs |= dict.fromkeys(streamed, anywhere)
+    copied = {name: in_main_memory(x) for name, x in (paged | streamed).items()}
+    operands |= copied
+    specs |= dict.fromkeys(copied, pl.BlockSpec(memory_space=pltpu.HBM))
     return pl.pallas_call(
         functools.partial(_program, geometry),
         grid=(X, J),
@@ -143,7 +140,7 @@ def key_gradients(
             pltpu.VMEM((geometry.block_kv, H), jnp.float32),
             pltpu.VMEM((geometry.block_kv, H), jnp.float32),
             ring_shapes(*((x.shape[1:], x.dtype) for x in streamed.values())),
-            pages,
+            [pltpu.SMEM((1, _PAGE), x.dtype) for x in paged.values()],
             pltpu.SMEM((1,), jnp.int32),
         ],
         compiler_params=compiler_params(geometry, inputs),

@@ -16,7 +16,7 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
 from routing_jax.kernels.block_sparse.mosaic_tpu.ring import for_each_step, ring_shapes
-from routing_jax.kernels.tpu_arrays import multiply
+from routing_jax.kernels.tpu_arrays import in_main_memory, multiply
 
 
 def compiler_params(geometry: Geometry, inputs: AttentionInputs) -> pltpu.CompilerParams:
@@ -61,7 +61,8 @@ def row_operands(geometry: Geometry, arrays: Arrays) -> tuple[dict[str, Any], di
     streamed = {"k": arrays.k, "v": arrays.v}
     if arrays.k_segments is not None:
         streamed["k_segments"] = arrays.k_segments
-    specs |= {name: pl.BlockSpec(memory_space=pl.ANY) for name in streamed}
+    streamed = {name: in_main_memory(x) for name, x in streamed.items()}
+    specs |= {name: pl.BlockSpec(memory_space=pltpu.HBM) for name in streamed}
     ring = ring_shapes(*((x.shape[1:], x.dtype) for x in streamed.values()))
     return specs, of_row | {"queries": arrays.queries} | streamed, ring
 

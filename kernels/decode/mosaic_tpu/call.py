@@ -15,6 +15,7 @@ from routing_jax.kernels.decode.mosaic_tpu.pool_view import pool_view
 from routing_jax.kernels.decode.mosaic_tpu.tiling import decode_tiling, vector_memory
 from routing_jax.kernels.padding import pad_axis
 from routing_jax.kernels.tpu import LANES
+from routing_jax.kernels.tpu_arrays import in_main_memory
 
 
 def run_on_tpu(scale: float, inputs: DecodeInputs) -> tuple[jax.Array, jax.Array]:
@@ -48,8 +49,8 @@ def run_on_tpu(scale: float, inputs: DecodeInputs) -> tuple[jax.Array, jax.Array
     operands = lists | {
         "header": jnp.concatenate([lengths[:, None], counts], axis=1)[:, None],
         "q": pad_axis(rows, 2, R),
-        "k_pool": view.arrange(k_pool),
-        "v_pool": view.arrange(v_pool),
+        "k_pool": in_main_memory(view.arrange(k_pool)),
+        "v_pool": in_main_memory(view.arrange(v_pool)),
     }
     specs = {
         name: pl.BlockSpec(
@@ -61,8 +62,8 @@ def run_on_tpu(scale: float, inputs: DecodeInputs) -> tuple[jax.Array, jax.Array
             (None, 1, 1 + list_heads), lambda b, s: (b, 0, 0), memory_space=pltpu.SMEM
         ),
         "q": pl.BlockSpec((None, K, R, H), lambda b, s: (b, 0, 0, 0)),
-        "k_pool": pl.BlockSpec(memory_space=pl.ANY),
-        "v_pool": pl.BlockSpec(memory_space=pl.ANY),
+        "k_pool": pl.BlockSpec(memory_space=pltpu.HBM),
+        "v_pool": pl.BlockSpec(memory_space=pltpu.HBM),
     }
     shape = DecodeShape(T, G, K, k_pool.shape[0], list_heads == 1, scale, view, tiling)
     kind = q.dtype if splits == 1 else jnp.float32
