@@ -39,7 +39,8 @@ def run_on_tpu(scale: float, inputs: DecodeInputs) -> tuple[jax.Array, jax.Array
     B, T, N, H = q.shape
     K, list_heads, C = k_pool.shape[2], *pages.pages.shape[1:]
     G = N // K
-    tiling, view = decode_tiling(inputs), pool_view(k_pool)
+    cores = pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+    tiling, view = decode_tiling(inputs, cores), pool_view(k_pool)
     splits, R = ceil_div(C, tiling.slots), tiling.rows
     rows = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     counts = jnp.where(lengths[:, None] > 0, jnp.clip(pages.counts, 0, C), 0)
@@ -83,6 +84,7 @@ def run_on_tpu(scale: float, inputs: DecodeInputs) -> tuple[jax.Array, jax.Array
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"),
             vmem_limit_bytes=min(2 * vector_memory(inputs, tiling), 56 * 2**20),
+            disable_bounds_checks=True,  # a page is in the pool; checks take as long as a copy
         ),
         cost_estimate=_cost(inputs, R),
         name="block_sparse_decode",

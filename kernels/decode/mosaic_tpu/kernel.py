@@ -98,8 +98,10 @@ def decode_program(shape: DecodeShape, inputs: dict[str, Any], out_ref, lse_ref,
 
     def at_or_after(unit):
         """The first step of the next heads that have any."""
-        last = units - 1
-        empty = lambda unit: (unit < last) & (steps(jnp.minimum(unit, last)) == 0)  # noqa: E731
+
+        def empty(unit):
+            return (unit < units - 1) & (steps(jnp.minimum(unit, units - 1)) == 0)
+
         return _Step(lax.while_loop(empty, lambda unit: unit + 1, unit), jnp.int32(0))
 
     def after(place):
@@ -121,8 +123,7 @@ def decode_program(shape: DecodeShape, inputs: dict[str, Any], out_ref, lse_ref,
 
         return after(place)
 
-    for i in range(stages - 1):
-        ahead = fetch(jnp.int32(i), ahead)
+    ahead = lax.fori_loop(0, stages - 1, fetch, ahead)
 
     def body(i, places):
         reading, ahead = places

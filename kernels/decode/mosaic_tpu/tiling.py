@@ -11,10 +11,10 @@ from routing_jax.kernels.tpu import LANES, tpu_refusal
 _PAGE_SIZES = (16, 32, 64, 128, 256, 512)
 _HEAD_DIM = 256
 _KV_HEADS = 128
-_PIECE_KEYS = 512
+_STEP_KEYS = 1024
 _SCALARS = 2**19  # bytes of scalar memory for lists, half of the least that a chip has
 _VECTORS = 40 * 2**20  # of vector memory, of the 64 MiB that the smallest of the chips has
-_RING = 4 * 2**20
+_RING = 8 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,32 +34,37 @@ class DecodeTiling:
     rows: int
 
 
-def decode_tiling(inputs: DecodeInputs) -> DecodeTiling:
+def decode_tiling(inputs: DecodeInputs, cores: int = 1) -> DecodeTiling:
     """The tiling for a call.
 
-    A step has enough keys to hide what it costs to begin one. The ring holds 4 MiB, or two steps
-    if they are larger: at the 0.8 to 3.7 TB/s of a v5e to tpu7x core that is 1 to 5 µs of copies
-    under way, and a copy takes about one to arrive.
+    A step of 1,024 keys takes about 780 bundles of the compiler's schedule (bfloat16, head dim 128,
+    for v5e; 1,000 in two steps of 512), of which 25 begin the copies of each page: on a v5e a third
+    of the time in which its keys and values arrive. The ring has room for 4 to 8 MiB, so 3 MiB or
+    more are under way; a tpu7x core gets 3.7 MB/µs, and a copy takes about a microsecond to begin.
 
     Args:
       inputs: the call.
+      cores: of the chip, if it deals programs out to them; they share a sequence that is alone.
 
     >>> from routing_jax.kernels.decode.pages import PageList
     >>> pool, rows = jnp.ones((9, 128, 8, 128), jnp.bfloat16), jnp.ones((1, 8, 64), jnp.int32)
     >>> pages = PageList(rows[..., 0], rows, rows)
     >>> decode_tiling(DecodeInputs(pool[:1, :1], pool, pool, pages, jnp.array([9]), None))
-    DecodeTiling(pages=4, stages=8, slots=64, rows=16)
+    DecodeTiling(pages=8, stages=8, slots=64, rows=16)
     """
-    T, N, H = inputs.q.shape[1:]
+    B, T, N, H = inputs.q.shape
     page_size, K = inputs.k_pool.shape[1:3]
-    pages = max(1, _PIECE_KEYS // page_size)
+    capacity = inputs.pages.pages.shape[2]
+    pages = max(1, _STEP_KEYS // page_size)
     step = 2 * 4 * pages * page_size * max(H, LANES)  # as if of 32 bits, which pairs of heads are
-    slots = _SCALARS // (2 * 4 * _list_rows(inputs))  # two programs' lists
+    slots = _SCALARS // (2 * 4 * _list_rows(inputs)) // LANES  # two programs' lists
+    if cores > B:
+        slots = min(slots, ceil_div(capacity, cores * LANES))
     whole = 32 // inputs.q.dtype.itemsize  # rows of a tile of memory
     return DecodeTiling(
         pages=pages,
         stages=max(2, _RING // step),
-        slots=min(inputs.pages.pages.shape[2], slots // LANES * LANES),
+        slots=min(capacity, slots * LANES),
         rows=ceil_div(N // K * T, whole) * whole,
     )
 
