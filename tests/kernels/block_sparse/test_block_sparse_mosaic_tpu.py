@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,6 @@ from routing_jax.kernels import block_sparse_attention
 from routing_jax.kernels.block_sparse.mosaic_tpu import call
 from routing_jax.kernels.block_sparse.reference import reference_attention
 
-from ..tpu_compiling import compile_attention
 from .attention_suite import AttentionSuite, Case, make_inputs, outputs_and_gradients
 
 SMALL = Case(B=1, T=100, K=1, capacity=2, dense=0.0)
@@ -52,24 +50,6 @@ def test_equals_masked_dense_attention_in_brief(case):
     expected = outputs_and_gradients(reference_attention, arguments, cotangents)
     for name, value in got.items():
         np.testing.assert_allclose(value, expected[name], atol=2e-5, err_msg=name)
-
-
-def _compilable():
-    cases = itertools.product(("v5e:2x2", "v6e:2x2"), (4096, 32768), (64, 128, 256))
-    for topology, T, H in cases:
-        brief = topology == "v5e:2x2" and (T, H) == (4096, 128)
-        marks = [] if brief else [pytest.mark.slow]
-        yield pytest.param(topology, {"T": T, "H": H}, marks=marks)
-    for more in ({"features": False}, {"dtype": "float32", "blocks": 256}, {"blocks": 64}):
-        yield pytest.param("v5e:2x2", {"T": 4096, "H": 128} | more, marks=pytest.mark.slow)
-
-
-@pytest.mark.tpu
-@pytest.mark.parametrize(("topology", "sizes"), list(_compilable()))
-def test_the_tpu_compiler_takes_forward_and_backward(topology, sizes):
-    report = compile_attention(topology, **sizes)
-    assert report["kernels"] == 3
-    assert report["memory"] < 2**30
 
 
 @pytest.mark.parametrize(
