@@ -18,6 +18,8 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionOptions,
     AttentionOutputs,
 )
+from routing_jax.kernels.decode.implementation import DecodeInputs
+from routing_jax.kernels.decode.pages import PageList
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
@@ -27,14 +29,15 @@ class TpuCase(NamedTuple):
 
     Attributes:
       topology: the chips it is for, such as 'v5e:2x2'.
-      program: the forward or the backward pass of block-sparse attention, or splash's forward.
-      length: T = S.
+      program: the forward or the backward pass of block-sparse attention, splash's forward, or
+        decoding, one query a sequence and, with extras, four.
+      length: T = S; when decoding, the keys of each sequence.
       head_dim: H.
       num_heads: N.
       num_kv_heads: K.
       batch: B.
-      block: queries a tile and keys a block of the table.
-      capacity: slots of a table row; 0 for a table of dense rows.
+      block: queries a tile and keys a block of the table; keys a page.
+      capacity: slots of a table row; 0 for a table of dense rows, or one list of every page.
       extras: whether the call has a bias (if rows list blocks), positions and segments.
       dtype: of q, k and v.
       tiles: splash's block_q, block_kv and block_kv_compute.
@@ -42,7 +45,7 @@ class TpuCase(NamedTuple):
     """
 
     topology: str
-    program: Literal["forward", "backward", "splash"]
+    program: Literal["forward", "backward", "splash", "decode"]
     length: int
     head_dim: int
     num_heads: int = 4
@@ -139,6 +142,33 @@ def _block_sparse(case: TpuCase) -> Program:
     )
 
 
+def _decode(case: TpuCase) -> Program:
+    from routing_jax.kernels.decode.mosaic_tpu.call import run_on_tpu
+    from routing_jax.kernels.decode.mosaic_tpu.tiling import shape_refusal
+
+    B, K, H, size = case.batch, case.num_kv_heads, case.head_dim, case.block
+    pages = -(-case.length // size)
+    rows, C = (B, K if case.capacity else 1), case.capacity or pages
+    pool = _shape((B * pages, size, K, H), case.dtype)
+    inputs = DecodeInputs(
+        _shape((B, 4 if case.extras else 1, case.num_heads, H), case.dtype),
+        pool,
+        pool,
+        PageList(_shape(rows, jnp.int32), *[_shape((*rows, C), jnp.int32)] * 2),
+        _shape((B,), jnp.int32),
+        _shape((B, K, C), jnp.float32) if case.extras else None,
+    )
+    if refused := shape_refusal(inputs):
+        raise NotImplementedError(refused)
+    row: Any = P("batch", "heads") if case.capacity else P("batch")
+    by_head: Any = P(None, None, "heads")
+    lengths: Any = P("batch")
+    bias: Any = P("batch", "heads") if case.extras else None
+    specs = DecodeInputs(_BY_HEAD, by_head, by_head, PageList(row, row, row), lengths, bias)
+    run = functools.partial(run_on_tpu, H**-0.5)
+    return Program(run, (inputs,), (specs,), (_BY_HEAD, _BY_HEAD))
+
+
 def splash_call(case: TpuCase) -> Any:
     """Splash attention of one kv head and the query heads of its group, for the case's tiles."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -181,4 +211,5 @@ def program(case: TpuCase) -> Program:
     >>> program(TpuCase("v5e:2x2", "forward", 1024, 64)).arguments[0].table.counts.shape
     (1, 1, 8)
     """
-    return _splash(case) if case.program == "splash" else _block_sparse(case)
+    programs = {"splash": _splash, "decode": _decode}
+    return programs.get(case.program, _block_sparse)(case)

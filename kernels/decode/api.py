@@ -13,12 +13,14 @@ from routing_jax.kernels.checks import (
 from routing_jax.kernels.choice import choose
 from routing_jax.kernels.decode.implementation import DecodeImplementation, DecodeInputs
 from routing_jax.kernels.decode.mosaic_gpu import MOSAIC_GPU
+from routing_jax.kernels.decode.mosaic_tpu import MOSAIC_TPU
 from routing_jax.kernels.decode.pages import PageList, check_pages
 from routing_jax.kernels.decode.xla import XLA
 
 # In the order in which they are tried when the caller names none. XLA refuses nothing, so Mosaic
-# behind it runs only by name: its tests have not all passed on a Hopper GPU yet.
-IMPLEMENTATIONS: tuple[DecodeImplementation, ...] = (XLA, MOSAIC_GPU)
+# behind it runs only by name: its tests have not all passed on a Hopper GPU yet, and nothing of
+# it has run on a TPU.
+IMPLEMENTATIONS: tuple[DecodeImplementation, ...] = (XLA, MOSAIC_GPU, MOSAIC_TPU)
 
 MAX_QUERIES = 8
 
@@ -51,7 +53,8 @@ def block_sparse_decode(
       block_bias: [B,K,C], K may be 1; added to the logits of each listed page, as in
         `block_sparse_attention`.
       scale: what q·k is multiplied by; 1/√H when None.
-      implementation: 'xla' (what None stands for), or 'mosaic_gpu' (Hopper GPUs).
+      implementation: 'xla' (what None stands for), 'mosaic_gpu' (Hopper GPUs), or
+        'mosaic_tpu'.
       return_lse: whether to return the log-sum-exp too.
 
     Returns:

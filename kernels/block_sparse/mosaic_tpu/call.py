@@ -9,8 +9,8 @@ from routing_jax.kernels.block_sparse.implementation import AttentionInputs, Att
 from routing_jax.kernels.block_table import ceil_div, row_lengths, whole_blocks
 from routing_jax.kernels.padding import pad_axis
 from routing_jax.kernels.segments import query_segments
+from routing_jax.kernels.tpu import LANES, tpu_refusal
 
-_LANES = 128
 _HEAD_DIM = 256
 _BLOCKS = (64, 128, 256, 512)
 _CAPACITY = 16384  # a row's list stands in scalar memory twice, and so does its bias
@@ -87,18 +87,6 @@ def refusal(options: AttentionOptions, inputs: AttentionInputs) -> str | None:
     return unsupported(options, inputs) or tpu_refusal()
 
 
-def tpu_refusal() -> str | None:
-    """Why kernels for TPUs cannot run on the default device; None if they can.
-
-    >>> tpu_refusal() is None or "TPU" in tpu_refusal()
-    True
-    """
-    device = jax.devices()[0]
-    if device.platform == "tpu":
-        return None
-    return f"it needs a TPU and the default device is {device.device_kind}"
-
-
 def unsupported(options: AttentionOptions, inputs: AttentionInputs) -> str | None:
     """Why the TPU kernels run this call on no device; None if they do."""
     del options
@@ -157,7 +145,7 @@ def sizes_of(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
     G = N // K
     return Geometry(
         B, T, S, K, G,
-        ceil_div(H, _LANES) * _LANES, ceil_div(G * table.block_q, _LANES) * _LANES,
+        ceil_div(H, LANES) * LANES, ceil_div(G * table.block_q, LANES) * LANES,
         table.num_tiles, ceil_div(S, table.block_kv), table.capacity,
         table.block_q, table.block_kv, options.causal, options.scale,
     )  # fmt: skip
@@ -213,7 +201,7 @@ def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometr
         of_queries = [places, own.astype(jnp.int32)]
         k_segments = pad_axis(segments.astype(jnp.int32), 1, J * geometry.block_kv)
         k_segments = k_segments.reshape(-1, 1, geometry.block_kv)
-        k_segments = pad_axis(k_segments, 2, ceil_div(geometry.block_kv, _LANES) * _LANES)
+        k_segments = pad_axis(k_segments, 2, ceil_div(geometry.block_kv, LANES) * LANES)
 
     def to_rows(x):  # [B or 1,T] -> [B or 1,M,R]
         x = pad_axis(x, 1, M * geometry.block_q, -1).reshape(-1, M, 1, geometry.block_q)

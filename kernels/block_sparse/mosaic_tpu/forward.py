@@ -27,13 +27,13 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     from_query_tiles,
     prepare,
 )
-from routing_jax.kernels.block_sparse.mosaic_tpu.masks import multiply
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import (
     compiler_params,
     cost_estimate,
     for_each_block,
     row_operands,
 )
+from routing_jax.kernels.tpu_arrays import multiply
 
 
 def forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutputs:

@@ -23,17 +23,13 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     Geometry,
     per_head,
 )
-from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide, multiply
-from routing_jax.kernels.block_sparse.mosaic_tpu.ring import (
-    Span,
-    for_each_step,
-    in_main_memory,
-    ring_shapes,
-)
+from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import Span, for_each_step, ring_shapes
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import compiler_params, cost_estimate
 from routing_jax.kernels.block_table import ceil_div, first_positions
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
 from routing_jax.kernels.padding import pad_axis
+from routing_jax.kernels.tpu_arrays import in_main_memory, multiply
 
 _PAGE = 1024
 

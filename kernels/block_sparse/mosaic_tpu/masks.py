@@ -1,23 +1,10 @@
-"""What the kernels share within a step: products of tiles, and which logits are hidden."""
+"""Which logits of a step are hidden."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import Geometry
-
-
-def multiply(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Sums a·b over one dimension of each, in float32.
-
-    >>> multiply(jnp.ones((2, 3)), jnp.ones((4, 3)), (1, 1)).shape
-    (2, 4)
-    """
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = ((contract[:1], contract[1:]), ((), ()))
-    return lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def hide(

@@ -13,7 +13,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import Arrays, Geometry
-from routing_jax.kernels.block_sparse.mosaic_tpu.masks import multiply
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import (
     compiler_params,
     cost_estimate,
@@ -21,6 +20,7 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.rows import (
     row_operands,
 )
 from routing_jax.kernels.block_table import ceil_div
+from routing_jax.kernels.tpu_arrays import multiply
 
 _SUBLANES = 8
 

@@ -16,15 +16,6 @@ def ring_shapes(stages: int, *blocks: tuple[tuple[int, ...], Any]) -> list[Any]:
     return [*buffers, pltpu.SemaphoreType.DMA((len(blocks), stages))]
 
 
-def in_main_memory(x: jax.Array) -> jax.Array:
-    """The array, kept where copies run beside the work.
-
-    Left to itself, XLA moves one that fits into vector memory, and a copy from there is a loop of
-    loads and stores that the program waits for.
-    """
-    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
-
-
 class Span(NamedTuple):
     """Steps that are taken some at a time.
 

@@ -17,13 +17,9 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     blocks_together,
     vector_memory,
 )
-from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide, multiply
-from routing_jax.kernels.block_sparse.mosaic_tpu.ring import (
-    Span,
-    for_each_step,
-    in_main_memory,
-    ring_shapes,
-)
+from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import Span, for_each_step, ring_shapes
+from routing_jax.kernels.tpu_arrays import in_main_memory, multiply
 
 
 def compiler_params(geometry: Geometry, inputs: AttentionInputs) -> pltpu.CompilerParams:

@@ -8,7 +8,8 @@ import pytest
 
 from routing_jax.kernels import PageList, block_sparse_decode, contiguous_pages, dense_pages
 from routing_jax.kernels.decode.implementation import DecodeInputs
-from routing_jax.kernels.decode.mosaic_gpu.splits import merge_splits, run_on_hopper
+from routing_jax.kernels.decode.merge import merge_splits
+from routing_jax.kernels.decode.mosaic_gpu.splits import run_on_hopper
 from routing_jax.kernels.decode.mosaic_gpu.tiling import decode_tiling, shape_refusal
 from routing_jax.kernels.decode.reference import reference_decode
 
