@@ -127,7 +127,7 @@ def vector_memory(geometry: Geometry, inputs: AttentionInputs) -> int:
 
 
 STAGES = 3  # of a ring: copies of two steps are under way during a third
-_KEYS_TOGETHER, _LOGITS_TOGETHER = 512, 512 * 1024
+_KEYS_TOGETHER, _LOGITS_TOGETHER = 1024, 512 * 1024
 
 
 def blocks_together(geometry: Geometry) -> int:
