@@ -184,8 +184,8 @@ def caption(result: Mapping[str, Any]) -> str:
         heads.append(f"{config['num_heads']} query and {config['num_kv_heads']} key/value heads")
     if "memory" in parts:
         heads.append(
-            f"for memory {config['memory_heads']} query heads on one, and {config['memory_blocks']}"
-            " blocks listed a tile"
+            f"for memory {config['memory_heads']} query heads on one key/value head, lists of "
+            f"{config['memory_blocks']} blocks a tile"
         )
     return (
         f"Compiled, not run: bfloat16, batch 1, {'; '.join(heads)}; blocks of {config['block']}. "
