@@ -18,7 +18,7 @@ BRIEF = [
     PLAIN._replace(length=1 << 20, capacity=64),
     PLAIN._replace(program="backward", capacity=16, extras=True),
     PLAIN._replace(topology=CHIPS["v5p"], length=131072, head_dim=256),
-    PLAIN._replace(topology=CHIPS["v6e"], program="backward", head_dim=64, capacity=16),
+    PLAIN._replace(topology=CHIPS["v6e"], head_dim=64, capacity=16),
     PLAIN._replace(topology=CHIPS["tpu7x"], length=32768, capacity=16, extras=True),
     PLAIN._replace(topology=CHIPS["tpu7x"], program="backward", head_dim=256),
     SHARDED._replace(topology="v5e:4x4", mesh=(4, 4)),
