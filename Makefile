@@ -5,6 +5,8 @@
 WORKDIR = runs/recall-128
 SETUP = pyproject.toml .python-version .ci/bootstrap
 PYTEST_WORKERS = auto
+# test,tpu-aot also brings the TPU compiler, for the tests that compile ahead of time.
+EXTRAS ?= test
 
 # The main job. A second call continues the run, or shows that it is done. Add fields with ARGS='--seed 1'.
 recall: .venv/.ready
@@ -37,7 +39,7 @@ clean:
 	@touch $@
 
 .venv/.ready-test: $(SETUP)
-	sh .ci/bootstrap .venv test
+	sh .ci/bootstrap .venv $(EXTRAS)
 	@touch $@ .venv/.ready
 
 .venv/.ready-published: $(SETUP)
@@ -45,5 +47,5 @@ clean:
 	@touch $@ .venv/.ready .venv/.ready-test
 
 .venv-newest/.ready-test: $(SETUP)
-	NEWEST='$(NEWEST)' sh .ci/bootstrap .venv-newest test
+	NEWEST='$(NEWEST)' sh .ci/bootstrap .venv-newest $(EXTRAS)
 	@touch $@

@@ -13,11 +13,13 @@ from routing_jax.kernels.checks import (
 from routing_jax.kernels.choice import choose
 from routing_jax.kernels.decode.implementation import DecodeImplementation, DecodeInputs
 from routing_jax.kernels.decode.mosaic_gpu import MOSAIC_GPU
+from routing_jax.kernels.decode.mosaic_tpu import MOSAIC_TPU
 from routing_jax.kernels.decode.pages import PageList, check_pages
 from routing_jax.kernels.decode.xla import XLA
 
-# In the order in which they are tried when the caller names none; XLA refuses nothing.
-IMPLEMENTATIONS: tuple[DecodeImplementation, ...] = (MOSAIC_GPU, XLA)
+# In the order in which they are tried when the caller names none. XLA refuses nothing, so what
+# stands behind it runs only by name: nothing of Mosaic TPU has run on a TPU yet.
+IMPLEMENTATIONS: tuple[DecodeImplementation, ...] = (MOSAIC_GPU, XLA, MOSAIC_TPU)
 
 MAX_QUERIES = 8
 
@@ -50,8 +52,8 @@ def block_sparse_decode(
       block_bias: [B,K,C], K may be 1; added to the logits of each listed page, as in
         `block_sparse_attention`.
       scale: what q·k is multiplied by; 1/√H when None.
-      implementation: 'mosaic_gpu' (Hopper GPUs), 'xla', or None for the first that supports the
-        call.
+      implementation: 'mosaic_gpu' (Hopper GPUs), 'xla', 'mosaic_tpu', or None for the first of
+        the first two that supports the call.
       return_lse: whether to return the log-sum-exp too.
 
     Returns:

@@ -9,8 +9,8 @@ from routing_jax.kernels.block_sparse.implementation import AttentionInputs, Att
 from routing_jax.kernels.block_table import ceil_div, row_lengths, whole_blocks
 from routing_jax.kernels.padding import pad_axis
 from routing_jax.kernels.segments import query_segments
+from routing_jax.kernels.tpu import LANES, tpu_refusal
 
-_LANES = 128
 _HEAD_DIM = 256
 _BLOCKS = (64, 128, 256, 512)
 _CAPACITY = 16384  # a row's list stands in scalar memory twice, and so does its bias
@@ -87,18 +87,6 @@ def refusal(options: AttentionOptions, inputs: AttentionInputs) -> str | None:
     return unsupported(options, inputs) or tpu_refusal()
 
 
-def tpu_refusal() -> str | None:
-    """Why kernels for TPUs cannot run on the default device; None if they can.
-
-    >>> tpu_refusal() is None or "TPU" in tpu_refusal()
-    True
-    """
-    device = jax.devices()[0]
-    if device.platform == "tpu":
-        return None
-    return f"it needs a TPU and the default device is {device.device_kind}"
-
-
 def unsupported(options: AttentionOptions, inputs: AttentionInputs) -> str | None:
     """Why the TPU kernels run this call on no device; None if they do."""
     del options
@@ -112,7 +100,7 @@ def unsupported(options: AttentionOptions, inputs: AttentionInputs) -> str | Non
         )
     if table.capacity > _CAPACITY:
         return f"it takes table rows of up to {_CAPACITY} slots, and the table has {table.capacity}"
-    needed = vector_memory(_geometry(AttentionOptions(True, 1.0), inputs), inputs)
+    needed = vector_memory(sizes_of(AttentionOptions(True, 1.0), inputs), inputs)
     if needed > _VMEM:
         return (
             f"it holds a tile with all heads of its group in {_VMEM >> 20} MiB, and this call "
@@ -129,22 +117,35 @@ def vector_memory(geometry: Geometry, inputs: AttentionInputs) -> int:
     """
     width = 2 if inputs.q.dtype == jnp.bfloat16 else 4
     R, H, block_kv = geometry.R, geometry.H, geometry.block_kv
-    tiles = 2 * STAGES * (R + block_kv) * H * width
+    together = blocks_together(geometry)
+    stages = max(STAGES, 2 * together)
+    tiles = 2 * (STAGES * R + stages * block_kv) * H * width
     sums = 2 * (R + 2 * block_kv) * H * 4
-    logits = 5 * R * block_kv * 4
+    logits = 5 * R * together * block_kv * 4
     slots = 0 if inputs.block_bias is None else 2 * (geometry.C + 8) * R * 4
     return tiles + sums + logits + slots
 
 
-STAGES = 3  # of the rings: copies of two steps are under way during a third
+STAGES = 3  # of a ring: copies of two steps are under way during a third
+_KEYS_TOGETHER, _LOGITS_TOGETHER = 1024, 512 * 1024
 
 
-def _geometry(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
+def blocks_together(geometry: Geometry) -> int:
+    """How many blocks the kernels of rows take in one step, where they need no mask.
+
+    A larger step leaves the compiler more to do while it waits, and rescales the sums less often.
+    """
+    keys = min(_KEYS_TOGETHER, _LOGITS_TOGETHER // geometry.R)
+    return max(1, keys // geometry.block_kv)
+
+
+def sizes_of(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
+    """The static sizes of a call."""
     (B, T, N, H), (S, K), table = inputs.q.shape, inputs.k.shape[1:3], inputs.table
     G = N // K
     return Geometry(
         B, T, S, K, G,
-        ceil_div(H, _LANES) * _LANES, ceil_div(G * table.block_q, _LANES) * _LANES,
+        ceil_div(H, LANES) * LANES, ceil_div(G * table.block_q, LANES) * LANES,
         table.num_tiles, ceil_div(S, table.block_kv), table.capacity,
         table.block_q, table.block_kv, options.causal, options.scale,
     )  # fmt: skip
@@ -189,7 +190,7 @@ def widen(geometry: Geometry, x: jax.Array) -> jax.Array:
 def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometry, Arrays]:
     """Cuts a call to the kernels' measure."""
     q, k, v, table, bias, positions, segments = inputs
-    geometry = _geometry(options, inputs)
+    geometry = sizes_of(options, inputs)
     T, S, J, M = geometry.T, geometry.S, geometry.J, geometry.M
     lengths = row_lengths(table, T, S, q_positions=positions, causal=options.causal)
     places = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
@@ -200,7 +201,7 @@ def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometr
         of_queries = [places, own.astype(jnp.int32)]
         k_segments = pad_axis(segments.astype(jnp.int32), 1, J * geometry.block_kv)
         k_segments = k_segments.reshape(-1, 1, geometry.block_kv)
-        k_segments = pad_axis(k_segments, 2, ceil_div(geometry.block_kv, _LANES) * _LANES)
+        k_segments = pad_axis(k_segments, 2, ceil_div(geometry.block_kv, LANES) * LANES)
 
     def to_rows(x):  # [B or 1,T] -> [B or 1,M,R]
         x = pad_axis(x, 1, M * geometry.block_q, -1).reshape(-1, M, 1, geometry.block_q)

@@ -18,16 +18,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
+    STAGES,
     Arrays,
     Geometry,
     per_head,
 )
-from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide, multiply
-from routing_jax.kernels.block_sparse.mosaic_tpu.ring import for_each_step, ring_shapes
+from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import Span, for_each_step, ring_shapes
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import compiler_params, cost_estimate
 from routing_jax.kernels.block_table import ceil_div, first_positions
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
 from routing_jax.kernels.padding import pad_axis
+from routing_jax.kernels.tpu_arrays import in_main_memory, multiply
 
 _PAGE = 1024
 
@@ -108,30 +110,27 @@ def key_gradients(
     """The gradients dk and dv, [X·J,block_kv,H] each; arguments as of `query_gradients`."""
     X, M, J, R, H = geometry.X, geometry.M, geometry.J, geometry.R, geometry.H
     block = pl.BlockSpec((None, geometry.block_kv, H), lambda x, j: (x * J + j, 0, 0))
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    operands = {"k": arrays.k, "v": arrays.v, "runs": listed.runs, "tiles": listed.tiles}
-    specs = {"k": block, "v": block, "tiles": anywhere}
+    operands = {"k": arrays.k, "v": arrays.v, "runs": listed.runs}
+    specs = {"k": block, "v": block}
     specs["runs"] = pl.BlockSpec(
         (None, None, 1, 5), lambda x, j: (x, j, 0, 0), memory_space=pltpu.SMEM
     )
-    pages = [pltpu.SMEM((1, _PAGE), jnp.int32)]
-    if listed.bias is not None:
-        operands["bias"], specs["bias"] = listed.bias, anywhere
-        pages.append(pltpu.SMEM((1, _PAGE), jnp.float32))
     if arrays.k_segments is not None:
         operands["k_segments"] = arrays.k_segments
         specs["k_segments"] = pl.BlockSpec(
             (None, *arrays.k_segments.shape[1:]),
             lambda x, j: (lax.div(x, geometry.K) * J + j, 0, 0),
         )
+    paged = {"tiles": listed.tiles} | ({} if listed.bias is None else {"bias": listed.bias})
     streamed = {
         "q": arrays.q.reshape(X * M, R, H),
         "d_out": d_out.reshape(X * M, R, H),
         "stats": stats.reshape(X * M, -1, R),
         "queries": arrays.queries.reshape(-1, *arrays.queries.shape[2:]),
     }
-    operands |= streamed
-    specs |= dict.fromkeys(streamed, anywhere)
+    copied = {name: in_main_memory(x) for name, x in (paged | streamed).items()}
+    operands |= copied
+    specs |= dict.fromkeys(copied, pl.BlockSpec(memory_space=pltpu.HBM))
     return pl.pallas_call(
         functools.partial(_program, geometry),
         grid=(X, J),
@@ -141,8 +140,8 @@ def key_gradients(
         scratch_shapes=[
             pltpu.VMEM((geometry.block_kv, H), jnp.float32),
             pltpu.VMEM((geometry.block_kv, H), jnp.float32),
-            ring_shapes(*((x.shape[1:], x.dtype) for x in streamed.values())),
-            pages,
+            ring_shapes(STAGES, *((x.shape[1:], x.dtype) for x in streamed.values())),
+            [pltpu.SMEM((1, _PAGE), x.dtype) for x in paged.values()],
             pltpu.SMEM((1,), jnp.int32),
         ],
         compiler_params=compiler_params(geometry, inputs),
@@ -165,7 +164,7 @@ def _program(geometry: Geometry, inputs, dk_ref, dv_ref, dk, dv, ring, pages, lo
     def entry(step, page_of):
         """The list's entry for a step, from the page that holds it."""
         place = jnp.where(step < count, start + step, dense_start + step - count)
-        page = x * num_pages + lax.div(place, _PAGE)
+        page = x * num_pages + jnp.clip(lax.div(place, _PAGE), 0, num_pages - 1)
 
         @pl.when(loaded[0] != page)
         def _():
@@ -176,21 +175,25 @@ def _program(geometry: Geometry, inputs, dk_ref, dv_ref, dk, dv, ring, pages, lo
         return page_of[0, lax.rem(place, _PAGE)]
 
     def sources(step):
-        tile = entry(step, pages[0])
+        tile = jnp.clip(entry(step, pages[0]), 0, geometry.M - 1)
         row = x * geometry.M + tile
         queries = tile if one_batch else lax.div(x, geometry.K) * geometry.M + tile
         rows = {"q": row, "d_out": row, "stats": row, "queries": queries}
         return [inputs[name].at[where] for name, where in rows.items()]
 
     def add_tile(step, buffers, state):
-        q_ref, d_out_ref, stats_ref, queries_ref = buffers
+        q_ref, d_out_ref, stats_ref, queries_ref = (buffer.at[0] for buffer in buffers)
         q, d_out, k = q_ref[...], d_out_ref[...], inputs["k"][...]
         logits = multiply(k, q, (1, 1)) * geometry.scale
         if len(pages) > 1:
             logits += entry(step, pages[1])
         k_segments = inputs["k_segments"][...] if "k_segments" in inputs else None
-        masked = entry(step, pages[0]) < whole
-        logits = hide(geometry, logits, queries_ref[...], block, k_segments, masked)
+        logits = lax.cond(
+            entry(step, pages[0]) < whole,
+            lambda logits: hide(geometry, logits, queries_ref[...], block, k_segments),
+            lambda logits: logits,
+            logits,
+        )
         lse, delta = (jnp.broadcast_to(stats_ref[i : i + 1], logits.shape) for i in range(2))
         weights = jnp.exp(logits - lse)
         d_weights = multiply(inputs["v"][...], d_out, (1, 1))
@@ -199,6 +202,6 @@ def _program(geometry: Geometry, inputs, dk_ref, dv_ref, dk, dv, ring, pages, lo
         dv[...] += multiply(weights.astype(q.dtype), d_out, (1, 0))
         return state
 
-    for_each_step(count + dense_count, sources, ring, add_tile, 0)
+    for_each_step([Span(count + dense_count, 1, add_tile)], sources, ring, 0, STAGES - 1)
     dk_ref[...] = (dk[...] * geometry.scale).astype(dk_ref.dtype)
     dv_ref[...] = dv[...].astype(dv_ref.dtype)
