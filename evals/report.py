@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from routing_jax.evals.benchmarks import tpu_schedule_plot, tpu_schedule_report
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
 from routing_jax.evals.readme import update_blocks
@@ -14,6 +15,7 @@ from routing_jax.evals.tables import routed_attention_table
 
 ROUTED_ATTENTION = "routed-attention"
 MIXING = "mixing"
+TPU_SCHEDULE = "tpu-schedule"
 
 
 def benchmark_caption(result: Mapping[str, Any]) -> str:
@@ -33,7 +35,7 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
     """The content of every README block that the results in `folder` give.
 
     Args:
-      folder: holds routed-attention/*.json and mixing/*.json.
+      folder: holds routed-attention/*.json, mixing/*.json and tpu-schedule/*.json.
     """
     folder = epath.Path(folder)
     blocks = {}
@@ -44,6 +46,11 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         blocks[f"{MIXING}-{path.stem}"] = (
             f"{mixing_table(bench['rows'])}\n\n{benchmark_caption(bench)}"
         )
+    for path in sorted((folder / TPU_SCHEDULE).glob("*.json")):
+        bench = json.loads(path.read_text())
+        blocks[f"{TPU_SCHEDULE}-{path.stem}"] = (
+            f"{tpu_schedule_report.table(bench['rows'])}\n\n{tpu_schedule_report.caption(bench)}"
+        )
     return blocks
 
 
@@ -51,7 +58,7 @@ def plot_results(folder: epath.PathLike) -> None:
     """Draws the plots of all results, each beside its JSON files.
 
     Args:
-      folder: holds routed-attention/*.json and mixing/*.json.
+      folder: holds routed-attention/*.json, mixing/*.json and tpu-schedule/*.json.
     """
     folder = epath.Path(folder)
     results = load_results(folder, ROUTED_ATTENTION)
@@ -62,6 +69,8 @@ def plot_results(folder: epath.PathLike) -> None:
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
         if shown:
             plot_speed(shown, path.with_suffix(".png"))
+    for path in sorted((folder / TPU_SCHEDULE).glob("*.json")):
+        tpu_schedule_plot.plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
 
 
 def plot_routed_attention(results: list[Result], folder: epath.Path) -> None:

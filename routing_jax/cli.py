@@ -8,10 +8,11 @@ from typing import Annotated
 
 import tyro
 
-from routing_jax.evals.benchmarks import attention, mixing
+from routing_jax.evals.benchmarks import attention, mixing, tpu_schedule
 from routing_jax.evals.benchmarks.attention import AttentionBenchConfig
 from routing_jax.evals.benchmarks.attention_flex import leave_memory_for_torch
 from routing_jax.evals.benchmarks.mixing import MixingBenchConfig
+from routing_jax.evals.benchmarks.tpu_schedule import TpuScheduleConfig
 from routing_jax.sharding import make_mesh
 from routing_jax.train.command import EXIT_BAD_INPUT, guarded, parse, train_command
 from routing_jax.train.config import MeshConfig
@@ -133,8 +134,25 @@ class BenchAttentionArgs:
     out: str = "runs/bench/attention.json"
 
 
+@dataclass(frozen=True)
+class BenchTpuScheduleArgs:
+    """Count what the TPU compiler makes of block-sparse attention, beside splash attention.
+
+    It needs no TPU, and is blind to waiting for main memory: an estimate, not a measurement.
+
+    Attributes:
+      config: what is compiled.
+      out: the JSON file to write; a plot goes beside it.
+    """
+
+    config: Annotated[TpuScheduleConfig, tyro.conf.arg(name="")] = field(
+        default_factory=TpuScheduleConfig
+    )
+    out: str = "runs/bench/tpu-schedule.json"
+
+
 def bench_command(args: Sequence[str]) -> int:
-    """Runs `bench mixing` or `bench attention`."""
+    """Runs `bench mixing`, `bench attention` or `bench tpu-schedule`."""
     name = args[0] if args else "nothing"
     if name == "mixing":
         default = BenchArgs(mixing.default_config())
@@ -147,8 +165,13 @@ def bench_command(args: Sequence[str]) -> int:
             BenchAttentionArgs, args[1:], "routing-jax bench attention", default_attention
         )
         attention.main(wanted.config, Path(wanted.out))
+    elif name == "tpu-schedule":
+        asked = parse(BenchTpuScheduleArgs, args[1:], "routing-jax bench tpu-schedule")
+        tpu_schedule.main(asked.config, Path(asked.out))
     else:
-        raise ValueError(f"bench takes 'mixing' or 'attention'; {name!r} was given.")
+        raise ValueError(
+            f"bench takes 'mixing', 'attention' or 'tpu-schedule'; {name!r} was given."
+        )
     return 0
 
 

@@ -165,7 +165,10 @@ TRAIN = ["train", "recall-128", *NEW]
         (["reproduce", "chess"], "reproduce takes one of routed-attention; 'chess' was given"),
         (["reproduce", "routed-attention", "--only", "chess"], "only is 'chess', which names no r"),
         (["reproduce", "routed-attention", "--only", "("], r"only is '\(', which is no regular e"),
-        (["bench", "chess"], "bench takes 'mixing' or 'attention'; 'chess' was given"),
+        (
+            ["bench", "chess"],
+            "bench takes 'mixing', 'attention' or 'tpu-schedule'",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(args, said, tmp_path, capsys):

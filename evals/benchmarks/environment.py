@@ -23,6 +23,7 @@ _PACKAGES = (
     "nvidia-cuda-runtime",
     "torch",
     "triton",
+    "libtpu",
 )
 
 

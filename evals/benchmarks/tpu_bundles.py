@@ -113,23 +113,25 @@ Parts = dict[str, list[tuple[int, int]]]
 
 
 def row_parts(kernel: Region) -> Parts:
-    """The parts of a kernel that loops over a row's blocks: 'program', 'step' and 'mask'.
+    """The parts of a kernel that loops over blocks.
 
-    Its longest inner loop is the step; the longest branch of that is the mask. All else that may
-    be skipped is counted as run.
+    Of one that has two loops, 'turn' takes several blocks that need no mask, and 'step' one that
+    may; of one that has one, the longest branch in a 'step' is its 'mask'. 'program' is the rest.
+    All else that may be skipped is counted as run.
 
     Raises:
       ValueError: a schedule of another form, of which no sum would be right.
     """
-    (grid,) = _only(kernel.loops, "one loop over programs")
-    (step,) = _only(grid.loops, "one loop over steps")
-    _only([step, *step.loops], "no loop within a step")
-    mask = max(step.branches, key=lambda x: x[1] - x[0], default=(step.stop, step.stop))
-    return {
-        "program": [(grid.start, step.start), (step.stop, grid.stop)],
-        "step": [(step.start, mask[0]), (mask[1], step.stop)],
-        "mask": [mask],
-    }
+    (grid,) = _expect(kernel.loops, 1, "over programs")
+    _expect([y for x in grid.loops for y in x.loops], 0, "within a loop over blocks")
+    spans = [(loop.start, loop.stop) for loop in grid.loops]
+    if len(spans) == 2:
+        found = {"turn": spans[:1], "step": spans[1:]}
+    else:
+        (step,) = _expect(grid.loops, 1, "over blocks")
+        mask = max(step.branches, key=_length, default=(step.stop, step.stop))
+        found = {"step": [(step.start, mask[0]), (mask[1], step.stop)], "mask": [mask]}
+    return found | {"program": _rest(grid, spans)}
 
 
 def grid_parts(kernel: Region) -> Parts:
@@ -141,22 +143,30 @@ def grid_parts(kernel: Region) -> Parts:
     Raises:
       ValueError: as of `row_parts`.
     """
-    (grid,) = _only(kernel.loops, "one loop over programs")
-    _only([grid, *grid.loops], "no loop within a program")
+    (grid,) = _expect(kernel.loops, 1, "over programs")
+    _expect(grid.loops, 0, "within a program")
     branches = sorted(grid.branches)
-    run = max(branches, key=lambda x: x[1] - x[0])
-    at = branches.index(run)
-    found = {"run": [run]}
+    at = branches.index(max(branches, key=_length))
+    found = {"run": branches[at : at + 1]}
     for name, others in (("first", branches[:at]), ("last", branches[at + 1 :])):
         if others:
-            found[name] = [max(others, key=lambda x: x[1] - x[0])]
-    cuts = [grid.start, *sorted(x for (span,) in found.values() for x in span), grid.stop]
-    return found | {"program": list(zip(cuts[::2], cuts[1::2]))}
+            found[name] = [max(others, key=_length)]
+    return found | {"program": _rest(grid, [span for (span,) in found.values()])}
 
 
-def _only(found: list[Region], wanted: str) -> list[Region]:
-    if len(found) != 1:
-        raise ValueError(f"the schedule has {len(found)} loops where {wanted} was expected")
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _rest(region: Region, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of a region lies between the spans."""
+    cuts = [region.start, *sorted(x for span in spans for x in span), region.stop]
+    return list(zip(cuts[::2], cuts[1::2]))
+
+
+def _expect(found: list[Region], number: int, where: str) -> list[Region]:
+    if len(found) != number:
+        raise ValueError(f"the schedule has {len(found)} loops {where}; {number} was expected.")
     return found
 
 
@@ -166,7 +176,7 @@ def bundles(parts: Parts) -> dict[str, int]:
     >>> bundles({"step": [(3, 5), (9, 10)]})
     {'step': 3}
     """
-    return {name: sum(stop - start for start, stop in spans) for name, spans in parts.items()}
+    return {name: sum(map(_length, spans)) for name, spans in parts.items()}
 
 
 def slots(utilization: str, spans: list[tuple[int, int]]) -> dict[str, float]:
@@ -218,6 +228,6 @@ def kernel_schedules(folder: Path) -> dict[str, dict[str, Any]]:
         parts = (grid_parts if splash else row_parts)(read_regions(path.read_text()))
         stem = path.name.rsplit("-", 2)[0]
         (used,) = folder.glob(f"{stem}-*-final_hlo-static-per-bundle-utilization.txt")
-        hot = parts["run" if splash else "step"]
+        hot = parts["run" if splash else next(iter(parts))]
         found[named[1]] = {"bundles": bundles(parts), "slots": slots(used.read_text(), hot)}
     return found

@@ -100,7 +100,7 @@ def unsupported(options: AttentionOptions, inputs: AttentionInputs) -> str | Non
         )
     if table.capacity > _CAPACITY:
         return f"it takes table rows of up to {_CAPACITY} slots, and the table has {table.capacity}"
-    needed = vector_memory(_geometry(AttentionOptions(True, 1.0), inputs), inputs)
+    needed = vector_memory(sizes_of(AttentionOptions(True, 1.0), inputs), inputs)
     if needed > _VMEM:
         return (
             f"it holds a tile with all heads of its group in {_VMEM >> 20} MiB, and this call "
@@ -117,17 +117,30 @@ def vector_memory(geometry: Geometry, inputs: AttentionInputs) -> int:
     """
     width = 2 if inputs.q.dtype == jnp.bfloat16 else 4
     R, H, block_kv = geometry.R, geometry.H, geometry.block_kv
-    tiles = 2 * STAGES * (R + block_kv) * H * width
+    together = blocks_together(geometry)
+    stages = max(STAGES, 2 * together)
+    tiles = 2 * (STAGES * R + stages * block_kv) * H * width
     sums = 2 * (R + 2 * block_kv) * H * 4
-    logits = 5 * R * block_kv * 4
+    logits = 5 * R * together * block_kv * 4
     slots = 0 if inputs.block_bias is None else 2 * (geometry.C + 8) * R * 4
     return tiles + sums + logits + slots
 
 
-STAGES = 3  # of the rings: copies of two steps are under way during a third
+STAGES = 3  # of a ring: copies of two steps are under way during a third
+_KEYS_TOGETHER, _LOGITS_TOGETHER = 512, 512 * 1024
 
 
-def _geometry(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
+def blocks_together(geometry: Geometry) -> int:
+    """How many blocks the kernels of rows take in one step, where they need no mask.
+
+    A larger step leaves the compiler more to do while it waits, and rescales the sums less often.
+    """
+    keys = min(_KEYS_TOGETHER, _LOGITS_TOGETHER // geometry.R)
+    return max(1, keys // geometry.block_kv)
+
+
+def sizes_of(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
+    """The static sizes of a call."""
     (B, T, N, H), (S, K), table = inputs.q.shape, inputs.k.shape[1:3], inputs.table
     G = N // K
     return Geometry(
@@ -177,7 +190,7 @@ def widen(geometry: Geometry, x: jax.Array) -> jax.Array:
 def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometry, Arrays]:
     """Cuts a call to the kernels' measure."""
     q, k, v, table, bias, positions, segments = inputs
-    geometry = _geometry(options, inputs)
+    geometry = sizes_of(options, inputs)
     T, S, J, M = geometry.T, geometry.S, geometry.J, geometry.M
     lengths = row_lengths(table, T, S, q_positions=positions, causal=options.causal)
     places = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions

@@ -65,21 +65,20 @@ def _program(geometry: Geometry, inputs, q_ref, out_ref, lse_ref, sums, ring):
     """One program: see the module."""
     sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
-    def add_block(step, listed, logits, k, v_ref, state):
-        del step, listed, k
+    def add_blocks(step, count, listed, logits, k, v, state):
+        del step, count, listed, k
         largest, total = state
         new = jnp.maximum(largest, logits.max(axis=0, keepdims=True))
         shift = jnp.where(new == -jnp.inf, 0.0, new)
         weights = jnp.exp(logits - jnp.broadcast_to(shift, logits.shape))
         shrink = jnp.exp(largest - shift)
-        v = v_ref[...]
         piece = multiply(v, weights.astype(v.dtype), (0, 0))
         sums[...] = sums[...] * jnp.broadcast_to(shrink, sums.shape) + piece
         return new, total * shrink + weights.sum(axis=0, keepdims=True)
 
     line = (1, geometry.R)
     start = jnp.full(line, -jnp.inf, jnp.float32), jnp.zeros(line, jnp.float32)
-    largest, total = for_each_block(geometry, inputs, ring, q_ref[...], add_block, start)
+    largest, total = for_each_block(geometry, inputs, ring, q_ref[...], add_blocks, start)
     # Unused queries saw what every other query of their tile saw.
     some = (total > 0) & (inputs["queries"][0:1] >= 0)
     safe = jnp.where(some, total, 1.0)

@@ -18,12 +18,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
+    STAGES,
     Arrays,
     Geometry,
     per_head,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
-from routing_jax.kernels.block_sparse.mosaic_tpu.ring import for_each_step, ring_shapes
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import (
+    Span,
+    for_each_step,
+    ring_shapes,
+)
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import compiler_params, cost_estimate
 from routing_jax.kernels.block_table import ceil_div, first_positions
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
@@ -139,7 +144,7 @@ def key_gradients(
         scratch_shapes=[
             pltpu.VMEM((geometry.block_kv, H), jnp.float32),
             pltpu.VMEM((geometry.block_kv, H), jnp.float32),
-            ring_shapes(*((x.shape[1:], x.dtype) for x in streamed.values())),
+            ring_shapes(STAGES, *((x.shape[1:], x.dtype) for x in streamed.values())),
             [pltpu.SMEM((1, _PAGE), x.dtype) for x in paged.values()],
             pltpu.SMEM((1,), jnp.int32),
         ],
@@ -181,14 +186,18 @@ def _program(geometry: Geometry, inputs, dk_ref, dv_ref, dk, dv, ring, pages, lo
         return [inputs[name].at[where] for name, where in rows.items()]
 
     def add_tile(step, buffers, state):
-        q_ref, d_out_ref, stats_ref, queries_ref = buffers
+        q_ref, d_out_ref, stats_ref, queries_ref = (buffer.at[0] for buffer in buffers)
         q, d_out, k = q_ref[...], d_out_ref[...], inputs["k"][...]
         logits = multiply(k, q, (1, 1)) * geometry.scale
         if len(pages) > 1:
             logits += entry(step, pages[1])
         k_segments = inputs["k_segments"][...] if "k_segments" in inputs else None
-        masked = entry(step, pages[0]) < whole
-        logits = hide(geometry, logits, queries_ref[...], block, k_segments, masked)
+        logits = lax.cond(
+            entry(step, pages[0]) < whole,
+            lambda logits: hide(geometry, logits, queries_ref[...], block, k_segments),
+            lambda logits: logits,
+            logits,
+        )
         lse, delta = (jnp.broadcast_to(stats_ref[i : i + 1], logits.shape) for i in range(2))
         weights = jnp.exp(logits - lse)
         d_weights = multiply(inputs["v"][...], d_out, (1, 1))
@@ -197,6 +206,6 @@ def _program(geometry: Geometry, inputs, dk_ref, dv_ref, dk, dv, ring, pages, lo
         dv[...] += multiply(weights.astype(q.dtype), d_out, (1, 0))
         return state
 
-    for_each_step(count + dense_count, sources, ring, add_tile, 0)
+    for_each_step([Span(count + dense_count, 1, add_tile)], sources, ring, 0, STAGES - 1)
     dk_ref[...] = (dk[...] * geometry.scale).astype(dk_ref.dtype)
     dv_ref[...] = dv[...].astype(dv_ref.dtype)

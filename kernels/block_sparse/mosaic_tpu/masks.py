@@ -13,7 +13,6 @@ def hide(
     queries: jax.Array,
     block: jax.Array,
     k_segments: jax.Array | None,
-    masked: jax.Array,
 ) -> jax.Array:
     """The logits [keys,rows] with −inf where a query does not see a key.
 
@@ -23,20 +22,15 @@ def hide(
       queries: [1 or 2,R], the rows' positions and segments.
       block: which key block.
       k_segments: [1,block_kv] to whole lanes, or None.
-      masked: whether anything may be hidden.
     """
-
-    def masks(logits):
-        key = lax.broadcasted_iota(jnp.int32, logits.shape, 0) + block * geometry.block_kv
-        seen = key < geometry.S
-        if geometry.causal:
-            seen &= jnp.broadcast_to(queries[0:1], logits.shape) >= key
-        if k_segments is not None:
-            # A row of lanes turned into a column: only whole squares transpose.
-            column = jnp.broadcast_to(k_segments, (128, k_segments.shape[1])).T
-            column = column[: geometry.block_kv, :1]
-            own = jnp.broadcast_to(queries[1:2], logits.shape)
-            seen &= own == jnp.broadcast_to(column, logits.shape)
-        return jnp.where(seen, logits, -jnp.inf)
-
-    return lax.cond(masked, masks, lambda logits: logits, logits)
+    key = lax.broadcasted_iota(jnp.int32, logits.shape, 0) + block * geometry.block_kv
+    seen = key < geometry.S
+    if geometry.causal:
+        seen &= jnp.broadcast_to(queries[0:1], logits.shape) >= key
+    if k_segments is not None:
+        # A row of lanes turned into a column: only whole squares transpose.
+        column = jnp.broadcast_to(k_segments, (128, k_segments.shape[1])).T
+        column = column[: geometry.block_kv, :1]
+        own = jnp.broadcast_to(queries[1:2], logits.shape)
+        seen &= own == jnp.broadcast_to(column, logits.shape)
+    return jnp.where(seen, logits, -jnp.inf)

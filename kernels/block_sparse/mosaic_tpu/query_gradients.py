@@ -73,23 +73,26 @@ def _program(geometry: Geometry, inputs, q_ref, d_out_ref, stats_ref, dq_ref, *r
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
     lse, delta, d_lse = (stats_ref[i : i + 1] for i in range(3))
 
-    def add_block(step, listed, logits, k, v_ref, miss):
+    def add_blocks(step, count, listed, logits, k, v, miss):
         weights = jnp.exp(logits - jnp.broadcast_to(lse, logits.shape))
-        d_weights = multiply(v_ref[...], d_out_ref[...], (1, 1))
+        d_weights = multiply(v, d_out_ref[...], (1, 1))
         ds = weights * (d_weights - jnp.broadcast_to(delta, logits.shape))
         sums[...] += multiply(k, ds.astype(k.dtype), (0, 0))
         if has_bias:
-            ds_of_block = ds.sum(axis=0, keepdims=True)
+            pieces = [
+                (x.sum(axis=0, keepdims=True) for x in jnp.split(y, count)) for y in (ds, weights)
+            ]
+            for i, of_block in enumerate(zip(*pieces)):
 
-            @pl.when(listed)
-            def _():
-                of_slots[0][pl.ds(step, 1)] = ds_of_block
-                of_slots[1][pl.ds(step, 1)] = weights.sum(axis=0, keepdims=True)
+                @pl.when(listed)
+                def _(i=i, of_block=of_block):
+                    for ref, value in zip(of_slots, of_block):
+                        ref[pl.ds(step + i, 1)] = value
 
-            miss += ds_of_block
+                miss += of_block[0]
         return miss
 
-    miss = for_each_block(geometry, inputs, ring, q_ref[...], add_block, -d_lse)
+    miss = for_each_block(geometry, inputs, ring, q_ref[...], add_blocks, -d_lse)
     dq_ref[...] = (sums[...] * geometry.scale).T.astype(dq_ref.dtype)
     if d_bias_ref is not None:
         # A query's dS sum to its dLSE over all blocks. The computed ones miss that by what

@@ -1,7 +1,7 @@
 """A loop whose every step reads blocks of main memory, copied a few steps ahead."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,41 +9,54 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from routing_jax.kernels.block_sparse.mosaic_tpu.call import STAGES
+
+def ring_shapes(stages: int, *blocks: tuple[tuple[int, ...], Any]) -> list[Any]:
+    """The scratch of a ring: buffers of so many stages for each (shape, dtype), then semaphores."""
+    buffers = [pltpu.VMEM((stages, *shape), dtype) for shape, dtype in blocks]
+    return [*buffers, pltpu.SemaphoreType.DMA((len(blocks), stages))]
 
 
-def ring_shapes(*blocks: tuple[tuple[int, ...], Any]) -> list[Any]:
-    """The scratch of a ring: a buffer for each (shape, dtype), then the semaphores."""
-    buffers = [pltpu.VMEM((STAGES, *shape), dtype) for shape, dtype in blocks]
-    return [*buffers, pltpu.SemaphoreType.DMA((len(blocks), STAGES))]
+class Span(NamedTuple):
+    """Steps that are taken some at a time.
+
+    Attributes:
+      end: before which step it ends; what does not fill a whole turn is left to the next span.
+      at_once: how many at a time; 1, or for the first span as many as are copied ahead.
+      body: (first step, buffers [at_once,…], state) to the next state.
+    """
+
+    end: jax.Array
+    at_once: int
+    body: Callable[..., Any]
 
 
 def for_each_step(
-    steps: jax.Array,
+    spans: Sequence[Span],
     sources: Callable[[jax.Array], list[Any]],
     ring: tuple[Any, ...],
-    body: Callable[..., Any],
     state: Any,
+    ahead: int,
 ) -> Any:
-    """Runs `body` for steps 0, 1, …, while the blocks of the next steps are copied.
+    """Runs through steps 0, 1, …, while the blocks of the next steps are copied.
 
-    Two steps' copies are under way while a third's are worked on: a TPU takes about as long to
-    begin a copy as to multiply a small block.
+    The copies of `ahead` steps are under way while others are worked on: a TPU takes about as long
+    to begin a copy as to multiply a small block.
 
     Args:
-      steps: how many.
+      spans: see `Span`; the last one takes one step at a time.
       sources: a step to the references in main memory that it reads, one a buffer.
-      ring: what `ring_shapes` asked for.
-      body: (step, buffers, state) to the next state.
+      ring: what `ring_shapes` asked for, with stages for `ahead` and for what is worked on.
       state: the first state.
+      ahead: how many steps.
 
     Returns:
       The last state.
     """
     *buffers, semaphores = ring
+    stages, steps = buffers[0].shape[0], spans[-1].end
 
     def copies(step):
-        stage = lax.rem(step, STAGES)
+        stage = lax.rem(step, stages)
         return [
             pltpu.make_async_copy(source, buffer.at[stage], semaphores.at[i, stage])
             for i, (source, buffer) in enumerate(zip(sources(step), buffers))
@@ -55,14 +68,23 @@ def for_each_step(
             for copy in copies(step):
                 copy.start()
 
-    for ahead in range(STAGES - 1):
-        start(jnp.int32(ahead))
+    for step in range(ahead):
+        start(jnp.int32(step))
 
-    def one(step, state):
-        start(step + STAGES - 1)
-        for copy in copies(step):
-            copy.wait()
-        stage = lax.rem(step, STAGES)
-        return body(step, [buffer.at[stage] for buffer in buffers], state)
+    first = jnp.int32(0)
+    for end, at_once, body in spans:
+        turns = jnp.maximum(end - first, 0) // at_once
 
-    return lax.fori_loop(0, steps, one, state)
+        def one(turn, state, first=first, at_once=at_once, body=body):
+            step = first + turn * at_once
+            for i in range(at_once):
+                start(step + ahead + i)
+            for i in range(at_once):
+                for copy in copies(step + i):
+                    copy.wait()
+            stage = lax.rem(step, stages)
+            return body(step, [buffer.at[pl.ds(stage, at_once)] for buffer in buffers], state)
+
+        state = lax.fori_loop(0, turns, one, state)
+        first += turns * at_once
+    return state

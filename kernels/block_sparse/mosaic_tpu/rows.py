@@ -1,5 +1,6 @@
 """What the kernels of table rows, forward and dq, share: their operands and their loop."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,20 +11,32 @@ from jax.experimental.pallas import tpu as pltpu
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     HEADER,
+    STAGES,
     Arrays,
     Geometry,
+    blocks_together,
     vector_memory,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
-from routing_jax.kernels.block_sparse.mosaic_tpu.ring import for_each_step, ring_shapes
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import (
+    Span,
+    for_each_step,
+    ring_shapes,
+)
 from routing_jax.kernels.tpu_arrays import in_main_memory, multiply
 
 
 def compiler_params(geometry: Geometry, inputs: AttentionInputs) -> pltpu.CompilerParams:
-    """Programs share nothing, so a chip with two cores may deal them out."""
+    """Programs share nothing, so a chip with two cores may deal them out.
+
+    Places in main memory are clamped or computed from shapes: checking them would take the scalar
+    unit as long as a tenth of a step.
+    """
     limit = max(2 * vector_memory(geometry, inputs), 16 * 2**20)
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=min(limit, 56 * 2**20)
+        dimension_semantics=("parallel", "parallel"),
+        vmem_limit_bytes=min(limit, 56 * 2**20),
+        disable_bounds_checks=True,
     )
 
 
@@ -63,14 +76,16 @@ def row_operands(geometry: Geometry, arrays: Arrays) -> tuple[dict[str, Any], di
         streamed["k_segments"] = arrays.k_segments
     streamed = {name: in_main_memory(x) for name, x in streamed.items()}
     specs |= {name: pl.BlockSpec(memory_space=pltpu.HBM) for name in streamed}
-    ring = ring_shapes(*((x.shape[1:], x.dtype) for x in streamed.values()))
+    stages = max(STAGES, 2 * blocks_together(geometry))
+    ring = ring_shapes(stages, *((x.shape[1:], x.dtype) for x in streamed.values()))
     return specs, of_row | {"queries": arrays.queries} | streamed, ring
 
 
-def for_each_block(geometry: Geometry, inputs, ring, q, add_block, state) -> Any:
-    """Calls add_block(step, slot is listed, logits, k, v, state) for each block of this row.
+def for_each_block(geometry: Geometry, inputs, ring, q, add_blocks, state) -> Any:
+    """Calls add_blocks(first step, count, slots are listed, logits, k, v, state) for this row.
 
-    The logits [block_kv,R] come scaled, with their bias, and −inf where hidden.
+    It takes `count` blocks at a time: the logits [count·block_kv,R] come scaled, with their bias,
+    and −inf where hidden; k and v are [count·block_kv,H].
     """
     x = pl.program_id(0)
     row = inputs["rows"]
@@ -78,7 +93,7 @@ def for_each_block(geometry: Geometry, inputs, ring, q, add_block, state) -> Any
 
     def block_of(step):
         slot = jnp.minimum(step, geometry.C - 1)
-        return jnp.where(dense, step, row[0, HEADER + slot])
+        return jnp.clip(jnp.where(dense, step, row[0, HEADER + slot]), 0, geometry.J - 1)
 
     def sources(step):
         block = block_of(step)
@@ -87,16 +102,26 @@ def for_each_block(geometry: Geometry, inputs, ring, q, add_block, state) -> Any
             blocks.append(inputs["k_segments"].at[lax.div(x, geometry.K) * geometry.J + block])
         return blocks
 
-    def body(step, buffers, state):
-        k_ref, v_ref, *segments = buffers
-        k = k_ref[...]
-        logits = multiply(k, q, (1, 1)) * geometry.scale
-        if "bias" in inputs:
-            slot = jnp.minimum(step, geometry.C - 1)
-            logits += jnp.where(dense, 0.0, inputs["bias"][0, slot])
-        k_segments = segments[0][...] if segments else None
-        queries = inputs["queries"][...]
-        logits = hide(geometry, logits, queries, block_of(step), k_segments, step >= whole)
-        return add_block(step, jnp.logical_not(dense), logits, k, v_ref, state)
+    def with_bias(step, logits):
+        if "bias" not in inputs:
+            return logits
+        slot = jnp.minimum(step, geometry.C - 1)
+        return logits + jnp.where(dense, 0.0, inputs["bias"][0, slot])
 
-    return for_each_step(length, sources, ring, body, state)
+    def take(count, masked, step, buffers, state):
+        k, v, *segments = (buffer[...].reshape(-1, buffer.shape[-1]) for buffer in buffers)
+        logits = multiply(k, q, (1, 1)) * geometry.scale
+        pieces = jnp.split(logits, count)
+        logits = jnp.concatenate([with_bias(step + i, x) for i, x in enumerate(pieces)])
+        if masked:
+            k_segments = segments[0] if segments else None
+            logits = hide(geometry, logits, inputs["queries"][...], block_of(step), k_segments)
+        return add_blocks(step, count, jnp.logical_not(dense), logits, k, v, state)
+
+    # A branch around the mask would end what the compiler schedules together: two loops have none.
+    together = blocks_together(geometry)
+    spans = [
+        Span(whole, together, functools.partial(take, together, False)),
+        Span(length, 1, functools.partial(take, 1, True)),
+    ]
+    return for_each_step(spans, sources, ring, state, max(STAGES - 1, together))
