@@ -115,9 +115,9 @@ Parts = dict[str, list[tuple[int, int]]]
 def row_parts(kernel: Region) -> Parts:
     """The parts of a kernel that loops over blocks.
 
-    Of one that has two loops, 'turn' takes several blocks that need no mask, and 'step' one that
-    may; of one that has one, the longest branch in a 'step' is its 'mask'. 'program' is the rest.
-    All else that may be skipped is counted as run.
+    Of one that has several loops, 'turn' takes many blocks that need no mask, 'pair' two, and
+    'step' one that may; of one that has one, the longest branch in a 'step' is its 'mask'.
+    'program' is the rest. All else that may be skipped is counted as run.
 
     Raises:
       ValueError: a schedule of another form, of which no sum would be right.
@@ -125,8 +125,9 @@ def row_parts(kernel: Region) -> Parts:
     (grid,) = _expect(kernel.loops, 1, "over programs")
     _expect([y for x in grid.loops for y in x.loops], 0, "within a loop over blocks")
     spans = [(loop.start, loop.stop) for loop in grid.loops]
-    if len(spans) == 2:
-        found = {"turn": spans[:1], "step": spans[1:]}
+    if len(spans) in (2, 3):
+        names = ("turn", "pair", "step") if len(spans) == 3 else ("turn", "step")
+        found = {name: [span] for name, span in zip(names, spans)}
     else:
         (step,) = _expect(grid.loops, 1, "over blocks")
         mask = max(step.branches, key=_length, default=(step.stop, step.stop))

@@ -54,18 +54,20 @@ def row_counts(case: TpuCase, blocks: int, seed: int) -> dict[str, int]:
       seed: of the lists.
 
     >>> row_counts(TpuCase("v5e:2x2", "forward", 512, 64), 2, 0)
-    {'program': 4, 'turn': 0, 'step': 7}
+    {'program': 4, 'turn': 0, 'pair': 0, 'step': 7}
     """
     at_once = blocks_together(sizes_of(*attention_inputs(case)))
     T, K = case.length, case.num_kv_heads
     rows = attention_cases.make_table(_listing(case, blocks), seed)
     lengths = np.asarray(row_lengths(rows, T, T), np.int64)
-    turns = np.asarray(whole_blocks(rows, T, T), np.int64) // at_once
+    turns, left = np.divmod(np.asarray(whole_blocks(rows, T, T), np.int64), at_once)
+    pairs = left // 2
     heads = case.batch * K // lengths.shape[1]
     return {
         "program": case.batch * K * lengths.shape[2],
         "turn": int(turns.sum()) * heads,
-        "step": int((lengths - at_once * turns).sum()) * heads,
+        "pair": int(pairs.sum()) * heads,
+        "step": int((lengths - at_once * turns - 2 * pairs).sum()) * heads,
     }
 
 

@@ -24,11 +24,7 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     per_head,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
-from routing_jax.kernels.block_sparse.mosaic_tpu.ring import (
-    Span,
-    for_each_step,
-    ring_shapes,
-)
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import Span, for_each_step, ring_shapes
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import compiler_params, cost_estimate
 from routing_jax.kernels.block_table import ceil_div, first_positions
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
@@ -168,7 +164,7 @@ def _program(geometry: Geometry, inputs, dk_ref, dv_ref, dk, dv, ring, pages, lo
     def entry(step, page_of):
         """The list's entry for a step, from the page that holds it."""
         place = jnp.where(step < count, start + step, dense_start + step - count)
-        page = x * num_pages + lax.div(place, _PAGE)
+        page = x * num_pages + jnp.clip(lax.div(place, _PAGE), 0, num_pages - 1)
 
         @pl.when(loaded[0] != page)
         def _():
@@ -179,7 +175,7 @@ def _program(geometry: Geometry, inputs, dk_ref, dv_ref, dk, dv, ring, pages, lo
         return page_of[0, lax.rem(place, _PAGE)]
 
     def sources(step):
-        tile = entry(step, pages[0])
+        tile = jnp.clip(entry(step, pages[0]), 0, geometry.M - 1)
         row = x * geometry.M + tile
         queries = tile if one_batch else lax.div(x, geometry.K) * geometry.M + tile
         rows = {"q": row, "d_out": row, "stats": row, "queries": queries}

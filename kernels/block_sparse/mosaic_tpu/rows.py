@@ -18,11 +18,7 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     vector_memory,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
-from routing_jax.kernels.block_sparse.mosaic_tpu.ring import (
-    Span,
-    for_each_step,
-    ring_shapes,
-)
+from routing_jax.kernels.block_sparse.mosaic_tpu.ring import Span, for_each_step, ring_shapes
 from routing_jax.kernels.tpu_arrays import in_main_memory, multiply
 
 
@@ -118,10 +114,11 @@ def for_each_block(geometry: Geometry, inputs, ring, q, add_blocks, state) -> An
             logits = hide(geometry, logits, inputs["queries"][...], block_of(step), k_segments)
         return add_blocks(step, count, jnp.logical_not(dense), logits, k, v, state)
 
-    # A branch around the mask would end what the compiler schedules together: two loops have none.
+    # Masks have a loop of their own: a branch would end what the compiler schedules together.
     together = blocks_together(geometry)
     spans = [
-        Span(whole, together, functools.partial(take, together, False)),
-        Span(length, 1, functools.partial(take, 1, True)),
+        Span(whole, count, functools.partial(take, count, False))
+        for count in sorted({together, min(together, 2)}, reverse=True)
     ]
+    spans.append(Span(length, 1, functools.partial(take, 1, True)))
     return for_each_step(spans, sources, ring, state, max(STAGES - 1, together))

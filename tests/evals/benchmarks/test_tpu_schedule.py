@@ -35,7 +35,7 @@ def pretended(cases, *, schedules=False):
         memory = {"argument_bytes": 1, "result_bytes": 2, "temporary_bytes": 3, "peak_bytes": 6}
         report = {"seconds": 1.0, "kernels": 1, "gathers": 0} | memory
         if schedules:
-            parts = {"program": 100, "turn": 900, "step": 500}
+            parts = {"program": 100, "turn": 900, "pair": 700, "step": 500}
             if case.program == "splash":
                 parts = {"program": 10, "run": 1000, "first": 20, "last": 30}
             report["schedule"] = {"kernel": {"bundles": parts, "slots": {"MXU": 0.5}}}
@@ -70,9 +70,9 @@ def test_rows_are_complete(result):
 
 def test_bundles_are_those_of_each_part_as_often_as_it_runs(result):
     row = result[0]["rows"][0]
-    # Two kv heads, eight tiles, four of which have four whole blocks before them, of 36 pairs.
-    assert row["counts"] == {"program": 16, "turn": 8, "step": 40}
-    assert row["bundles"] == 16 * 100 + 8 * 900 + 40 * 500
+    # Two kv heads, eight tiles with 0 to 7 whole blocks before them: 12 pairs and 4 more.
+    assert row["counts"] == {"program": 16, "turn": 0, "pair": 24, "step": 24}
+    assert row["bundles"] == 16 * 100 + 24 * 700 + 24 * 500
     splash = result[0]["rows"][1]
     # Four heads, four rows of four blocks of 256, ten of them visible.
     assert splash["counts"] == {"program": 64, "run": 40, "first": 16, "last": 16}
@@ -93,13 +93,15 @@ def test_the_report_says_ratios_failures_and_what_it_is_blind_to(result):
     assert all(row["bundles"] is None for row in failed)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 3, 6])
+@pytest.mark.parametrize("blocks", [0, 1, 3, 10])
 def test_counts_are_those_of_a_list_written_out(blocks):
-    case = TpuCase("v5e:2x2", "forward", 1024, 64, num_heads=6, num_kv_heads=3)
-    listed = [min(m + 1, blocks or 8) for m in range(8)]
-    turns = [(n - 1) // 4 for n in listed]  # the own block is seen in part
-    steps = sum(listed) - 4 * sum(turns)
-    assert row_counts(case, blocks, 0) == {"program": 24, "turn": 3 * sum(turns), "step": 3 * steps}
+    case = TpuCase("v5e:2x2", "forward", 2048, 64, num_heads=6, num_kv_heads=3)
+    listed = [min(m + 1, blocks or 16) for m in range(16)]
+    turns = sum((n - 1) // 8 for n in listed)  # the own block is seen in part
+    pairs = sum((n - 1) % 8 // 2 for n in listed)
+    steps = sum(listed) - 8 * turns - 2 * pairs
+    counts = {"program": 16, "turn": turns, "pair": pairs, "step": steps}
+    assert row_counts(case, blocks, 0) == {name: 3 * count for name, count in counts.items()}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_work_follows_the_listed_blocks_in_the_compilers_own_schedule(tmp_path):
         parts=("schedule",),
         chips=("v5e",),
         sparse_length=32768,
-        blocks=(0, 64, 32),
+        blocks=(0, 128, 64),
         head_dims=(128,),
         num_kv_heads=1,
         tiles=((512, 512, 512),),
@@ -143,6 +145,6 @@ def test_work_follows_the_listed_blocks_in_the_compilers_own_schedule(tmp_path):
     rows = tpu_schedule.main(config, tmp_path / "tpu.json")["rows"]
     assert [row.get("error") for row in rows] == [None] * 5
     assert all(row["parts"]["program"] > 0 and 0 < row["slots"]["MXU"] < 1 for row in rows)
-    assert all(row["parts"]["turn"] < 4 * row["parts"]["step"] for row in rows if "blocks" in row)
-    assert rows[-1]["density"] < 0.25
+    assert all(row["parts"]["turn"] < 8 * row["parts"]["step"] for row in rows if "blocks" in row)
+    assert rows[-1]["density"] < 0.5
     assert all(row["per_block"] < 1.1 for row in rows[2:])

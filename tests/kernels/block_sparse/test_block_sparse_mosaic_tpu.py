@@ -18,7 +18,7 @@ SMALL = Case(B=1, T=100, K=1, capacity=2, dense=0.0)
 def interpreted(monkeypatch):
     """Kernels run on the CPU; what they read out of bounds or unwritten is an error or nan."""
     monkeypatch.setattr(call, "tpu_refusal", lambda: None)
-    monkeypatch.setattr(call, "_KEYS_TOGETHER", 128)  # two blocks at once: the rows here are short
+    monkeypatch.setattr(call, "_KEYS_TOGETHER", 256)  # four blocks at once: the rows here are short
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         yield
 
@@ -36,9 +36,9 @@ class TestMosaicTpu(AttentionSuite):
     [
         SMALL,
         dataclasses.replace(SMALL, G=3, positions=True, B=2, segments=True, dense=0.5, S=130),
-        dataclasses.replace(SMALL, T=380, capacity=5, dense=0.5),
+        dataclasses.replace(SMALL, T=500, capacity=7, dense=0.5),
     ],
-    ids=["listed", "dense, compacted, in segments", "blocks by twos"],
+    ids=["listed", "dense, compacted, in segments", "many blocks at once"],
 )
 def test_equals_masked_dense_attention_in_brief(case):
     arguments, cotangents = make_inputs(case)
