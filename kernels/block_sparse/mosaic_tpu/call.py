@@ -12,6 +12,10 @@ from routing_jax.kernels.segments import query_segments
 from routing_jax.kernels.tpu import LANES, tpu_refusal
 
 _HEAD_DIM = 256
+# Head dims are padded to this. Padded to whole tiles of 128 lanes, head dim 64 takes the schedule
+# of 128: steps of eight blocks have on v5e 15 % more bundles forward and 9 % for dq, on v6e 5 and
+# 8 %; on tpu7x 3 % less forward. dk and dv have 1 to 4 % less.
+_HEAD_DIMS = 64
 _BLOCKS = (64, 128, 256, 512)
 _CAPACITY = 16384  # a row's list stands in scalar memory twice, and so does its bias
 _VMEM = 40 * 2**20  # of the 64 MiB that the smallest of the current chips has
@@ -116,7 +120,7 @@ def vector_memory(geometry: Geometry, inputs: AttentionInputs) -> int:
     and with a bias two sums for each slot.
     """
     width = 2 if inputs.q.dtype == jnp.bfloat16 else 4
-    R, H, block_kv = geometry.R, geometry.H, geometry.block_kv
+    R, H, block_kv = geometry.R, ceil_div(geometry.H, LANES) * LANES, geometry.block_kv
     together = blocks_together(geometry)
     stages = max(STAGES, 2 * together)
     tiles = 2 * (STAGES * R + stages * block_kv) * H * width
@@ -145,7 +149,7 @@ def sizes_of(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
     G = N // K
     return Geometry(
         B, T, S, K, G,
-        ceil_div(H, LANES) * LANES, ceil_div(G * table.block_q, LANES) * LANES,
+        ceil_div(H, _HEAD_DIMS) * _HEAD_DIMS, ceil_div(G * table.block_q, LANES) * LANES,
         table.num_tiles, ceil_div(S, table.block_kv), table.capacity,
         table.block_q, table.block_kv, options.causal, options.scale,
     )  # fmt: skip

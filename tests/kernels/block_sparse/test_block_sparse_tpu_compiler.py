@@ -91,3 +91,9 @@ def test_the_tpu_compiler_refuses_what_exceeds_a_chip():
     (_, hbm), (_, vmem) = refused([large, splash])
     assert "HBM" in hbm
     assert "vmem" in vmem
+
+
+@pytest.mark.slow
+def test_the_longest_rows_fit_scalar_memory():
+    longest = PLAIN._replace(length=32768, num_heads=1, block=64, capacity=16384, extras=True)
+    assert refused([longest, longest._replace(topology=CHIPS["tpu7x"])]) == []
