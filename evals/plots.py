@@ -20,10 +20,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from routing_jax.evals.results import Result
+from routing_jax.evals.tables import natural_order
 
 # Okabe and Ito's palette, without its yellow, which fades on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"  # their number and that of the colours have no common divisor
 INK = "#333333"
 FAINT = "#DDDDDD"
 WIDTH = 8.0  # inches: 10-point letters come out at reading size across a README
@@ -86,9 +87,11 @@ def _log_axis(
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 3, 5, 7), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
         ticks = [step * 10.0**decade for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if (zero or 0) * 1.5 < tick and low <= tick <= high]
+        ticks = [tick for tick in ticks if (zero or 0) * 3 < tick and low <= tick <= high]
         if len(ticks) > 2:
             break
+    if len(ticks) > 5:  # names of neighbouring decades would touch
+        ticks = ticks[::-1][::2][::-1]
     labels = [show(tick) for tick in ticks]
     if zero is not None:
         ticks, labels = [zero, *ticks], ["0", *labels]
@@ -312,7 +315,7 @@ def plot_tradeoff(results: Sequence[Result], path: epath.PathLike) -> Figure:
     """
     if not results:
         raise ValueError("results is empty; a plot needs at least one result.")
-    tasks = list(dict.fromkeys(run.task for run in results))
+    tasks = sorted({run.task for run in results}, key=natural_order)
     variants = list(dict.fromkeys(run.variant for run in results))
     marks: dict[str, dict[str, Any]] = {
         variant: {

@@ -131,8 +131,12 @@ class _Row(NamedTuple):
         return ", ".join(sorted({run.device for run in self.runs}))
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts recall-256 before recall-1024."""
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A sort key that puts recall-256 before recall-1024.
+
+    >>> sorted(["recall-1024", "recall-256"], key=natural_order)
+    ['recall-256', 'recall-1024']
+    """
     return [
         (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
     ]
@@ -147,7 +151,7 @@ def _rows(results: Sequence[Result]) -> list[_Row]:
     def order(key: tuple[str, str]):
         task, variant = key
         ranks = (variant == "routed", variant.startswith("routed+"), variant == "full", True)
-        return _natural(task), ranks.index(True), variant
+        return natural_order(task), ranks.index(True), variant
 
     return [_Row(*key, groups[key]) for key in sorted(groups, key=order)]
 
