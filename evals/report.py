@@ -7,7 +7,12 @@ from typing import Any
 
 from etils import epath
 
-from routing_jax.evals.benchmarks import tpu_schedule_plot, tpu_schedule_report
+from routing_jax.evals.benchmarks import (
+    attention_plot,
+    attention_report,
+    tpu_schedule_plot,
+    tpu_schedule_report,
+)
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
 from routing_jax.evals.readme import update_blocks
@@ -20,6 +25,7 @@ ROUTED_ATTENTION = "routed-attention"
 MOAS = "moas"
 BLOCK_ROUTING = "block-routing"
 MIXING = "mixing"
+ATTENTION = "attention"
 TPU_SCHEDULE = "tpu-schedule"
 
 
@@ -55,11 +61,11 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         blocks[f"{MIXING}-{path.stem}"] = (
             f"{mixing_table(bench['rows'])}\n\n{benchmark_caption(bench)}"
         )
-    for path in sorted((folder / TPU_SCHEDULE).glob("*.json")):
-        bench = json.loads(path.read_text())
-        blocks[f"{TPU_SCHEDULE}-{path.stem}"] = (
-            f"{tpu_schedule_report.table(bench['rows'])}\n\n{tpu_schedule_report.caption(bench)}"
-        )
+    for name, written in ((ATTENTION, attention_report), (TPU_SCHEDULE, tpu_schedule_report)):
+        for path in sorted((folder / name).glob("*.json")):
+            bench = json.loads(path.read_text())
+            text = f"{written.table(bench['rows'])}\n\n{written.caption(bench)}"
+            blocks[f"{name}-{path.stem}"] = text
     return blocks
 
 
@@ -82,8 +88,9 @@ def plot_results(folder: epath.PathLike) -> None:
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
         if shown:
             plot_speed(shown, path.with_suffix(".png"))
-    for path in sorted((folder / TPU_SCHEDULE).glob("*.json")):
-        tpu_schedule_plot.plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
+    for name, drawn in ((ATTENTION, attention_plot), (TPU_SCHEDULE, tpu_schedule_plot)):
+        for path in sorted((folder / name).glob("*.json")):
+            drawn.plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
 
 
 def plot_routed_attention(results: list[Result], folder: epath.Path) -> None:

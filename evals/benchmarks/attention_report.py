@@ -142,6 +142,24 @@ def _size(row: Row) -> str:
     return f"| {length} | {heads} | {row['head_dim']} | {blocks} "
 
 
+def caption(result: Mapping[str, Any]) -> str:
+    """What an attention benchmark ran on, from its result file.
+
+    Args:
+      result: of `attention.run`.
+    """
+    config = result["config"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    tools = [f"driver {result['driver']}"] if result.get("driver") else []
+    tools += [f"ptxas {result['ptxas']}"] if result.get("ptxas") else []
+    flex = f"; no FlexAttention: {result['flex']}" if result.get("flex") else ""
+    return (
+        f"{', '.join([result['device'], *tools])}, {config['dtype']}; dense by {result['dense']}"
+        f"{flex}. Rates count listed blocks, and T²/2 pairs where every block is listed. Median of "
+        f"{config['repeats']}, {result['date'][:10]}. Versions: {versions}."
+    )
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a table a part, a line a size, with each peer's time and rate.
 

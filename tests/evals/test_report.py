@@ -24,6 +24,20 @@ BENCH = {
 }  # fmt: skip
 
 
+ATTENTION = BENCH | {
+    "ptxas": "13.0",
+    "dense": "cudnn",
+    "flex": None,
+    "rows": [
+        {"part": "forward", "variant": None, "batch": 1, "length": 8, "queries": 8, "block": 2,
+         "blocks": blocks, "head_dim": 4, "num_heads": 2, "num_kv_heads": 1, "listed": 4,
+         "density": 1.0, "peer": "block_sparse", "milliseconds": 2.0, "spread": 0.1, "rate": 600.0,
+         "unit": "TFLOP/s", "ratio": {"dense": 1.5}}
+        for blocks in (0, 2)
+    ],
+}  # fmt: skip
+
+
 @pytest.fixture
 def results(tmp_path, make_result):
     for seed in (0, 1):
@@ -42,6 +56,16 @@ def test_a_block_for_each_kind_of_result(results):
     assert sorted(blocks) == ["mixing-box", "routed-attention"]
     assert "4×" in blocks["mixing-box"]
     assert "a device, driver 1.2" in blocks["mixing-box"]
+
+
+def test_the_attention_benchmark_has_a_block_and_a_plot(tmp_path):
+    (tmp_path / "attention").mkdir()
+    (tmp_path / "attention" / "box.json").write_text(json.dumps(ATTENTION))
+    block = readme_blocks(tmp_path)["attention-box"]
+    assert "| 8 | 2/1 | 4 | 2 × 2 | 2 (600) | 1.5 |" in block
+    assert "a device, driver 1.2, ptxas 13.0, float32; dense by cudnn. " in block
+    report(tmp_path, None)
+    assert (tmp_path / "attention" / "box.png").stat().st_size > 1000
 
 
 def test_no_results_no_blocks(tmp_path):
