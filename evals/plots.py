@@ -87,10 +87,10 @@ def _log_axis(
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 3, 5, 7), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
         ticks = [step * 10.0**decade for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if (zero or 0) * 3 < tick and low <= tick <= high]
+        ticks = [tick for tick in ticks if (zero or 0) * 2.5 < tick and low <= tick <= high]
         if len(ticks) > 2:
             break
-    if len(ticks) > 5:  # names of neighbouring decades would touch
+    if steps == (1,) and len(ticks) > 5:  # names of neighbouring decades would touch
         ticks = ticks[::-1][::2][::-1]
     labels = [show(tick) for tick in ticks]
     if zero is not None:

@@ -2,8 +2,8 @@
 
 Dense attention is `jax.nn.dot_product_attention`: cuDNN where it can (bfloat16 or float16 on an
 NVIDIA GPU), elsewhere XLA, in pieces small enough that no T×S array of logits is ever held at
-once. Compacted queries go through the block-sparse kernel on Hopper, which splits their keys among
-programs so that a few queries fill the chip; elsewhere they take the same way with a mask.
+once. Compacted queries take the same way with a mask or, by name, the block-sparse kernel for
+Hopper, which splits their keys among programs so that a few queries fill the chip.
 """
 
 import itertools
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from routing_jax.kernels.block_patterns import dense_table
 from routing_jax.kernels.block_sparse.api import block_sparse_attention
 from routing_jax.kernels.dropout import dropout
-from routing_jax.kernels.hopper import hopper_refusal
 
 AttentionImplementation = Literal["xla", "cudnn"]
 CompactedImplementation = Literal["xla", "cudnn", "mosaic_gpu"]
@@ -27,10 +26,6 @@ _LOGITS_PER_PIECE = 1 << 24
 # causal half is 50 %.
 _CAUSAL_GROUPS = 8
 _BLOCK = 128  # keys of a block; queries of a tile unless half as many hold them all
-_MOST_HEAD_DIM = 256  # of the block-sparse kernel
-# Compaction has a branch for each capacity: below this many keys the kernels of all branches take
-# longer to compile than they save.
-_MANY_KEYS = 8192
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -56,12 +51,6 @@ def default_implementation(dtype: jnp.dtype) -> AttentionImplementation:
     """
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
-
-
-def _compacted_implementation(q: jax.Array, num_keys: int) -> CompactedImplementation:
-    general = default_implementation(q.dtype)
-    fits = q.shape[-1] <= _MOST_HEAD_DIM and num_keys >= _MANY_KEYS
-    return "mosaic_gpu" if general == "cudnn" and fits and hopper_refusal() is None else general
 
 
 def _attend(q, k, v, mask, implementation, causal=False):
@@ -195,8 +184,8 @@ def compacted_attention(
       q_positions: [B,C] int32, each query's place in the sequence, ascending; unused slots come
         last and hold −1.
       segment_ids: [B,S] int32; a query attends only within its segment.
-      implementation: 'mosaic_gpu' (the block-sparse kernel on a Hopper GPU), 'cudnn', 'xla', or
-        None for the best one here.
+      implementation: 'cudnn', 'xla', or None for the best of the two here; 'mosaic_gpu' for the
+        block-sparse kernel on a Hopper GPU.
 
     Returns:
       [B,C,N,H] in q's dtype; unused slots are 0.
@@ -212,7 +201,7 @@ def compacted_attention(
     _check(q, k, v)
     chex.assert_shape(q_positions, q.shape[:2])
     B, S = k.shape[:2]
-    implementation = implementation or _compacted_implementation(q, S)
+    implementation = implementation or default_implementation(q.dtype)
     if implementation == "mosaic_gpu":
         block_q = _BLOCK if q.shape[1] > _BLOCK // 2 else _BLOCK // 2
         table = dense_table(q.shape[1], S, block_q=block_q, block_kv=_BLOCK)

@@ -165,12 +165,12 @@ def test_tradeoff_draws_every_seed_and_the_mean(make_result, tmp_path):
 
 def test_tradeoff_has_a_panel_a_task_each_in_its_own_measure(make_result, tmp_path):
     tasks = [f"recall-{2**i}" for i in range(7, 11)]
-    runs = [make_result(task=task) for task in tasks]
+    runs = [make_result(task=task) for task in reversed(tasks)]
     runs.append(make_result(task="lm-stdlib", bits_per_byte=1.2))
     figure = plot_tradeoff(runs, tmp_path / "tradeoff.png")
-    assert [axes.get_title() for axes in figure.axes] == [*tasks, "lm-stdlib"]
-    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy"] * 4 + ["bits per byte"]
-    assert figure.axes[4].lines[0].get_ydata()[0] == 1.2
+    assert [axes.get_title() for axes in figure.axes] == ["lm-stdlib", *tasks]  # 256 before 1024
+    assert [axes.get_ylabel() for axes in figure.axes] == ["bits per byte"] + ["accuracy"] * 4
+    assert figure.axes[0].lines[0].get_ydata()[0] == 1.2
     with pytest.raises(ValueError, match="at least one result"):
         plot_tradeoff([], tmp_path / "none.png")
 

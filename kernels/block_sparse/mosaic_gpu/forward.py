@@ -273,7 +273,9 @@ def _program(
             plgpu.copy_smem_to_gmem(own_lse, lse_ref.at[item.batch, item.split, head, q_rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_empty.at[buffer])
-            pl.when(item.steps > 0)(take_turns)
+            # Also without a step: the next queries wait for both warpgroups, and the second gets
+            # here no sooner than the first takes a turn.
+            take_turns()
             if catch_up:
                 pl.when(warpgroup == 0)(take_turns)
             return past + item.steps

@@ -3,9 +3,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from routing_jax.kernels import block_sparse_attention
+from routing_jax.kernels import BlockTable, block_sparse_attention, dense_table, window_table
 from routing_jax.kernels.block_sparse.implementation import (
     AttentionInputs,
     AttentionOptions,
@@ -23,6 +24,50 @@ from .attention_suite import CASES, AttentionSuite, Case, make_inputs
 class TestMosaicGpu(AttentionSuite):
     implementation = "mosaic_gpu"
     dtypes = ("bfloat16", "float16")
+
+    @pytest.mark.parametrize("listed", [0, 4])
+    def test_ends_where_most_tiles_have_no_step(self, listed):
+        """Late tiles come first, so programs begin with several items that have nothing to do."""
+        B, K, T, H, block = 4, 8, 1024, 64, 64
+        counts = (jnp.arange(T // block) < listed).astype(jnp.int32)
+        counts = jnp.broadcast_to(counts, (B, K, T // block))
+        indices = jnp.zeros((B, K, T // block, 1), jnp.int32)
+        self.check_against_xla((B, T, K, K, T, H), BlockTable(counts, indices, block, block))
+
+    @pytest.mark.parametrize("used", [0, 128, 700])
+    @pytest.mark.parametrize("B", [1, 4])
+    def test_ends_where_most_slots_are_unused(self, B, used):
+        slots, S = 1024, 8192
+        places = jnp.arange(slots, dtype=jnp.int32)
+        positions = jnp.broadcast_to(jnp.where(places < used, 8 * places, -1), (B, slots))
+        table = dense_table(slots, S, block_q=128, block_kv=128)
+        self.check_against_xla((B, slots, 16, 4, S, 128), table, q_positions=positions)
+
+    def test_ends_where_rows_have_fewer_blocks_than_splits(self):
+        table = window_table(4096, 4096, 1, block_q=128, block_kv=128)
+        self.check_against_xla((1, 4096, 4, 1, 4096, 128), table)
+
+    def check_against_xla(self, sizes, table, **arguments):
+        B, T, N, K, S, H = sizes
+        rng = np.random.default_rng(0)
+        q, k, v = (
+            jnp.asarray(rng.normal(size=(B, length, heads, H)), jnp.bfloat16)
+            for length, heads in ((T, N), (S, K), (S, K))
+        )
+
+        def both(implementation):
+            def attend(q, k, v):
+                return block_sparse_attention(
+                    q, k, v, table, **arguments, implementation=implementation
+                )
+
+            out, pull_back = jax.vjp(attend, q, k, v)
+            return out, *pull_back(q)
+
+        compute = jax.jit(both, static_argnums=0)
+        for got, expected in zip(compute("mosaic_gpu"), compute("xla")):
+            got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+            assert np.linalg.norm(got - expected) <= 0.01 * np.linalg.norm(expected)
 
 
 def _call(case: Case, dtype: str) -> tuple[AttentionOptions, AttentionInputs]:
