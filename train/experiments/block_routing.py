@@ -4,7 +4,7 @@ Command: `routing-jax reproduce block-routing --text FOLDER`; `--list` names the
 REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'full|window-1k'` first: where attention everywhere does not beat the same model limited
 to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: one H100; an estimated 10 to 30 minutes a run, so some 40 hours for all of them.
+Hardware and time: one H100; an estimated 10 to 30 minutes a run, and about 300 runs in all.
 Expect: not measured yet.
 """
 
