@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from routing_jax.kernels.decode.implementation import DecodeInputs
 from routing_jax.kernels.decode.mosaic_gpu.kernel import attend_to_splits
 from routing_jax.kernels.decode.mosaic_gpu.tiling import decode_tiling
+from routing_jax.kernels.decode.rows import queries_of_rows, rows_of_queries
 from routing_jax.kernels.hopper import WARPGROUP_ROWS
 from routing_jax.kernels.online_softmax import merge_splits
 
@@ -29,12 +30,11 @@ def run_on_hopper(scale: float, inputs: DecodeInputs) -> tuple[jax.Array, jax.Ar
     """
     B, T, N, H = inputs.q.shape
     page_size, K = inputs.k_pool.shape[1:3]
-    G = N // K
-    rows = inputs.q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -T * G % WARPGROUP_ROWS), (0, 0)))
-    tiling = decode_tiling(B * K, T * G, H, page_size, inputs.pages.pages.shape[2])
+    rows = rows_of_queries(inputs.q, K)
+    R = rows.shape[2]
+    tiling = decode_tiling(B * K, R, H, page_size, inputs.pages.pages.shape[2])
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -R % WARPGROUP_ROWS), (0, 0)))
     outs, lses = attend_to_splits(rows, scale, inputs, tiling)
-    out, lse = merge_splits(outs[:, :, :, : T * G], lses[:, :, :, : T * G], axis=2)
-    out = out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
-    lse = lse.reshape(B, K, T, G).transpose(0, 2, 1, 3).reshape(B, T, N)
+    out, lse = merge_splits(outs[:, :, :, :R], lses[:, :, :, :R], axis=2)
+    out, lse = queries_of_rows(out, lse, T, N)
     return out.astype(inputs.q.dtype), lse

@@ -12,6 +12,7 @@ from routing_jax.kernels.decode.implementation import DecodeInputs
 from routing_jax.kernels.decode.mosaic_tpu.kernel import DecodeShape, decode_program, scratch
 from routing_jax.kernels.decode.mosaic_tpu.pool_view import pool_view
 from routing_jax.kernels.decode.mosaic_tpu.tiling import decode_tiling, vector_memory
+from routing_jax.kernels.decode.rows import queries_of_rows, rows_of_queries
 from routing_jax.kernels.online_softmax import merge_splits
 from routing_jax.kernels.padding import pad_axis
 from routing_jax.kernels.tpu import LANES
@@ -42,14 +43,13 @@ def run_on_tpu(scale: float, inputs: DecodeInputs) -> tuple[jax.Array, jax.Array
     cores = pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
     tiling, view = decode_tiling(inputs, cores), pool_view(k_pool)
     splits, R = ceil_div(C, tiling.slots), tiling.rows
-    rows = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     counts = jnp.where(lengths[:, None] > 0, jnp.clip(pages.counts, 0, C), 0)
     lists = {"pages": pages.pages, "blocks": pages.blocks}
     if block_bias is not None:
         lists["bias"] = block_bias.astype(jnp.float32)
     operands = lists | {
         "header": jnp.concatenate([lengths[:, None], counts], axis=1)[:, None],
-        "q": pad_axis(rows, 2, R),
+        "q": pad_axis(rows_of_queries(q, K), 2, R),
         "k_pool": in_main_memory(view.arrange(k_pool)),
         "v_pool": in_main_memory(view.arrange(v_pool)),
     }
@@ -92,8 +92,7 @@ def run_on_tpu(scale: float, inputs: DecodeInputs) -> tuple[jax.Array, jax.Array
     out, lse = outs[:, 0], lses[:, 0, ..., 0]
     if splits > 1:
         out, lse = merge_splits(outs, lses[..., 0], axis=1)
-    out = out[:, :, : T * G].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
-    lse = lse[:, :, : T * G].reshape(B, K, T, G).transpose(0, 2, 1, 3).reshape(B, T, N)
+    out, lse = queries_of_rows(out, lse, T, N)
     return out.astype(q.dtype), lse
 
 
