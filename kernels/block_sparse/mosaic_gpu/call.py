@@ -140,7 +140,7 @@ class Geometry(NamedTuple):
         return self.B * self.K * self.M * self.pairs * self.splits
 
     @property
-    def rounds(self) -> int:
+    def cluster_items(self) -> int:
         """Items that every program of a cluster takes one of, in all."""
         return self.items // self.cluster
 

@@ -107,9 +107,9 @@ def forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutp
 def _splits(geometry: Geometry) -> int:
     """Shares that rows are cut into, for items enough to fill the chip evenly."""
     clusters = num_multiprocessors() // geometry.cluster
-    if geometry.rounds >= 2 * clusters:
+    if geometry.cluster_items >= 2 * clusters:
         return 1
-    return max(1, min(ceil_div(4 * clusters, geometry.rounds), geometry.J // _SPLIT_BLOCKS))
+    return max(1, min(ceil_div(4 * clusters, geometry.cluster_items), geometry.J // _SPLIT_BLOCKS))
 
 
 def attend(geometry: Geometry, arrays: Arrays) -> tuple[jax.Array, jax.Array]:

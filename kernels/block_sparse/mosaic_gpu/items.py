@@ -139,12 +139,12 @@ def for_each_item(
     """
     cluster = lax.axis_index("cluster")
     clusters = lax.axis_size("cluster")
-    rounds = ceil_div(geometry.rounds, clusters)
+    rounds = ceil_div(geometry.cluster_items, clusters)
 
     def place_of(i):
         turned = jnp.where(lax.rem(i, 2) == 0, cluster, clusters - 1 - cluster)
         # The last round may be short: what it lacks is the last item again, with no harm done.
-        return _place(geometry, jnp.minimum(i * clusters + turned, geometry.rounds - 1))
+        return _place(geometry, jnp.minimum(i * clusters + turned, geometry.cluster_items - 1))
 
     def read(place):
         def scalar(ref):
@@ -172,7 +172,7 @@ def launch(geometry: Geometry, body: Callable, out_type, threads: int) -> Callab
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(min(num_multiprocessors() // geometry.cluster, geometry.rounds),),
+        grid=(min(num_multiprocessors() // geometry.cluster, geometry.cluster_items),),
         grid_names=("cluster",),
         cluster=(geometry.cluster,),
         cluster_names=("member",),
