@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from routing_jax.attention.projections import AttentionWeights, HeadsConfig
@@ -60,14 +61,8 @@ def over_batch_and_heads(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return fn(x, positions, choice, segment_ids, otherwise, weights, lambda y: y)
-    split = (
-        split_heads
-        and mesh.shape[_HEAD_AXIS] > 1
-        and heads.num_kv_heads % mesh.shape[_HEAD_AXIS] == 0
-    )
-    head = _HEAD_AXIS if split else None
-    batch_devices = mesh.shape[_BATCH_AXES[0]] * mesh.shape[_BATCH_AXES[1]]
-    batch = _BATCH_AXES if x.shape[0] % batch_devices == 0 else None
+    batch, head = _axes_of(mesh, x.shape[0], heads.num_kv_heads)
+    head = head if split_heads else None
     into: Any = P(None, head, None)
     out: Any = P(head, None, None)
     bias: Any = P(head, None)
@@ -75,11 +70,11 @@ def over_batch_and_heads(
     split_weights = AttentionWeights(into, into, into, out, bias, bias, bias, whole, whole)
 
     def total(y: jax.Array) -> jax.Array:
-        return jax.lax.psum(y, _HEAD_AXIS) if split else y
+        return jax.lax.psum(y, head) if head else y
 
     def local(x, positions, choice, segment_ids, otherwise, weights):
-        if split:
-            first = jax.lax.axis_index(_HEAD_AXIS) == 0
+        if head:
+            first = jax.lax.axis_index(head) == 0
             otherwise = jnp.where(first, otherwise, jnp.zeros_like(otherwise))
         return fn(x, positions, choice, segment_ids, otherwise, weights, total)
 
@@ -144,19 +139,17 @@ def block_attention_over_batch_and_heads(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(*arrays)
-    split = mesh.shape[_HEAD_AXIS] > 1 and k.shape[2] % mesh.shape[_HEAD_AXIS] == 0
-    batch_devices = mesh.shape[_BATCH_AXES[0]] * mesh.shape[_BATCH_AXES[1]]
-    over_batch = q.shape[0] % batch_devices == 0
+    batch, head = _axes_of(mesh, q.shape[0], k.shape[2])
 
     def spec(array: jax.Array | None, head_axis: int) -> Any:
         """What is 1 stands for all, and every device has it."""
         if array is None:
             return P()
         axes: list[Any] = [None] * array.ndim
-        if over_batch and array.shape[0] > 1:
-            axes[0] = _BATCH_AXES
-        if split and 0 < head_axis < array.ndim and array.shape[head_axis] > 1:
-            axes[head_axis] = _HEAD_AXIS
+        if array.shape[0] > 1:
+            axes[0] = batch
+        if 0 < head_axis < array.ndim and array.shape[head_axis] > 1:
+            axes[head_axis] = head
         return P(*axes)
 
     heads_at = (2, 2, 2, 1, 1, 1, 0, 0)
@@ -167,3 +160,15 @@ def block_attention_over_batch_and_heads(
         out_specs=spec(q, 2),
         check_vma=False,  # the loops mix constants with per-device values
     )(*arrays)
+
+
+def _axes_of(
+    mesh: AbstractMesh, batch: int, kv_heads: int
+) -> tuple[tuple[str, ...] | None, str | None]:
+    """The mesh axes over which sequences and heads are split; None where they do not divide."""
+    devices = mesh.shape[_BATCH_AXES[0]] * mesh.shape[_BATCH_AXES[1]]
+    others = mesh.shape[_HEAD_AXIS]
+    return (
+        _BATCH_AXES if batch % devices == 0 else None,
+        _HEAD_AXIS if others > 1 and kv_heads % others == 0 else None,
+    )
