@@ -8,6 +8,7 @@ T²/2 pairs for dense attention over a whole sequence.
 
 import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ from routing_jax.evals.benchmarks.attention_report import (
     with_ratios,
 )
 from routing_jax.evals.benchmarks.environment import environment, ptxas_version
-from routing_jax.evals.benchmarks.running import Clock, error_text, write_json
+from routing_jax.evals.benchmarks.running import Clock, error_text, record
 from routing_jax.evals.benchmarks.timing import Timing, chained, time_program
 from routing_jax.kernels import default_implementation
 
@@ -218,18 +219,16 @@ def main(config: AttentionBenchConfig, out: Path) -> dict[str, Any]:
     Returns:
       The result of `run`.
     """
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
 
-    def report(result: dict[str, Any]) -> None:
-        write_json(result, out)
-        if len(result["rows"]) == 1:
-            flex = f"; no FlexAttention: {result['flex']}" if result["flex"] else ""
-            print(f"{result['device']}, {config.dtype}, dense by {result['dense']}{flex}")
-        print(describe(result["rows"][-1]), flush=True)
+    def heading(result: dict[str, Any]) -> str:
+        flex = f"; no FlexAttention: {result['flex']}" if result["flex"] else ""
+        return f"{result['device']}, {config.dtype}, dense by {result['dense']}{flex}"
 
-    result = run(config, report)
-    print(f"\n{table(result['rows'])}\n")
-    plot(result["rows"], out.with_suffix(".png"))
-    print(f"{len(result['rows'])} rows in {result['seconds']} s: {out}")
-    return result
+    return record(
+        functools.partial(run, config),
+        Path(out),
+        describe=describe,
+        table=table,
+        heading=heading,
+        plot=plot,
+    )

@@ -7,6 +7,7 @@ layer. Dense attention is cuDNN's on a GPU and XLA's in blocks elsewhere.
 
 import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax
 from routing_jax.evals.benchmarks.environment import environment
 from routing_jax.evals.benchmarks.mixing_cases import Case, cases
 from routing_jax.evals.benchmarks.mixing_config import MixingBenchConfig, Part, default_config
-from routing_jax.evals.benchmarks.running import Clock, error_text, write_json
+from routing_jax.evals.benchmarks.running import Clock, error_text, record
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.kernels import default_implementation
 
@@ -174,28 +175,25 @@ def main(config: MixingBenchConfig, out: Path) -> dict[str, Any]:
     Returns:
       The result of `run`.
     """
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
 
-    def report(result: dict[str, Any]) -> None:
-        write_json(result, out)
-        if len(result["rows"]) == 1:
-            print(
-                f"{result['device']}, {config.dtype}: {config.num_heads} query and "
-                f"{config.num_kv_heads} key/value heads of {config.head_dim}, batch 1, dense "
-                f"attention by {result['attention']}"
-            )
-        row = result["rows"][-1]
-        line = f"{row['part']:<11} {row['length']:>6} {100 * row['usage']:>6.4g} %  "
-        if row["milliseconds"] is not None:
-            line += f"{row['milliseconds']:>10.4f} ms ± {row['spread']:<8.2g} "
-        if row["dense_milliseconds"] is not None:
-            line += f"dense {row['dense_milliseconds']:>10.4f} ms ± {row['dense_spread']:<8.2g} "
-        if row["speedup"] is not None:
-            line += f"{row['speedup']:>8.2f}×"
-        print(line, row.get("error", ""), flush=True)
+    def heading(result: dict[str, Any]) -> str:
+        return (
+            f"{result['device']}, {config.dtype}: {config.num_heads} query and "
+            f"{config.num_kv_heads} key/value heads of {config.head_dim}, batch 1, dense "
+            f"attention by {result['attention']}"
+        )
 
-    result = run(config, report)
-    print(f"\n{table(result['rows'])}\n")
-    print(f"{len(result['rows'])} rows in {result['seconds']} s: {out}")
-    return result
+    return record(
+        functools.partial(run, config), Path(out), describe=_line, table=table, heading=heading
+    )
+
+
+def _line(row: Row) -> str:
+    line = f"{row['part']:<11} {row['length']:>6} {100 * row['usage']:>6.4g} %  "
+    if row["milliseconds"] is not None:
+        line += f"{row['milliseconds']:>10.4f} ms ± {row['spread']:<8.2g} "
+    if row["dense_milliseconds"] is not None:
+        line += f"dense {row['dense_milliseconds']:>10.4f} ms ± {row['dense_spread']:<8.2g} "
+    if row["speedup"] is not None:
+        line += f"{row['speedup']:>8.2f}×"
+    return f"{line} {row.get('error', '')}"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,43 @@ def write_json(result: dict[str, Any], out: Path) -> None:
       OSError: it can't be written; the file is named.
     """
     write_whole(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def record(
+    run: Callable[[Callable[[dict[str, Any]], None]], dict[str, Any]],
+    out: Path,
+    *,
+    describe: Callable[[dict[str, Any]], str],
+    table: Callable[[list[dict[str, Any]]], str],
+    heading: Callable[[dict[str, Any]], str] | None = None,
+    plot: Callable[[list[dict[str, Any]], Path], Any] | None = None,
+) -> dict[str, Any]:
+    """Runs a benchmark, prints each row as it comes and the table last, and writes JSON.
+
+    The file is replaced after every row, so a run that is cut off keeps what it measured.
+
+    Args:
+      run: takes what is to be called with the result so far after each row; returns the result.
+      out: the JSON file to write; its folder is made.
+      describe: a row to a line.
+      table: all rows to Markdown.
+      heading: a result to the line before its first row.
+      plot: draws all rows into a file, named as `out` but for '.png'.
+
+    Returns:
+      The result of `run`.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def report(result: dict[str, Any]) -> None:
+        write_json(result, out)
+        if heading is not None and len(result["rows"]) == 1:
+            print(heading(result))
+        print(describe(result["rows"][-1]), flush=True)
+
+    result = run(report)
+    print(f"\n{table(result['rows'])}\n")
+    if plot is not None:
+        plot(result["rows"], out.with_suffix(".png"))
+    print(f"{len(result['rows'])} rows in {result['seconds']} s: {out}")
+    return result

@@ -17,7 +17,7 @@ import numpy as np
 
 from routing_jax.evals.benchmarks import attention_cases
 from routing_jax.evals.benchmarks.environment import environment
-from routing_jax.evals.benchmarks.running import write_json
+from routing_jax.evals.benchmarks.running import record
 from routing_jax.evals.benchmarks.tpu_compiler import Report, compile_cases, compiler_refusal
 from routing_jax.evals.benchmarks.tpu_programs import (
     CHIPS,
@@ -208,15 +208,6 @@ def main(config: TpuScheduleConfig, out: Path) -> dict[str, Any]:
     Returns:
       The result of `run`.
     """
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-    def report(result: dict[str, Any]) -> None:
-        write_json(result, out)
-        print(describe(result["rows"][-1]), flush=True)
-
-    result = run(config, report)
-    print(f"\n{table(result['rows'])}\n")
-    plot(result["rows"], out.with_suffix(".png"))
-    print(f"{len(result['rows'])} rows in {result['seconds']} s: {out}")
-    return result
+    return record(
+        functools.partial(run, config), Path(out), describe=describe, table=table, plot=plot
+    )
