@@ -41,6 +41,12 @@ from routing_jax.routers.layer import (
 from routing_jax.routers.losses import balance_loss
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
+from routing_jax.routers.sparse_modes import (
+    SparseModeConfig,
+    layer_table,
+    mean_key_scores,
+    streaming_table,
+)
 from routing_jax.routers.token import TokenRouter, TokenRouterConfig, TokenRouting, seen_before
 
 __all__ = [
@@ -57,6 +63,7 @@ __all__ = [
     "SchemeRouter",
     "SchemeRouting",
     "SchemesConfig",
+    "SparseModeConfig",
     "TileQueries",
     "TokenRouter",
     "TokenRouterConfig",
@@ -78,6 +85,8 @@ __all__ = [
     "cooled_temperature",
     "dot_scores",
     "init_multipliers",
+    "layer_table",
+    "mean_key_scores",
     "pattern_scores",
     "pool_queries",
     "pooled_attention",
@@ -86,4 +95,5 @@ __all__ = [
     "select_blocks",
     "select_candidates",
     "straight_through",
+    "streaming_table",
 ]
