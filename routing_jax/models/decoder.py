@@ -60,7 +60,7 @@ class ModelOutput(NamedTuple):
     """What the model returns.
 
     Attributes:
-      logits: [B,T,V] float32.
+      logits: [B,T,V] float32; [B,A,V] of the A tokens that were to be read.
       cache: the DecoderCache after these tokens, or None.
       reports: LayerReport with a leading layer dimension [L].
     """
@@ -185,8 +185,8 @@ class Pattern(nn.Module):
 class Decoder(nn.Module):
     """A causal language model with a mixer per layer.
 
-    `apply({'params': p}, tokens [B,T], positions, segment_ids, cache, rng, mode, prompts)
-    -> ModelOutput`; `prompts` is for layer routers.
+    `apply({'params': p}, tokens [B,T], positions, segment_ids, cache, rng, mode, prompts,
+    read) -> ModelOutput`; `prompts` is for layer routers.
     Use `init_params` for its parameters: they are the same with and without scan.
     A position past the cache's end raises ValueError where positions are concrete. Under jit they
     are not: the key is dropped and later tokens do not see it, so the caller has to count, or to
@@ -210,8 +210,12 @@ class Decoder(nn.Module):
         rng: jax.Array | None = None,
         mode: Mode = "eval",
         prompts: Prompts | None = None,
+        read: jax.Array | None = None,
     ) -> ModelOutput:
-        """Runs the model on tokens [B,T]; positions default to 0…T−1 after the cache's end."""
+        """Runs the model on tokens [B,T]; positions default to 0…T−1 after the cache's end.
+
+        `read` [B,A] int32 names the places in T whose logits are wanted; all of them when None.
+        """
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
         if mode in ("prefill", "decode") and cache is None:
@@ -283,6 +287,8 @@ class Decoder(nn.Module):
             lengths = jnp.maximum(cache.lengths, jnp.max(positions, axis=1) + 1)
             cache = DecoderCache(caches, lengths)
 
+        if read is not None:
+            x = jnp.take_along_axis(x, read[..., None], axis=1)
         x = make_norm(cfg, "final_norm")(x)
         if cfg.tie_embeddings:
             head = embedding.T
