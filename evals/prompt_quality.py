@@ -3,6 +3,7 @@
 Layers are routed by the prompt alone, and what is scored comes after it.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ Chooser = Callable[[int, int], np.ndarray]
 """(first prompt's number, B) -> [L,B] bool, True for full attention."""
 
 
+@functools.lru_cache(maxsize=2)
 def prompt_scorer(config: DecoderConfig) -> Callable[..., PromptScores]:
     """A function that scores prompts, compiled once for all its calls with equal shapes.
 

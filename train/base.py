@@ -18,6 +18,7 @@ from routing_jax.models.pretrained import load_pretrained, open_checkpoint, save
 from routing_jax.sharding import put_batch
 from routing_jax.train.config import TrainConfig, config_to_dict
 from routing_jax.train.data import PROMPT_TASKS, PromptBatch, PromptConfig, batches
+from routing_jax.train.data.batch import Split
 from routing_jax.train.loop import Trained, train_mesh
 from routing_jax.train.metrics import read_metrics
 
@@ -58,11 +59,16 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Any:
     return load_pretrained(config.base, dtype=model.dtype, scan=model.scan, mesh=mesh).params
 
 
-def held_out_prompts(config: TrainConfig, task: str, count: int) -> list[PromptBatch]:
-    """At least so many held-out prompts of one task, the same in every call."""
+def held_out_prompts(
+    config: TrainConfig, task: str, count: int, split: Split = "validation"
+) -> list[PromptBatch]:
+    """At least so many prompts of one task that no training sees, the same in every call.
+
+    Those of split 'train' share its text, but are not its prompts.
+    """
     data = config.replace(data__mixture=(task,)).data
     size = config.batch_size(data.length)
-    stream = batches(data, split="validation", seed=_EVAL_SEED, batch_size=size)
+    stream = batches(data, split=split, seed=_EVAL_SEED, batch_size=size)
     return list(itertools.islice(stream, -(-count // size)))
 
 
@@ -89,6 +95,11 @@ def score_tasks(
             }
 
     return run
+
+
+def evaluate_routers(config: TrainConfig, routers: Any, mesh: Mesh) -> dict[str, PromptScores]:
+    """Scores held-out prompts of each task, routed by trained routers."""
+    return score_tasks(config, load_base(config, mesh), mesh)(routers, None)
 
 
 def routing_result(
@@ -166,8 +177,7 @@ def finish_routers(
     routers = trained.state.params
     if jax.process_index() == 0:
         save_routers(workdir / ROUTER_FILE, routers, config.base, config.model)
-    mesh = train_mesh(config)
-    scores = score_tasks(config, load_base(config, mesh), mesh)(routers, None)
+    scores = evaluate_routers(config, routers, train_mesh(config))
     result = routing_result(config, scores, labels, workdir=workdir, trained=trained)
     if jax.process_index() == 0:
         write_result(result, workdir / "result.json")

@@ -1,6 +1,7 @@
 """Routers trained for a published model that stays as it is: bytes, gradients, files, refusals."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_the_result_tells_what_each_task_got_and_spent(made):
     assert result.steps == 3
     # Two layers, H = 8: the released widths, 8H, 2H, 4H, H and 2.
     sizes = [8, 64, 16, 32, 8, 2]
-    assert result.parameters == 2 * sum((a + 1) * b for a, b in zip(sizes, sizes[1:]))
+    assert result.parameters == 2 * sum((a + 1) * b for a, b in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize(
