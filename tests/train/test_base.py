@@ -16,7 +16,8 @@ from routing_jax.models.pretrained import load_pretrained, load_routed
 from routing_jax.routers import SparseModeConfig
 from routing_jax.train.base import with_base
 from routing_jax.train.config import config_from_dict, config_to_dict
-from routing_jax.train.data import batches
+from routing_jax.train.data import PROMPT_TASKS, batches
+from routing_jax.train.metrics import read_metrics
 from routing_jax.train.presets import get_preset
 from routing_jax.train.run import run
 from routing_jax.train.step import init_state, make_train_step
@@ -40,8 +41,11 @@ def config(tmp_path_factory):
         model__dtype="float32",
         model__sparse=SPARSE,
         model__remat=False,
-        curriculum__hold_steps=3,
+        curriculum__hold_steps=40,
         optimizer__learning_rate=0.05,
+        budget__retrieval=0.0,
+        budget__text=1.0,
+        budget__rate=0.3,
         batch_tokens=4 * 256,
         eval_sequences=4,
         log_every=1,
@@ -123,6 +127,17 @@ def test_a_run_leaves_routers_that_load_beside_an_unchanged_base(config, made):
         load_routed(folder / "router.safetensors", other)
 
 
+def test_a_missed_budget_weighs_more_and_more_and_is_then_held(made):
+    rows = read_metrics(made[0])
+    sparsity = np.array([row["sparsity"] for row in rows])
+    multipliers = np.array([row["multipliers"] for row in rows])
+    text = PROMPT_TASKS.index("text")
+    assert sparsity[0, text] < 0.5 < sparsity[-5:, text].mean()
+    assert multipliers[0, text] > 0
+    assert (np.diff(multipliers, axis=0) >= 0).all()
+    assert multipliers[-1, text] > 2 * multipliers[3, text]
+
+
 def test_the_result_tells_what_each_task_got_and_spent(made):
     _, result, _ = made
     tasks = result.details["tasks"]
@@ -132,7 +147,7 @@ def test_the_result_tells_what_each_task_got_and_spent(made):
         assert (told["nll"] is not None) == (task == "text")
         assert told["sparsity"] == pytest.approx(1 - np.mean(told["dense_by_layer"]))
     assert result.usage == pytest.approx(1 - np.mean([t["sparsity"] for t in tasks.values()]))
-    assert result.steps == 3
+    assert result.steps == 40
     # Two layers, H = 8: the released widths, 8H, 2H, 4H, H and 2.
     sizes = [8, 64, 16, 32, 8, 2]
     assert result.parameters == 2 * sum((a + 1) * b for a, b in itertools.pairwise(sizes))
