@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -24,6 +27,7 @@ from routing_jax.train.step import init_state, make_train_step
 
 from .published_folder import write_model, write_text
 
+ROOT = Path(__file__).resolve().parents[2]
 SPARSE = SparseModeConfig(sink=32, window=32, block_q=32, block_kv=32)
 
 
@@ -136,6 +140,30 @@ def test_a_missed_budget_weighs_more_and_more_and_is_then_held(made):
     assert multipliers[0, text] > 0
     assert (np.diff(multipliers, axis=0) >= 0).all()
     assert multipliers[-1, text] > 2 * multipliers[3, text]
+
+
+ON_TWO = """
+import sys
+from etils import epath
+from routing_jax.train.loop import train
+from routing_jax.train.run import read_config
+folder, alone = sys.argv[1:]
+config = read_config(epath.Path(alone)).replace(mesh__data=2, curriculum__hold_steps=40)
+train(config, folder, quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_devices_train_the_same_routers_as_one(made, tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ON_TWO, str(tmp_path), str(made[0])]
+    run = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows, want = read_metrics(tmp_path), read_metrics(made[0])
+    assert len(rows) == len(want)
+    for row, other in zip(rows[:5], want):
+        for name in ("loss", "cost", "sparsity", "multipliers", "usage_per_layer"):
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, err_msg=name)
 
 
 def test_the_result_tells_what_each_task_got_and_spent(made):
