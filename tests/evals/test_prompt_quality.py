@@ -35,6 +35,7 @@ class Rows(NamedTuple):
     lengths: np.ndarray
     tasks: np.ndarray
     places: np.ndarray
+    positions: np.ndarray
 
 
 def some_rows(seed):
@@ -44,7 +45,10 @@ def some_rows(seed):
     places = lengths[:, None] - 1 + np.arange(A)
     targets = tokens[np.arange(2)[:, None], places + 1]
     weights = np.array([[1 / 3] * 3, [0.5, 0.5, 0]], np.float32)
-    return Rows(tokens, targets * (weights > 0), weights, lengths, np.array([0, seed]), places)
+    index = np.arange(40, dtype=np.int32)
+    positions = np.where(index < lengths[:, None] + A, index, -1)
+    tasks = np.array([0, seed])
+    return Rows(tokens, targets * (weights > 0), weights, lengths, tasks, places, positions)
 
 
 BATCHES = [some_rows(0), some_rows(1)]
