@@ -1,7 +1,5 @@
 """A tiny published model with a tokenizer of single bytes, for layer routers to be trained on."""
 
-import json
-
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -26,7 +24,6 @@ def write_model(folder, seed=0):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    assert json.loads((folder / "tokenizer.json").read_text())["model"]["type"] == "BPE"
     return folder
 
 
