@@ -46,6 +46,26 @@ class Run(NamedTuple):
         return f"{self.task}_{self.variant}_s{self.seed}"
 
 
+def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
+    """The planned runs that `only` names.
+
+    Args:
+      args: see the class.
+      planned: all runs of the experiment.
+
+    Raises:
+      ValueError: `only` is no regular expression or names no run.
+    """
+    try:
+        pattern = re.compile(args.only)
+    except re.error as e:
+        raise ValueError(f"only is {args.only!r}, which is no regular expression: {e}.") from e
+    wanted = [r for r in planned if pattern.search(r.name)]
+    if not wanted:
+        raise ValueError(f"only is {args.only!r}, which names no run; --list shows them all.")
+    return wanted
+
+
 def make_missing(
     experiment: str,
     args: ReproduceArgs,
@@ -65,16 +85,9 @@ def make_missing(
       All results there are, to be rendered; none when the runs were only to be listed.
 
     Raises:
-      ValueError: `only` is no regular expression or names no run, or a workdir holds an unfinished
-        run with another configuration.
+      ValueError: as `wanted_runs`, or a workdir holds an unfinished run with another configuration.
     """
-    try:
-        pattern = re.compile(args.only)
-    except re.error as e:
-        raise ValueError(f"only is {args.only!r}, which is no regular expression: {e}.") from e
-    wanted = [r for r in planned if pattern.search(r.name)]
-    if not wanted:
-        raise ValueError(f"only is {args.only!r}, which names no run; --list shows them all.")
+    wanted = wanted_runs(args, planned)
     paths = [result_path(args.out, experiment, r.task, r.variant, r.seed) for r in wanted]
     if args.list:
         for r, path in zip(wanted, paths):

@@ -178,6 +178,8 @@ class AttentionSuite:
             limit = 1e-5
             if usual is not None:
                 limit = 2 * relative_error(usual[name], expected[name]) + 1e-6
+                if name in ("out", "d_q", "d_k", "d_v"):  # rounded: of one key, the usual is exact
+                    limit = max(limit, float(jnp.finfo(dtype).eps))
             assert relative_error(value, expected[name]) <= limit, name
 
     @pytest.mark.parametrize("name", CASES)
@@ -189,7 +191,8 @@ class AttentionSuite:
         assert dtype in self.dtypes
         self.check_against_oracle(CASES[name], dtype)
 
-    @hypothesis.settings(max_examples=4)
+    # Every example compiles: one that fails is not worth making smaller.
+    @hypothesis.settings(max_examples=4, phases=[hypothesis.Phase.generate])
     @hypothesis.given(
         case=st.builds(
             Case,

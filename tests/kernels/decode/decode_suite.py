@@ -139,7 +139,8 @@ class DecodeSuite:
         for dtype in self.dtypes[1:]:
             self.check_against_oracle(CASES["one query, groups of 3"], dtype)
 
-    @hypothesis.settings(max_examples=4)
+    # Every example compiles: one that fails is not worth making smaller.
+    @hypothesis.settings(max_examples=4, phases=[hypothesis.Phase.generate])
     @hypothesis.given(
         case=st.builds(
             Case,
