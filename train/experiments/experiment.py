@@ -1,15 +1,18 @@
 """What all experiments share: runs by name, made once, in pieces if need be."""
 
+import functools
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from etils import epath
 
 from routing_jax.evals.results import Result, load_results, result_path, write_result
 from routing_jax.train.config import TrainConfig
+from routing_jax.train.experiments.side_by_side import Task, side_by_side
 from routing_jax.train.run import read_config, run
 
 
@@ -23,6 +26,8 @@ class ReproduceArgs:
       only: run only those whose name TASK_VARIANT_sSEED matches this regular expression.
       max_minutes: start no further run after so many minutes; 0 for no limit.
       list: print the runs and stop.
+      jobs: runs made side by side, each in a process of its own, spread over the GPUs there are;
+        what they print goes into SCRATCH/EXPERIMENT/logs.
     """
 
     out: str = "evals/results"
@@ -30,6 +35,16 @@ class ReproduceArgs:
     only: str = ""
     max_minutes: float = 0.0
     list: bool = False
+    jobs: int = 1
+
+    def __post_init__(self):
+        if self.jobs < 1:
+            raise ValueError(f"jobs is {self.jobs}; it must be at least 1.")
+        if self.jobs > 1 and "://" in self.scratch:
+            raise ValueError(
+                f"scratch is {self.scratch!r}; with several jobs it must be a folder of this "
+                "machine."
+            )
 
 
 class Run(NamedTuple):
@@ -66,11 +81,17 @@ def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
     return wanted
 
 
+def _as_it_is(run: Run, result: Result, workdir: epath.Path) -> Result:
+    """The result with nothing added."""
+    del run, workdir
+    return result
+
+
 def make_missing(
     experiment: str,
     args: ReproduceArgs,
     planned: Iterable[Run],
-    finish: Callable[[Run, Result, epath.Path], Result] = lambda run, result, workdir: result,
+    finish: Callable[[Run, Result, epath.Path], Result] = _as_it_is,
 ) -> list[Result]:
     """Makes every missing run that `only` names.
 
@@ -79,13 +100,14 @@ def make_missing(
       args: which runs, and where they go.
       planned: all runs of the experiment.
       finish: (run, its result, its workdir) -> the result to write, with what only this experiment
-        measures.
+        measures; can be pickled.
 
     Returns:
       All results there are, to be rendered; none when the runs were only to be listed.
 
     Raises:
       ValueError: as `wanted_runs`, or a workdir holds an unfinished run with another configuration.
+      RuntimeError: with several jobs, some of them failed; they and their logs are named.
     """
     wanted = wanted_runs(args, planned)
     paths = [result_path(args.out, experiment, r.task, r.variant, r.seed) for r in wanted]
@@ -93,32 +115,73 @@ def make_missing(
         for r, path in zip(wanted, paths):
             print(f"{r.name:<44} {'done' if path.exists() else ''}")
         return []
-    started = time.time()
-    for r, path in zip(wanted, paths):
-        if path.exists():
-            continue
-        if args.max_minutes and time.time() - started > 60 * args.max_minutes:
-            print(f"stopped before {r.name}: {args.max_minutes} minutes are over")
-            break
-        print(f"== {r.name}", flush=True)
-        workdir = epath.Path(args.scratch) / experiment / r.name
+    missing = [r for r, path in zip(wanted, paths) if not path.exists()]
+    folder = epath.Path(args.scratch) / experiment
+    for r in missing:
+        workdir = folder / r.name
         if (workdir / "config.json").exists() and read_config(workdir) != r.config:
             raise ValueError(
                 f"{workdir} holds an unfinished run with another configuration; remove it, or give "
                 "another --scratch."
             )
-        result = run(
-            r.config,
-            workdir,
-            resume=True,
-            labels={"experiment": experiment, "task": r.task, "variant": r.variant},
-        )
-        result = finish(r, result, workdir)
-        write_result(result, path)
-        print(
-            f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "
-            f"{result.usage:.4%}, cost {result.cost:.4f}, kv cost {result.kv_cost:.4f}, "
-            f"{result.minutes:.1f} minutes",
-            flush=True,
-        )
+    make = functools.partial(_make, experiment, args.out, folder, finish)
+    (_make_side_by_side if args.jobs > 1 else _make_in_turn)(missing, make, args, folder)
     return load_results(args.out, experiment)
+
+
+def _make(
+    experiment: str,
+    out: str,
+    folder: epath.Path,
+    finish: Callable[[Run, Result, epath.Path], Result],
+    r: Run,
+) -> None:
+    """Makes a run, or the rest of it, and writes its result."""
+    print(f"== {r.name}", flush=True)
+    workdir = folder / r.name
+    labels = {"experiment": experiment, "task": r.task, "variant": r.variant}
+    result = finish(r, run(r.config, workdir, resume=True, labels=labels), workdir)
+    write_result(result, result_path(out, experiment, r.task, r.variant, r.seed))
+    print(
+        f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "
+        f"{result.usage:.4%}, cost {result.cost:.4f}, kv cost {result.kv_cost:.4f}, "
+        f"{result.minutes:.1f} minutes",
+        flush=True,
+    )
+
+
+def _make_in_turn(
+    missing: Sequence[Run], make: Callable[[Run], None], args: ReproduceArgs, folder: epath.Path
+) -> None:
+    del folder
+    started = time.time()
+    for r in missing:
+        if args.max_minutes and time.time() - started > 60 * args.max_minutes:
+            print(f"stopped before {r.name}: {args.max_minutes} minutes are over")
+            break
+        make(r)
+
+
+def _make_side_by_side(
+    missing: Sequence[Run], make: Callable[[Run], None], args: ReproduceArgs, folder: epath.Path
+) -> None:
+    logs, failed = Path(folder / "logs"), []
+
+    def told(name: str, status: int) -> None:
+        text = (logs / f"{name}.txt").read_text().strip()
+        print(text.split("\n")[-1] if text else f"== {name}", flush=True)
+        if status:
+            failed.append(name)
+
+    tasks = [
+        Task(r.name, functools.partial(make, r), epath.Path(r.config.start_from).name)
+        for r in missing
+    ]
+    left = side_by_side(tasks, args.jobs, logs, told=told, seconds=60 * args.max_minutes)
+    if left:
+        print(f"stopped before {', '.join(left)}: {args.max_minutes} minutes are over")
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(missing)} runs failed: {', '.join(failed)}; what they printed "
+            f"is in {logs}."
+        )

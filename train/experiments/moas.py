@@ -3,14 +3,15 @@
 Command: `routing-jax reproduce moas --text valid.txt test.txt --elsewhere a.txt b.txt`; `--list`
 names the runs, `--only REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and
 interrupted ones resumed. The text is joined in the order given, its last tenth held out.
-Set JAX_COMPILATION_CACHE_DIR: five seeds of two tasks run the same programs. Runs may go side by
-side; `--times FILE`, which times the variants instead of training them, wants the device alone.
+`--jobs 32` makes 32 runs side by side; `--times FILE`, which times the variants instead of training
+them, wants the device alone.
 Hardware and time: seconds of training a run; a seed's 38 runs take 80 seconds on four H200s once
 their programs are compiled, which takes three minutes on 64 cores. Not meant for a CPU.
 Expect: as published, the soft mixture is no better than its static average, nor than MHA with as
 many parameters. Nested and hard, with λ on `kv_cost`, it reads under half of MHA's keys and values.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -220,6 +221,13 @@ def measure(run: Run, workdir: epath.Path, elsewhere: tuple[str, ...]) -> dict[s
     return found
 
 
+def with_details(
+    elsewhere: tuple[str, ...], run: Run, result: Result, workdir: epath.Path
+) -> Result:
+    """The result with what `measure` gives."""
+    return dataclasses.replace(result, details=measure(run, workdir, elsewhere))
+
+
 def reproduce(args: MoasArgs) -> int:
     """Makes every missing run that `only` names, then renders; returns the exit code.
 
@@ -233,10 +241,7 @@ def reproduce(args: MoasArgs) -> int:
         time_variants(wanted_runs(args, runs(args.text)), Path(args.times))
         return 0
 
-    def finish(run: Run, result: Result, workdir: epath.Path) -> Result:
-        details = measure(run, workdir, args.elsewhere)
-        return Result(**{**vars(result), "details": details})
-
+    finish = functools.partial(with_details, args.elsewhere)
     results = make_missing(EXPERIMENT, args, runs(args.text), finish)
     if results:
         folder = epath.Path(args.out) / EXPERIMENT

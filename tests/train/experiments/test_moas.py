@@ -149,7 +149,11 @@ def test_the_experiment_runs_from_text_to_table_and_is_resumed(
     variants = ("mha+matched", "nested-hard+kv-cost")
     monkeypatch.setattr(moas, "runs", lambda text: (small(v, text[0]) for v in variants))
     args = MoasArgs(
-        str(tmp_path / "out"), str(tmp_path / "scratch"), text=texts[:1], elsewhere=texts[1:]
+        str(tmp_path / "out"),
+        str(tmp_path / "scratch"),
+        jobs=2,
+        text=texts[:1],
+        elsewhere=texts[1:],
     )
     assert moas.reproduce(args) == 0
     folder = tmp_path / "out" / "moas"
