@@ -220,8 +220,7 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def on_eight():
     """What three layouts of the same run gave, from a process with 8 simulated devices."""
-    # Nine programs are compiled for a few steps each: less optimisation is faster in all.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", ON_EIGHT]
     run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)

@@ -1,5 +1,6 @@
 """The decoder: embedding, a stack of (mixer, MLP) blocks, logits."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -309,6 +310,7 @@ def unstack_layers(params: dict[str, Any], config: DecoderConfig) -> dict[str, A
     return rest | layers
 
 
+@functools.partial(jax.jit, static_argnames="config")  # so that the layers are traced, not run
 def init_params(config: DecoderConfig, rng: jax.Array) -> dict[str, Any]:
     """The model's initial float32 parameters, the same numbers with and without scan.
 

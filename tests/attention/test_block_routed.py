@@ -349,7 +349,7 @@ print(json.dumps([float(alone[0][0]), float(alone[0][1][1])]))
 @pytest.mark.parametrize("kind", ["learned", pytest.param("window", marks=pytest.mark.slow)])
 def test_eight_devices_compute_what_one_does(kind):
     root = Path(__file__).resolve().parents[2]
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     run = subprocess.run(
         [sys.executable, "-c", ON_EIGHT, kind], env=env, capture_output=True, text=True, cwd=root
