@@ -348,16 +348,11 @@ def init_cache(
     >>> init_cache(DecoderConfig(), 2, 16).layers[0].keys.shape
     (2, 16, 1, 64)
     """
-    if config.context and length > config.context:
-        raise ValueError(
-            f"a sequence of {length} tokens is longer than this model's context, model.context = "
-            f"{config.context}."
-        )
-    if 0 < config.learned_positions < length:
-        raise ValueError(
-            f"length is {length}; it must be at most model.learned_positions = "
-            f"{config.learned_positions}."
-        )
+    for name in ("context", "learned_positions"):
+        if 0 < getattr(config, name) < length:
+            raise ValueError(
+                f"length is {length}; it must be at most model.{name} = {getattr(config, name)}."
+            )
     dtype = jnp.dtype(dtype or config.dtype)
 
     if "block" in config.mixers:  # a block is a page of the decoding kernel
