@@ -1,5 +1,6 @@
 """One training step: loss, gradient, AdamW, curriculum. Pure; everything it needs is its state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ def init_state(config: TrainConfig) -> TrainState:
     )
 
 
+@functools.cache  # a run that goes on in the same process finds its step compiled
 def make_train_step(
     config: TrainConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
