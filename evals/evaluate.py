@@ -3,6 +3,7 @@
 Attention is skipped where the router says so, as it will be when the model is used.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -61,20 +62,10 @@ def evaluate(
     >>> evaluate(config, init_params(config, jax.random.key(0)), [batch]).positions
     16
     """
-    model = Decoder(config)
-
-    @jax.jit
-    def measure(params, tokens, targets, weights):
-        out: Any = model.apply({"params": params}, tokens, mode=mode)
-        read = (weights > 0).astype(jnp.float32)
-        nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, targets)
-        hits = (jnp.argmax(out.logits, axis=-1) == targets) * read
-        spent = (out.reports.usage, out.reports.cost, out.reports.kv_cost)
-        return jnp.sum(hits), jnp.sum(nll * read), jnp.sum(read), *spent
-
     sequences, rows = 0, []
     for tokens, targets, weights in batches:
-        rows.append(jax.device_get(measure(params, tokens, targets, weights)))
+        measured = _measure(params, tokens, targets, weights, config=config, mode=mode)
+        rows.append(jax.device_get(measured))
         sequences += tokens.shape[0]
     if not rows:
         raise ValueError("batches is empty; evaluation needs at least one batch.")
@@ -90,6 +81,20 @@ def evaluate(
         sequences=sequences,
         positions=int(read.sum()),
     )
+
+
+# Here and not within: a run is evaluated more than once, and is compiled once.
+@functools.partial(jax.jit, static_argnames=("config", "mode"))
+def _measure(
+    params: Any, tokens: Any, targets: Any, weights: Any, *, config: DecoderConfig, mode: Mode
+) -> tuple[jax.Array, ...]:
+    """Of one batch: hits, summed loss, positions read; usage, cost and kv_cost [L]."""
+    out: Any = Decoder(config).apply({"params": params}, tokens, mode=mode)
+    read = (weights > 0).astype(jnp.float32)
+    nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, targets)
+    hits = (jnp.argmax(out.logits, axis=-1) == targets) * read
+    spent = (out.reports.usage, out.reports.cost, out.reports.kv_cost)
+    return jnp.sum(hits), jnp.sum(nll * read), jnp.sum(read), *spent
 
 
 def routed_tokens(config: DecoderConfig, params: Any, tokens: Any) -> np.ndarray:

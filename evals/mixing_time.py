@@ -33,12 +33,17 @@ def mixing_milliseconds(
     """
     params = unstack_layers(params, config) if config.scan else params
     config = config.replace(scan=False, remat=False)
-    _, recorded = Decoder(config).apply(
-        {"params": params},
-        tokens,
-        mode=mode,
-        capture_intermediates=lambda module, _: module.name == "mixer_norm",
-    )
+
+    @jax.jit
+    def record(params, tokens):
+        return Decoder(config).apply(
+            {"params": params},
+            tokens,
+            mode=mode,
+            capture_intermediates=lambda module, _: module.name == "mixer_norm",
+        )[1]
+
+    recorded = record(params, tokens)
     layers = []
     for pattern, blocks in sorted(recorded["intermediates"].items(), key=_number):
         for block, norm in sorted(blocks.items(), key=_number):

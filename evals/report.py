@@ -19,11 +19,12 @@ from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.readme import update_blocks
 from routing_jax.evals.results import Result, load_results
 from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
-from routing_jax.evals.scheme_tables import moas_table
+from routing_jax.evals.scheme_tables import moas_table, times_caption, times_table
 from routing_jax.evals.tables import block_routing_table, routed_attention_table, router_of
 
 ROUTED_ATTENTION = "routed-attention"
 MOAS = "moas"
+MOAS_TIMES = "moas-times"
 BLOCK_ROUTING = "block-routing"
 FLUX = "flux"
 MIXING = "mixing"
@@ -64,6 +65,11 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         bench = json.loads(path.read_text())
         blocks[f"{MIXING}-{path.stem}"] = (
             f"{mixing_table(bench['rows'])}\n\n{benchmark_caption(bench)}"
+        )
+    for path in sorted((folder / MOAS_TIMES).glob("*.json")):
+        times = json.loads(path.read_text())
+        blocks[f"{MOAS_TIMES}-{path.stem}"] = (
+            f"{times_table(times['rows'])}\n\n{times_caption(times)}"
         )
     for name, written in ((ATTENTION, attention_report), (TPU_SCHEDULE, tpu_schedule_report)):
         for path in sorted((folder / name).glob("*.json")):

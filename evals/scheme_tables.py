@@ -70,13 +70,12 @@ def quality_table(results: Sequence[Result]) -> str:
     """Nats a character beside what is spent: a row a variant of a task.
 
     >>> quality_table([]).count("|") // 2  # a heading and a rule
-    16
+    13
     """
     columns = [
         Column("task", "left"), Column("variant", "left"), Column("nats/character ± error"),
         Column("less than MHA's"), Column("kv cost"), Column("KiB read a token"),
-        Column("KiB stored a token"), Column("cost"), Column("step, ms"), Column("forward, ms"),
-        Column("decode, ms"), Column("parameters, M"), Column("seeds"),
+        Column("KiB stored a token"), Column("cost"), Column("parameters, M"), Column("seeds"),
         Column("released code"), Column("paper"),
     ]  # fmt: skip
     groups = _groups(results)
@@ -102,9 +101,6 @@ def quality_table(results: Sequence[Result]) -> str:
                 _mean(runs, _read_bytes),
                 significant(stored[0] / 1024) if stored[0] else NOTHING,
                 _mean(runs, lambda run: run.cost),
-                _mean(runs, _detail("step_ms")),
-                _mean(runs, _detail("forward_ms")),
-                _mean(runs, _detail("decode_ms")),
                 f"{runs[0].parameters / 1e6:.2f}",
                 str(len(runs)),
                 with_error(released, 3) if released else NOTHING,
@@ -181,6 +177,47 @@ def elsewhere_table(results: Sequence[Result]) -> str | None:
     return markdown_table(columns, lines)
 
 
+def times_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds of each variant's training step, forward pass and decoded token, beside MHA's.
+
+    >>> row = {"variant": "mha", "kv_cost": 1.0, "step_ms": 4.0, "forward_ms": 1.0,
+    ...        "decode_ms": 0.5}
+    >>> print(times_table([row, row | {"variant": "soft", "step_ms": 6.0}]))
+    | variant | kv cost |     step, ms |  forward, ms |    decode, ms |
+    |:--------|--------:|-------------:|-------------:|--------------:|
+    | mha     |    1.00 | 4.00 (1.00×) | 1.00 (1.00×) | 0.500 (1.00×) |
+    | soft    |    1.00 | 6.00 (1.50×) | 1.00 (1.00×) | 0.500 (1.00×) |
+    """
+    base = next((row for row in rows if row["variant"] == "mha"), {})
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        beside = f" ({row[name] / base[name]:.2f}×)" if base else ""
+        return significant(row[name]) + beside
+
+    names = ("step_ms", "forward_ms", "decode_ms")
+    lines = [
+        [row["variant"], significant(row["kv_cost"]), *(cell(row, name) for name in names)]
+        for row in rows
+    ]
+    columns = [
+        Column("variant", "left"), Column("kv cost"), Column("step, ms"), Column("forward, ms"),
+        Column("decode, ms"),
+    ]  # fmt: skip
+    return markdown_table(columns, lines)
+
+
+def times_caption(result: dict[str, Any]) -> str:
+    """What the times were measured on, from their result file."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    driver = f", driver {result['driver']}" if result.get("driver") else ""
+    return (
+        "Models as initialised, one after another in one process; × beside MHA. Step: a whole "
+        "training step; forward: a batch, each token computing what it takes; decode: one token of "
+        f"one sequence at the end of a context. {result['device']}{driver}, {result['date'][:10]}. "
+        f"Versions: {versions}."
+    )
+
+
 def moas_table(results: Sequence[Result]) -> str:
     """The experiment's tables and how to read them.
 
@@ -193,11 +230,10 @@ def moas_table(results: Sequence[Result]) -> str:
     caption = (
         "Whole held-out part; ± is the standard error over seeds. Less than MHA's: nats saved "
         "against MHA with as many parameters (mha+matched, of nested schemes mha+matched-nested), "
-        "paired by seed. Kv cost: key/value "
-        "bytes read ÷ those of MHA; KiB read for a decoded token, mean over the context's "
-        "positions; KiB stored for each token. Decode: one sequence, at the end of a context. "
-        "Released code: three seeds of it on WikiText-2's validation and test parts. Paper: its "
-        f"own figures, on another split. Device: {devices}."
+        "paired by seed. Kv cost: key/value bytes read ÷ those of MHA; KiB read for a decoded "
+        "token, mean over the context's positions; KiB stored for each token. Released code: three "
+        "seeds of it on WikiText-2's validation and test parts. Paper: its own figures, on another "
+        f"split. Device: {devices}."
     )
     parts = [quality_table(results), use_table(results), elsewhere_table(results), caption]
     return "\n\n".join(part for part in parts if part)

@@ -2,8 +2,8 @@
 
 Dense attention is `jax.nn.dot_product_attention`: cuDNN where it can (bfloat16 or float16 on an
 NVIDIA GPU), elsewhere XLA, in pieces small enough that no T×S array of logits is ever held at
-once. Compacted queries take the same way with a mask or, by name, the block-sparse kernel for
-Hopper, which splits their keys among programs so that a few queries fill the chip.
+once. Compacted queries take the same way with a mask or, on Hopper and among many keys, the
+block-sparse kernel, which splits their keys among programs so that a few queries fill the chip.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from routing_jax.kernels.block_patterns import dense_table
 from routing_jax.kernels.block_sparse.api import block_sparse_attention
 from routing_jax.kernels.dropout import dropout
+from routing_jax.kernels.hopper import hopper_refusal
 
 AttentionImplementation = Literal["xla", "cudnn"]
 CompactedImplementation = Literal["xla", "cudnn", "mosaic_gpu"]
@@ -26,6 +27,9 @@ _LOGITS_PER_PIECE = 1 << 24
 # causal half is 50 %.
 _CAUSAL_GROUPS = 8
 _BLOCK = 128  # keys of a block; queries of a tile unless half as many hold them all
+# Among fewer keys the block-sparse kernel takes longer to compile than it ever saves.
+_LEAST_KEYS = 8192
+_WIDEST_HEAD = 256  # of the block-sparse kernel
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -51,6 +55,15 @@ def default_implementation(dtype: jnp.dtype) -> AttentionImplementation:
     """
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+
+
+def _default_compacted(q: jax.Array, num_keys: int) -> CompactedImplementation:
+    """What compacted queries take when nothing is named."""
+    implementation = default_implementation(q.dtype)
+    worth_it = implementation == "cudnn" and num_keys >= _LEAST_KEYS
+    if worth_it and q.shape[3] <= _WIDEST_HEAD and hopper_refusal() is None:
+        return "mosaic_gpu"
+    return implementation
 
 
 def _attend(q, k, v, mask, implementation, causal=False):
@@ -184,8 +197,8 @@ def compacted_attention(
       q_positions: [B,C] int32, each query's place in the sequence, ascending; unused slots come
         last and hold −1.
       segment_ids: [B,S] int32; a query attends only within its segment.
-      implementation: 'cudnn', 'xla', or None for the best of the two here; 'mosaic_gpu' for the
-        block-sparse kernel on a Hopper GPU.
+      implementation: 'cudnn', 'xla', 'mosaic_gpu' for the block-sparse kernel on a Hopper GPU, or
+        None for the best one here.
 
     Returns:
       [B,C,N,H] in q's dtype; unused slots are 0.
@@ -201,7 +214,7 @@ def compacted_attention(
     _check(q, k, v)
     chex.assert_shape(q_positions, q.shape[:2])
     B, S = k.shape[:2]
-    implementation = implementation or default_implementation(q.dtype)
+    implementation = implementation or _default_compacted(q, S)
     if implementation == "mosaic_gpu":
         block_q = _BLOCK if q.shape[1] > _BLOCK // 2 else _BLOCK // 2
         table = dense_table(q.shape[1], S, block_q=block_q, block_kv=_BLOCK)

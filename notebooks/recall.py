@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # Routed attention in three minutes
+# # Routed attention in two minutes
 #
 # A tiny model learns to recall: it reads key–value pairs, then a marked key, and answers with that
 # key's value. First it may attend everywhere. Then attention costs something, and its routers learn
@@ -31,7 +31,7 @@ print(routing_jax.__version__)
 
 # %% [markdown]
 # ## Train
-# The preset `recall-128`, shortened to length 32. Lengths grow from 8; λ rises once accuracy holds.
+# The preset `recall-128`, shortened to length 16, after length 8; λ rises once accuracy holds.
 
 # %%
 import tempfile
@@ -40,10 +40,10 @@ from routing_jax.train.presets import get_preset
 from routing_jax.train.run import run
 
 config = get_preset("recall-128").replace(
-    data__length=32,
-    curriculum__lengths=(8, 16),
-    curriculum__hold_steps=500,
-    batch_tokens=2048,
+    data__length=16,
+    curriculum__lengths=(8,),
+    curriculum__hold_steps=300,
+    batch_tokens=1024,
     eval_sequences=512,
     log_every=100,
 )

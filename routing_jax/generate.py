@@ -33,7 +33,7 @@ def prefill(
         are concrete. Under jit, what does not fit is dropped, as `Decoder` says.
 
     >>> from routing_jax.models import init_params
-    >>> config = DecoderConfig(width=8, head_dim=8, mlp_width=0)
+    >>> config = DecoderConfig(width=8, layers="full", head_dim=8, mlp_width=0)
     >>> params = init_params(config, jax.random.key(0))
     >>> logits, cache = prefill(config, params, jnp.zeros((2, 4), jnp.int32), jnp.array([4, 2]), 8)
     >>> logits.shape, cache.lengths.tolist()
@@ -74,7 +74,7 @@ def decode_step(
         not: the token's key is dropped and it attends without itself, as do all that follow.
 
     >>> from routing_jax.models import init_params
-    >>> config = DecoderConfig(width=8, head_dim=8, mlp_width=0)
+    >>> config = DecoderConfig(width=8, layers="full", head_dim=8, mlp_width=0)
     >>> params = init_params(config, jax.random.key(0))
     >>> _, cache = decode_step(config, params, jnp.zeros(2, jnp.int32), init_cache(config, 2, 8))
     >>> cache.lengths.tolist()
@@ -115,7 +115,7 @@ def generate(
         lengths up to T never overrun.
 
     >>> from routing_jax.models import init_params
-    >>> config = DecoderConfig(width=8, head_dim=8, mlp_width=0)
+    >>> config = DecoderConfig(width=8, layers="full", head_dim=8, mlp_width=0)
     >>> params = init_params(config, jax.random.key(0))
     >>> generate(config, params, jnp.zeros((1, 4), jnp.int32), jnp.array([4]), 3).shape
     (1, 3)

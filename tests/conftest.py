@@ -5,7 +5,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; subprocesses inherit it
+# Before jax is imported, so that subprocesses inherit it; several workers may share one GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if os.environ["JAX_PLATFORMS"] == "cpu":  # programs run for a moment, and take seconds to optimise
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
@@ -34,12 +38,10 @@ def compile_cache(_compile_cache_folder: Path) -> Iterator[None]:
     environment = pytest.MonkeyPatch()
     environment.setenv("JAX_COMPILATION_CACHE_DIR", str(_compile_cache_folder))
     environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # they would take longer than the run
     settings = {
         "jax_compilation_cache_dir": str(_compile_cache_folder),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_enable_compilation_cache": True,
-        "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():

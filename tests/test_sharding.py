@@ -1,11 +1,7 @@
 """Sharding: specs by name, meshes that don't fit, and the same numbers on 1 and on 8 devices."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -25,7 +21,8 @@ from routing_jax.sharding import (
     tree_shardings,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+from .processes import finish, start_python
+
 # Only the axis sizes are read, so that specs can be tested without the devices.
 MESH = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 4})
 MODEL = DecoderConfig(
@@ -220,13 +217,8 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def on_eight():
     """What three layouts of the same run gave, from a process with 8 simulated devices."""
-    # Nine programs are compiled for a few steps each: less optimisation is faster in all.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", ON_EIGHT]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    ((out, _),) = finish(start_python(ON_EIGHT, devices=8))
+    return json.loads(out)
 
 
 LAYOUTS = ["data=8", "data=2 fsdp=2 tensor=2"]

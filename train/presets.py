@@ -272,17 +272,11 @@ def block_language_model() -> TrainConfig:
     Expect: not measured yet; at most 1 % more bits per byte than attention everywhere at a quarter
     of its cost is the target.
     """
-    return TrainConfig(
-        data=TextConfig(length=8192),
-        model=DecoderConfig(
-            width=512,
-            layers="block*6",
-            num_heads=4,
-            num_kv_heads=4,
-            head_dim=128,
-            mlp_width=1536,
-            blocks=BlockRouterConfig(kind="learned", fraction=0.25),
-        ),
+    return language_model().replace(
+        data__length=8192,
+        model__layers="block*6",
+        model__router=TokenRouterConfig(),  # none: blocks have their own
+        model__blocks=BlockRouterConfig(kind="learned", fraction=0.25),
         curriculum=CurriculumConfig(
             peak=0.0,
             explore=0.01,
@@ -291,15 +285,6 @@ def block_language_model() -> TrainConfig:
             hold_steps=2500,
             threshold=1.0,
         ),
-        optimizer=OptimizerConfig(
-            learning_rate=1.5e-3,
-            beta2=0.95,
-            weight_decay=0.1,
-            warmup_steps=100,
-            final_fraction=0.05,
-        ),
-        batch_tokens=65536,
-        eval_sequences=128,
     )
 
 

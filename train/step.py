@@ -4,6 +4,7 @@ Of a published model only the routers are trained: its own parameters are an arg
 and nothing is differentiated in them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,6 +99,7 @@ def _by_task(batch: Any) -> jax.Array:
     return jax.nn.one_hot(batch.tasks, len(PROMPT_TASKS))
 
 
+@functools.cache  # a run that goes on in the same process finds its step compiled
 def make_train_step(
     config: TrainConfig,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:

@@ -132,6 +132,8 @@ def _cell(row: Row | None) -> str:
 def table(rows: list[Row]) -> str:
     """Markdown: a table a part, a line a length, a column a usage; milliseconds and speed-up.
 
+    A part of which nothing was measured is left out.
+
     >>> row = {"part": "mixing", "length": 4096, "usage": 0.01, "milliseconds": 1.0,
     ...        "dense_milliseconds": 20.0, "speedup": 20.0}
     >>> print(table([row]))
@@ -142,9 +144,9 @@ def table(rows: list[Row]) -> str:
     | 4096 | 20 | 1 (20×) |
     """
     blocks = []
-    for part in dict.fromkeys(row["part"] for row in rows):
+    for part in dict.fromkeys(row["part"] for row in rows if row["milliseconds"] is not None):
         found = {(row["length"], row["usage"]): row for row in rows if row["part"] == part}
-        lengths, usages = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+        lengths, usages = (sorted({key[i] for key in found}) for i in (0, 1))
         names = [f"{100 * usage:.4g} %" for usage in usages]
         if part == "decode":
             names = ["routed" if usage else "not routed" for usage in usages]

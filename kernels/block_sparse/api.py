@@ -28,9 +28,8 @@ from routing_jax.kernels.checks import (
 from routing_jax.kernels.choice import choose
 
 # In the order in which they are tried when the caller names none. XLA refuses nothing, so what
-# stands behind it runs only by name: the present version of Mosaic GPU has not passed all its tests
-# on a Hopper GPU yet, and nothing of Mosaic TPU has run on a TPU.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (XLA, MOSAIC_GPU, MOSAIC_TPU)
+# stands behind it runs only by name: nothing of Mosaic TPU has run on a TPU.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_GPU, XLA, MOSAIC_TPU)
 
 _INTEGERS = ("int32", "int16", "int8", "uint32", "uint16", "uint8")
 

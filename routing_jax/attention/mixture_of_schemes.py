@@ -21,9 +21,8 @@ from routing_jax.attention.chosen_queries import attend_chosen
 from routing_jax.attention.mixer import LayerReport, Mode, attention_work, check_mode, visible_pairs
 from routing_jax.attention.nested_heads import (
     absorb_queries,
-    group_means,
     head_basis,
-    into_basis,
+    heads_from,
     release_values,
 )
 from routing_jax.attention.per_shard import over_batch_and_heads
@@ -53,7 +52,7 @@ class SchemeHeads(NamedTuple):
     Attributes:
       kv_heads: key/value heads of each scheme.
       projected: all query and key/value heads of the layer, those of one scheme after another's;
-        nested, those of the dearest scheme.
+        nested, those of the dearest scheme, its keys and values as vectors of the basis.
       basis: of nested key/value heads, [K,K], or None.
     """
 
@@ -72,7 +71,7 @@ class SchemeHeads(NamedTuple):
         """The scheme's key (or value) heads [B,S,K,H] among all that were projected."""
         count = self.kv_heads[scheme]
         if self.basis is not None:
-            return group_means(k, count)
+            return heads_from(k, self.basis, count)
         start = sum(self.kv_heads[:scheme])
         return k[:, :, start : start + count]
 
@@ -201,7 +200,7 @@ def attend_by_scheme(
             y = map_routed(attend, x, choice == e, y, _ladder(x.shape[1]))
         return y, (k, v)
 
-    # A mean over heads, and a scheme's part of them, want all heads in one place.
+    # A basis of heads, and a scheme's part of them, want all heads in one place.
     return over_batch_and_heads(
         local,
         x,
@@ -224,7 +223,7 @@ def decode_schemes(
 
     Args:
       q: [B,1,·,H], as projected.
-      cache: keys and values [B,S,·,H]; nested, as coefficients of the basis.
+      cache: keys and values [B,S,·,H], as projected.
       positions: [B,1] int32; −1 gives 0.
       gates: [B,1,E]; where 0, a sequence does not take the scheme.
       heads: the layer's heads.
@@ -302,8 +301,9 @@ def scheme_cost(
     seen = jnp.maximum(pairs.sum(), 1)  # a batch of nothing but padding spends 0, not 0/0
     pairs_of = jnp.sum(computed * pairs[:, :, None], axis=(0, 1))  # [E]
     tokens = valid.sum(dtype=jnp.float32)
-    means = sum(count < max(counts) for count in counts) if schemes.nested else 0
-    overhead = tokens * (schemes.work(width) + means * 2 * max(counts) * head_dim)
+    # Keys and values of every scheme, made of the basis' vectors.
+    made = sum(count * count for count in counts if count > 1) if schemes.nested else 0
+    overhead = tokens * (schemes.work(width) + made * 2 * head_dim)
     work = attention_work(pairs_of.sum(), num_heads, head_dim) + overhead
     dearest = counts.index(max(counts))
     return LayerReport(
@@ -353,9 +353,7 @@ class MixtureOfSchemes(nn.Module):
             q = project_queries(x, positions, weights, heads.projected)
             k, v = project_keys_values(x, positions, weights, heads.projected)
         if cache is not None:
-            basis = heads.basis
-            stored = (k, v) if basis is None else (into_basis(k, basis), into_basis(v, basis))
-            cache = write_kv(cache, *stored, positions)
+            cache = write_kv(cache, k, v, positions)
         if mode == "decode":
             assert cache is not None  # the decoder refuses this mode without one
             y = project_out(decode_schemes(q, cache, positions, routed.gates, heads), weights)

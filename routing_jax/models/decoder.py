@@ -1,5 +1,6 @@
 """The decoder: embedding, a stack of (mixer, MLP) blocks, logits."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -332,6 +333,7 @@ def unstack_layers(params: dict[str, Any], config: DecoderConfig) -> dict[str, A
     return rest | layers
 
 
+@functools.partial(jax.jit, static_argnames="config")  # so that the layers are traced, not run
 def init_params(config: DecoderConfig, rng: jax.Array) -> dict[str, Any]:
     """The model's initial float32 parameters, the same numbers with and without scan.
 
@@ -369,16 +371,11 @@ def init_cache(
     >>> init_cache(DecoderConfig(), 2, 16).layers[0].keys.shape
     (2, 16, 1, 64)
     """
-    if config.context and length > config.context:
-        raise ValueError(
-            f"a sequence of {length} tokens is longer than this model's context, model.context = "
-            f"{config.context}."
-        )
-    if 0 < config.learned_positions < length:
-        raise ValueError(
-            f"length is {length}; it must be at most model.learned_positions = "
-            f"{config.learned_positions}."
-        )
+    for name in ("context", "learned_positions"):
+        if 0 < getattr(config, name) < length:
+            raise ValueError(
+                f"length is {length}; it must be at most model.{name} = {getattr(config, name)}."
+            )
     dtype = jnp.dtype(dtype or config.dtype)
 
     pages = {"block": config.blocks.block_kv, "layer": config.sparse.block_kv}

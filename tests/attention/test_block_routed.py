@@ -3,10 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +18,8 @@ from routing_jax.attention import (
     empty_block_memory,
 )
 from routing_jax.routers import BlockRouterConfig
+
+from ..processes import finish, start_python
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -348,13 +346,7 @@ print(json.dumps([float(alone[0][0]), float(alone[0][1][1])]))
 # A table of its own for every head, and one for all.
 @pytest.mark.parametrize("kind", ["learned", pytest.param("window", marks=pytest.mark.slow)])
 def test_eight_devices_compute_what_one_does(kind):
-    root = Path(__file__).resolve().parents[2]
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    run = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT, kind], env=env, capture_output=True, text=True, cwd=root
-    )
-    assert run.returncode == 0, run.stderr
-    size, cost = json.loads(run.stdout)
+    ((out, _),) = finish(start_python(ON_EIGHT, kind, devices=8))
+    size, cost = json.loads(out)
     assert size > 1
     assert 0 < cost < 1

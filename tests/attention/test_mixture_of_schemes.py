@@ -15,6 +15,7 @@ from routing_jax.attention import (
     scheme_cost,
     scheme_heads,
 )
+from routing_jax.attention.nested_heads import head_basis
 from routing_jax.models import DecoderConfig, count_params, init_params
 from routing_jax.routers import Routing, SchemesConfig
 
@@ -63,7 +64,8 @@ def alone(params, nested, e, positions):
     if nested:
 
         def pool(w):
-            return w.reshape(D, K, N // K, H).mean(2)
+            heads = np.einsum("JK,DJH->DKH", head_basis(COUNTS), w)
+            return heads.reshape(D, K, N // K, H).mean(2)
 
         own = {"query": params["query"], "out": params["out"]}
         own |= {"key": pool(params["key"]), "value": pool(params["value"])}
@@ -213,7 +215,7 @@ def test_cost_counts_the_work_and_the_bytes(kind, nested):
         read += sum(pairs * COUNTS[e] for e in taken)
         slope[b, t] = [pairs * K for K in COUNTS]
         work += 0 if kind == "average" else D * 8 + 8 * 3
-        work += 2 * 2 * N * H if nested else 0  # keys and values, for GQA and for MQA
+        work += 2 * (6 * 6 + 2 * 2) * H if nested else 0  # keys, values of MHA and of GQA
         dearest += int(0 in taken)
     got = report(logits)
     assert float(got.cost) == pytest.approx(work / dense, rel=1e-5)

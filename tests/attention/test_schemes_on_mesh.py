@@ -1,11 +1,6 @@
 """Mixed schemes on a mesh: devices that hold other rows and other heads give the same numbers."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
+from ..processes import finish, start_python
 
 ON_FOUR = """
 import jax, numpy as np
@@ -40,9 +35,5 @@ print("same")
 
 
 def test_one_scheme_a_token_on_four_devices_equals_one():
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", ON_FOUR]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "same\n"
+    ((out, _),) = finish(start_python(ON_FOUR, devices=4))
+    assert out == "same\n"

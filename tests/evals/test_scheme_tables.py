@@ -6,9 +6,6 @@ from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
 from routing_jax.evals.scheme_tables import moas_table, quality_table, with_error
 
 DETAILS = {
-    "step_ms": 2.0,
-    "forward_ms": 1.0,
-    "decode_ms": 0.5,
     "kv_bytes_stored": 6144,
     "kv_bytes_dense": 102_400.0,
     "elsewhere": {"whales": {"loss": 3.5, "kv_cost": 0.25}},

@@ -287,7 +287,7 @@ def test_logits_start_at_unit_size(tied):
 def test_a_cache_longer_than_the_context_is_refused():
     config = MIXED.replace(context=16)
     assert init_cache(config, 1, 16).lengths.shape == (1,)
-    with pytest.raises(ValueError, match=r"^a sequence of 17 tokens .* model\.context = 16\.$"):
+    with pytest.raises(ValueError, match=r"^length is 17; .* at most model\.context = 16\.$"):
         init_cache(config, 1, 17)
 
 

@@ -1,9 +1,6 @@
 """The same run on one device, on eight, and on two processes gives the same losses."""
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +17,8 @@ from routing_jax.train.metrics import read_metrics
 from routing_jax.train.presets import get_preset
 from routing_jax.train.run import evaluate_run
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from ..processes import finish, start_python
+
 TEXT = """
     --data.length 16 --data.num-values 4 --curriculum.lengths --curriculum.learn-steps 4
     --curriculum.ramp-steps 2 --curriculum.hold-steps 2 --model.width 16 --model.head-dim 8
@@ -28,25 +26,6 @@ TEXT = """
     --batch-tokens 256 --eval-sequences 32 --log-every 2 --checkpoint-every 100
 """
 FLAGS = TEXT.split()
-
-
-def start(devices, code, *args):
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def finish(*processes):
-    """What each wrote to stderr, once all are done."""
-    said = [process.communicate(timeout=300) for process in processes]
-    for process, (out, error) in zip(processes, said):
-        assert process.returncode == 0, out + error
-    return [error for _, error in said]
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +62,7 @@ def assert_same_result(folder, alone):
 EIGHT = """
 import contextlib, sys
 from routing_jax import cli
-from routing_jax.train.loop import train
-from routing_jax.train.run import read_config
-from etils import epath
-folder, alone, *flags = sys.argv[1:]
-train(read_config(epath.Path(alone)).replace(mesh__data=8), f"{folder}/data", quiet=True)
+folder, *flags = sys.argv[1:]
 main = ["train", "recall-128", *flags, "--workdir"]
 mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
 assert cli.main([*main, f"{folder}/all", *mesh]) == 0
@@ -98,16 +73,15 @@ assert cli.main([*main, f"{folder}/none", "--batch-tokens", "192"]) == 2
 
 
 @pytest.fixture(scope="module")
-def eight(alone, tmp_path_factory):
-    """The runs on eight devices, and what was said to the one that was refused."""
+def eight(compile_cache, tmp_path_factory):
+    """A run on eight devices, and what was said to one that was refused."""
     folder = tmp_path_factory.mktemp("eight")
-    (error,) = finish(start(8, EIGHT, folder, alone.folder, *FLAGS))
+    ((_, error),) = finish(start_python(EIGHT, folder, *FLAGS, devices=8))
     return folder, error
 
 
 def test_eight_devices_give_the_losses_of_one(alone, eight):
     folder, error = eight
-    assert_same_losses(folder / "data", alone)
     assert_same_losses(folder / "all", alone)
     assert_same_result(folder / "all", alone)
     assert error == (
@@ -167,8 +141,8 @@ def test_two_processes_stop_together_and_give_the_losses_of_one(alone, tmp_path)
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     # Only process 1 is told to stop; both do, at the next step that is logged.
-    both = [start(1, TWO, tmp_path, port, index, *FLAGS) for index in range(2)]
-    for error in finish(*both):
+    both = [start_python(TWO, tmp_path, port, index, *FLAGS) for index in range(2)]
+    for _, error in finish(*both):
         assert "stopped by SIGTERM; step 4 is saved.\n" in error
     assert_same_losses(tmp_path, alone)
     assert_same_result(tmp_path, alone)

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +18,7 @@ from routing_jax.train import loop
 from routing_jax.train.loop import Interrupted, Trained, TrainingDiverged, train, train_mesh
 from routing_jax.train.metrics import read_metrics
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from ..processes import start_python
 
 
 def same(a, b):
@@ -121,16 +119,12 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-def python(*args):
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True)
-
-
 def test_a_killed_process_resumes_to_the_same_losses(whole, tiny_flags, tmp_path):
     folder = tmp_path / "killed"
     args = ["recall-128", "--workdir", str(folder), *tiny_flags]
-    killed = python("-c", SIGNALLED, str(int(signal.SIGKILL)), "train", *args)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = start_python(SIGNALLED, int(signal.SIGKILL), "train", *args)
+    _, error = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, error
     assert newest(folder) in (5, 10)
     assert cli.main(["train", *args, "--resume"]) == 0
     assert lines(folder) == whole.text

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from routing_jax.models import repeating_pattern
+from routing_jax.models import DecoderConfig, repeating_pattern
 from routing_jax.train import presets
 from routing_jax.train.config import config_from_dict, config_to_dict
 from routing_jax.train.curriculum import init_curriculum
@@ -109,14 +109,37 @@ def text(tmp_path_factory):
 WHOLE = [name for name in PRESETS if not isinstance(get_preset(name).data, PromptConfig)]
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_every_preset_takes_a_step(name, text, compile_cache):
+def small_preset(name, text):
     config = get_preset(name)
     if isinstance(config.data, CharacterConfig):
         config = config.replace(data__source=(text,))
     elif isinstance(config.data, TextConfig):
         config = config.replace(data__source=text)
-    assert_trains(shrink(config))
+    return shrink(config)
+
+
+def first_of_each_model():
+    """The first preset of each shrunk model, whatever its data and curriculum are."""
+    first = {}
+    for name in WHOLE:
+        model = shrink(get_preset(name)).model
+        first.setdefault(model.replace(vocab_size=DecoderConfig().vocab_size), name)
+    return set(first.values())
+
+
+# The others can be traced, which all do, and are run with the slow tests.
+FIRST = first_of_each_model()
+EACH = [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in WHOLE]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_model_of_a_preset_takes_a_step(name, text, compile_cache):
+    assert_trains(small_preset(name, text))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_preset_can_be_traced(name, text):
+    trace(small_preset(name, text))
 
 
 PLANNED = list(dict.fromkeys((run.task, run.variant) for run in runs()))

@@ -4,9 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -31,7 +28,7 @@ from routing_jax.train.run import (
     starting_parameters,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from ..processes import finish, start_python
 
 
 def contents(folder):
@@ -101,7 +98,9 @@ def test_least_usage_is_the_queries_over_all_tokens_of_all_layers():
 def test_a_run_starts_from_anothers_parameters(tiny_run, finished, tmp_path):
     folder, _ = finished
     _, params, _ = load_run(folder)
-    second = tiny_run.replace(start_from=str(folder), optimizer__learning_rate=1e-9)
+    second = tiny_run.replace(
+        start_from=str(folder), curriculum__lengths=(), optimizer__learning_rate=1e-9
+    )
     same = starting_parameters(second)
     jax.tree.map(np.testing.assert_array_equal, same, params)
     run(second, tmp_path / "second", quiet=True)
@@ -249,20 +248,15 @@ for limit in (3_000, 10_000, 15_000):
 def test_a_full_disk_is_one_sentence_and_what_was_saved_goes_on(
     tiny_run, tiny_flags, finished, stopped
 ):
-    process = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(stopped), *tiny_flags],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
+    ((out, error),) = finish(start_python(FULL_DISK, stopped, *tiny_flags))
     # Met by a row of metrics, by a checkpoint, and by the result of a training that is done.
-    assert process.stderr.splitlines() == [
+    assert error.splitlines() == [
         f"error: {stopped}/metrics.jsonl can't be used: File too large.",
         f"error: the checkpoint of step 20 could not be written to {stopped}/checkpoints/step_20: "
         "File too large; those before it are untouched, the newest is of step 17",
         f"error: {stopped} can't be used: File too large.",
     ]
-    said = [line for line in process.stdout.splitlines() if line.startswith(("code", "newest"))]
+    said = [line for line in out.splitlines() if line.startswith(("code", "newest"))]
     assert said == ["code 2", "newest 17", "code 2", "newest 17", "code 2", "newest 24"]
     run(tiny_run, stopped, resume=True, quiet=True)
     rows, whole = ((path / "metrics.jsonl").read_text() for path in (stopped, finished[0]))

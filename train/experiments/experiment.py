@@ -1,15 +1,18 @@
 """What all experiments share: runs by name, made once, in pieces if need be."""
 
+import functools
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from etils import epath
 
 from routing_jax.evals.results import Result, load_results, result_path, write_result
 from routing_jax.train.config import TrainConfig
+from routing_jax.train.experiments.side_by_side import Task, side_by_side
 from routing_jax.train.run import read_config, run
 
 
@@ -23,6 +26,8 @@ class ReproduceArgs:
       only: run only those whose name TASK_VARIANT_sSEED matches this regular expression.
       max_minutes: start no further run after so many minutes; 0 for no limit.
       list: print the runs and stop.
+      jobs: runs made side by side, each in a process of its own, spread over the GPUs there are;
+        what they print goes into SCRATCH/EXPERIMENT/logs.
     """
 
     out: str = "evals/results"
@@ -30,6 +35,16 @@ class ReproduceArgs:
     only: str = ""
     max_minutes: float = 0.0
     list: bool = False
+    jobs: int = 1
+
+    def __post_init__(self):
+        if self.jobs < 1:
+            raise ValueError(f"jobs is {self.jobs}; it must be at least 1.")
+        if self.jobs > 1 and "://" in self.scratch:
+            raise ValueError(
+                f"scratch is {self.scratch!r}; with several jobs it must be a folder of this "
+                "machine."
+            )
 
 
 class Run(NamedTuple):
@@ -46,44 +61,15 @@ class Run(NamedTuple):
         return f"{self.task}_{self.variant}_s{self.seed}"
 
 
-def train_run(experiment: str, one: Run, workdir: epath.Path) -> Result:
-    """Trains a run, or what an interruption left of it, and evaluates it.
-
-    Raises:
-      ValueError: the workdir holds an unfinished run with another configuration.
-    """
-    if (workdir / "config.json").exists() and read_config(workdir) != one.config:
-        raise ValueError(
-            f"{workdir} holds an unfinished run with another configuration; remove it, or give "
-            "another --scratch."
-        )
-    labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
-    return run(one.config, workdir, resume=True, labels=labels)
-
-
-def make_missing(
-    experiment: str,
-    args: ReproduceArgs,
-    planned: Iterable[Run],
-    finish: Callable[[Run, Result, epath.Path], Result] = lambda run, result, workdir: result,
-    make: Callable[[str, Run, epath.Path], Result] = train_run,
-) -> list[Result]:
-    """Makes every missing run that `only` names.
+def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
+    """The planned runs that `only` names.
 
     Args:
-      experiment: the folder of the results.
-      args: which runs, and where they go.
+      args: see the class.
       planned: all runs of the experiment.
-      finish: (run, its result, its workdir) -> the result to write, with what only this experiment
-        measures.
-      make: (experiment, run, its workdir) -> its result.
-
-    Returns:
-      All results there are, to be rendered; none when the runs were only to be listed.
 
     Raises:
-      ValueError: `only` is no regular expression or names no run, or a workdir holds an unfinished
-        run with another configuration.
+      ValueError: `only` is no regular expression or names no run.
     """
     try:
         pattern = re.compile(args.only)
@@ -92,27 +78,124 @@ def make_missing(
     wanted = [r for r in planned if pattern.search(r.name)]
     if not wanted:
         raise ValueError(f"only is {args.only!r}, which names no run; --list shows them all.")
+    return wanted
+
+
+def _as_it_is(run: Run, result: Result, workdir: epath.Path) -> Result:
+    """The result with nothing added."""
+    del run, workdir
+    return result
+
+
+def train_run(experiment: str, one: Run, workdir: epath.Path) -> Result:
+    """Trains a run, or what an interruption left of it, and evaluates it.
+
+    Args:
+      experiment: the folder of the results.
+      one: the run.
+      workdir: where it stands.
+    """
+    labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
+    return run(one.config, workdir, resume=True, labels=labels)
+
+
+def make_missing(
+    experiment: str,
+    args: ReproduceArgs,
+    planned: Iterable[Run],
+    finish: Callable[[Run, Result, epath.Path], Result] = _as_it_is,
+    make_one: Callable[[str, Run, epath.Path], Result] = train_run,
+) -> list[Result]:
+    """Makes every missing run that `only` names.
+
+    Args:
+      experiment: the folder of the results.
+      args: which runs, and where they go.
+      planned: all runs of the experiment.
+      finish: (run, its result, its workdir) -> the result to write, with what only this experiment
+        measures; can be pickled.
+      make_one: (experiment, run, its workdir) -> its result; can be pickled.
+
+    Returns:
+      All results there are, to be rendered; none when the runs were only to be listed.
+
+    Raises:
+      ValueError: as `wanted_runs`, or a workdir holds an unfinished run with another configuration.
+      RuntimeError: with several jobs, some of them failed; they and their logs are named.
+    """
+    wanted = wanted_runs(args, planned)
     paths = [result_path(args.out, experiment, r.task, r.variant, r.seed) for r in wanted]
     if args.list:
         for r, path in zip(wanted, paths):
             print(f"{r.name:<44} {'done' if path.exists() else ''}")
         return []
+    missing = [r for r, path in zip(wanted, paths) if not path.exists()]
+    folder = epath.Path(args.scratch) / experiment
+    for r in missing:
+        workdir = folder / r.name
+        if (workdir / "config.json").exists() and read_config(workdir) != r.config:
+            raise ValueError(
+                f"{workdir} holds an unfinished run with another configuration; remove it, or give "
+                "another --scratch."
+            )
+    make = functools.partial(_make, experiment, args.out, folder, finish, make_one)
+    (_make_side_by_side if args.jobs > 1 else _make_in_turn)(missing, make, args, folder)
+    return load_results(args.out, experiment)
+
+
+def _make(
+    experiment: str,
+    out: str,
+    folder: epath.Path,
+    finish: Callable[[Run, Result, epath.Path], Result],
+    make_one: Callable[[str, Run, epath.Path], Result],
+    r: Run,
+) -> None:
+    """Makes a run, or the rest of it, and writes its result."""
+    print(f"== {r.name}", flush=True)
+    workdir = folder / r.name
+    result = finish(r, make_one(experiment, r, workdir), workdir)
+    write_result(result, result_path(out, experiment, r.task, r.variant, r.seed))
+    print(
+        f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "
+        f"{result.usage:.4%}, cost {result.cost:.4f}, kv cost {result.kv_cost:.4f}, "
+        f"{result.minutes:.1f} minutes",
+        flush=True,
+    )
+
+
+def _make_in_turn(
+    missing: Sequence[Run], make: Callable[[Run], None], args: ReproduceArgs, folder: epath.Path
+) -> None:
+    del folder
     started = time.time()
-    for r, path in zip(wanted, paths):
-        if path.exists():
-            continue
+    for r in missing:
         if args.max_minutes and time.time() - started > 60 * args.max_minutes:
             print(f"stopped before {r.name}: {args.max_minutes} minutes are over")
             break
-        print(f"== {r.name}", flush=True)
-        workdir = epath.Path(args.scratch) / experiment / r.name
-        result = make(experiment, r, workdir)
-        result = finish(r, result, workdir)
-        write_result(result, path)
-        print(
-            f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "
-            f"{result.usage:.4%}, cost {result.cost:.4f}, kv cost {result.kv_cost:.4f}, "
-            f"{result.minutes:.1f} minutes",
-            flush=True,
+        make(r)
+
+
+def _make_side_by_side(
+    missing: Sequence[Run], make: Callable[[Run], None], args: ReproduceArgs, folder: epath.Path
+) -> None:
+    logs, failed = Path(folder / "logs"), []
+
+    def told(name: str, status: int) -> None:
+        text = (logs / f"{name}.txt").read_text().strip()
+        print(text.split("\n")[-1] if text else f"== {name}", flush=True)
+        if status:
+            failed.append(name)
+
+    tasks = [
+        Task(r.name, functools.partial(make, r), epath.Path(r.config.start_from).name)
+        for r in missing
+    ]
+    left = side_by_side(tasks, args.jobs, logs, told=told, seconds=60 * args.max_minutes)
+    if left:
+        print(f"stopped before {', '.join(left)}: {args.max_minutes} minutes are over")
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(missing)} runs failed: {', '.join(failed)}; what they printed "
+            f"is in {logs}."
         )
-    return load_results(args.out, experiment)

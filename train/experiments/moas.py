@@ -3,16 +3,19 @@
 Command: `routing-jax reproduce moas --text valid.txt test.txt --elsewhere a.txt b.txt`; `--list`
 names the runs, `--only REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and
 interrupted ones resumed. The text is joined in the order given, its last tenth held out.
-Set JAX_COMPILATION_CACHE_DIR: five seeds of two tasks run the same programs.
-Hardware and time (estimated): one H100, seconds of training a run; compiling a variant takes one to
-four minutes the first time, and all 190 runs about two hours. Not meant for a CPU.
+`--jobs 32` makes 32 runs side by side; `--times FILE`, which times the variants instead of training
+them, wants the device alone.
+Hardware and time: seconds of training a run; a seed's 38 runs take 80 seconds on four H200s once
+their programs are compiled, which takes three minutes on 64 cores. Not meant for a CPU.
 Expect: as published, the soft mixture is no better than its static average, nor than MHA with as
 many parameters. Nested and hard, with λ on `kv_cost`, it reads under half of MHA's keys and values.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,11 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from routing_jax.evals.model_time import (
-    decode_milliseconds,
-    forward_milliseconds,
-    median_milliseconds,
-)
 from routing_jax.evals.report import MOAS as EXPERIMENT
 from routing_jax.evals.report import plot_moas
 from routing_jax.evals.results import Result
@@ -33,11 +31,16 @@ from routing_jax.evals.scheme_use import scheme_use
 from routing_jax.models import DecoderConfig, count_params, init_cache, init_params
 from routing_jax.train.config import TrainConfig
 from routing_jax.train.data import CharacterConfig, batches, vocabulary, window_count
-from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing
+from routing_jax.train.experiments.experiment import (
+    ReproduceArgs,
+    Run,
+    make_missing,
+    wanted_runs,
+)
+from routing_jax.train.experiments.moas_times import time_variants
 from routing_jax.train.metrics import read_metrics
 from routing_jax.train.presets import get_preset
 from routing_jax.train.run import evaluate_run, load_run
-from routing_jax.train.step import init_state, make_train_step
 
 _MOST_HISTORY = 50  # rows
 
@@ -49,10 +52,12 @@ class MoasArgs(ReproduceArgs):
     Attributes:
       text: files of text, joined in this order; or stdlib.
       elsewhere: other texts on which the trained models are evaluated as they are.
+      times: a JSON file: time the variants that `only` names, untrained, and write it.
     """
 
     text: tuple[str, ...] = ("stdlib",)
     elsewhere: tuple[str, ...] = ()
+    times: str = ""
 
 
 def _alone(kv_heads: int) -> Callable[[TrainConfig], TrainConfig]:
@@ -170,25 +175,6 @@ def character_classes(config: CharacterConfig) -> dict[str, np.ndarray]:
     return found
 
 
-def step_milliseconds(config: TrainConfig) -> float:
-    """Wall-clock of one training step, with all that it updates.
-
-    Args:
-      config: the run.
-    """
-    step = jax.jit(make_train_step(config), donate_argnums=0)
-    size = config.batch_size(config.data.length)
-    batch = jax.device_put(next(batches(config.data, split="train", seed=0, batch_size=size)))
-    state = jax.jit(lambda: init_state(config))()
-
-    def call() -> jax.Array:
-        nonlocal state
-        state, metrics = step(state, batch)
-        return metrics["loss"]
-
-    return median_milliseconds(call)
-
-
 def measure(run: Run, workdir: epath.Path, elsewhere: tuple[str, ...]) -> dict[str, Any]:
     """What only this experiment reports of a trained run.
 
@@ -198,16 +184,15 @@ def measure(run: Run, workdir: epath.Path, elsewhere: tuple[str, ...]) -> dict[s
       elsewhere: other texts, on which it is evaluated as it is.
 
     Returns:
-      JSON values: `step_ms`, `forward_ms` and `decode_ms` (one sequence, at the end of a context);
-      `kv_bytes_stored` a token; `kv_bytes_dense`, which MHA reads for a decoded token, mean over
-      the context's positions; `history`, rows of step, kv_cost, aux and usage_per_layer;
-      `elsewhere`, name -> loss and kv_cost; and of mixed schemes what `scheme_use` gives.
+      JSON values: `kv_bytes_stored` a token; `kv_bytes_dense`, which MHA reads for a decoded
+      token, mean over the context's positions; `history`, rows of step, kv_cost, aux and
+      usage_per_layer; `elsewhere`, name -> loss and kv_cost; and of mixed schemes what
+      `scheme_use` gives.
     """
     config, params, _ = load_run(workdir)
     model, data = config.model, config.data
     assert isinstance(data, CharacterConfig)
     size = config.batch_size(data.length)
-    batch = next(batches(data, split="validation", seed=0, batch_size=size))
     cache = jax.eval_shape(lambda: init_cache(model, 1, 1)).layers
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     dense = (
@@ -217,9 +202,6 @@ def measure(run: Run, workdir: epath.Path, elsewhere: tuple[str, ...]) -> dict[s
     rows = rows[:: max(1, -(-len(rows) // _MOST_HISTORY))]
     kept = ("step", "kv_cost", "aux", "usage_per_layer")
     found: dict[str, Any] = {
-        "step_ms": step_milliseconds(config),
-        "forward_ms": forward_milliseconds(model, params, batch.tokens),
-        "decode_ms": decode_milliseconds(model, params, batch.tokens[:1]),
         "kv_bytes_stored": stored,
         "kv_bytes_dense": dense * (data.length + 1) / 2,
         "history": [{name: row[name] for name in kept} for row in rows],
@@ -239,6 +221,13 @@ def measure(run: Run, workdir: epath.Path, elsewhere: tuple[str, ...]) -> dict[s
     return found
 
 
+def with_details(
+    elsewhere: tuple[str, ...], run: Run, result: Result, workdir: epath.Path
+) -> Result:
+    """The result with what `measure` gives."""
+    return dataclasses.replace(result, details=measure(run, workdir, elsewhere))
+
+
 def reproduce(args: MoasArgs) -> int:
     """Makes every missing run that `only` names, then renders; returns the exit code.
 
@@ -248,10 +237,11 @@ def reproduce(args: MoasArgs) -> int:
     for source in (args.text, *((name,) for name in args.elsewhere)):
         window_count(CharacterConfig(source=source, vocab_size=1 << 20), split="validation")
 
-    def finish(run: Run, result: Result, workdir: epath.Path) -> Result:
-        details = measure(run, workdir, args.elsewhere)
-        return Result(**{**vars(result), "details": details})
+    if args.times:
+        time_variants(wanted_runs(args, runs(args.text)), Path(args.times))
+        return 0
 
+    finish = functools.partial(with_details, args.elsewhere)
     results = make_missing(EXPERIMENT, args, runs(args.text), finish)
     if results:
         folder = epath.Path(args.out) / EXPERIMENT

@@ -19,7 +19,6 @@ from routing_jax.kernels import (
 )
 from routing_jax.kernels.block_sparse.reference import dense_mask, reference_attention
 
-from ..compiling import compiled
 from ..random_tables import random_table
 
 
@@ -133,7 +132,7 @@ def outputs_and_gradients(function, arguments, cotangents) -> dict[str, np.ndarr
     rest = {name: value for name, value in arguments.items() if name not in wanted}
     static = {"causal": rest.pop("causal")}
 
-    @compiled
+    @jax.jit
     def run(learned, rest, cotangents):
         def call(learned):
             return function(**learned, **rest, **static)
@@ -178,6 +177,8 @@ class AttentionSuite:
             limit = 1e-5
             if usual is not None:
                 limit = 2 * relative_error(usual[name], expected[name]) + 1e-6
+                if name in ("out", "d_q", "d_k", "d_v"):  # rounded: of one key, the usual is exact
+                    limit = max(limit, float(jnp.finfo(dtype).eps))
             assert relative_error(value, expected[name]) <= limit, name
 
     @pytest.mark.parametrize("name", CASES)
@@ -189,7 +190,8 @@ class AttentionSuite:
         assert dtype in self.dtypes
         self.check_against_oracle(CASES[name], dtype)
 
-    @hypothesis.settings(max_examples=4)
+    # Every example compiles: one that fails is not worth making smaller.
+    @hypothesis.settings(max_examples=4, phases=[hypothesis.Phase.generate])
     @hypothesis.given(
         case=st.builds(
             Case,
@@ -217,7 +219,7 @@ class AttentionSuite:
         arguments, _ = make_inputs(Case(T=200, dense=0.0, bias=False), self.dtypes[0])
         q, k, v = (arguments[name] for name in "qkv")
         table = dense_table(200, 200, block_q=64, block_kv=64)
-        out, _ = compiled(lambda: self.attend(q=q, k=k, v=v, table=table))()
+        out, _ = jax.jit(lambda: self.attend(q=q, k=k, v=v, table=table))()
         expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         limit = 1e-6 if self.dtypes[0] == "float32" else 1e-2
         assert relative_error(np.asarray(out, float), np.asarray(expected, float)) < limit
@@ -234,7 +236,7 @@ class AttentionSuite:
         )
         unread = jnp.isin(jnp.arange(256) // 64, jnp.array([0, 3]))[None, :, None, None]
 
-        @compiled
+        @jax.jit
         def run(k, v):
             out, pull_back = jax.vjp(
                 lambda q, k, v: self.attend(q=q, k=k, v=v, table=table, causal=False)[0], q, k, v
@@ -255,7 +257,7 @@ class AttentionSuite:
             out, _ = self.attend(q=q, k=k, v=v, block_bias=block_bias, **arguments)
             return (out * d_out).sum()
 
-        gradients = compiled(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
         first = gradients(*learned)
         for _ in range(3):
             jax.tree.map(np.testing.assert_array_equal, first, gradients(*learned))
@@ -266,7 +268,7 @@ class AttentionSuite:
         # Rows list future blocks on purpose: what a query sees is decided from positions.
         table = window_table(150, 150, 2, block_q=64, block_kv=64, causal=False)
 
-        @compiled
+        @jax.jit
         def seen(t):
             return jax.grad(lambda v: self.attend(q=q, k=k, v=v, table=table)[0][0, t].sum())(v)
 
@@ -296,7 +298,7 @@ class AttentionSuite:
             return (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum()
 
         got, expected = (
-            np.asarray(compiled(jax.grad(functools.partial(loss, attend=attend)))(scores))
+            np.asarray(jax.jit(jax.grad(functools.partial(loss, attend=attend)))(scores))
             for attend in (self.attend, reference_attention)
         )
         limit = 1e-5 if self.dtypes[0] == "float32" else 2e-2
@@ -306,9 +308,9 @@ class AttentionSuite:
     def test_vmap_is_a_batch(self):
         arguments, _ = make_inputs(Case(dense=0.3, segments=True), self.dtypes[0])
         del arguments["q_positions"], arguments["causal"]
-        out, lse = compiled(lambda arguments: self.attend(**arguments))(arguments)
+        out, lse = jax.jit(lambda arguments: self.attend(**arguments))(arguments)
         single = jax.tree.map(lambda x: x[:, None], arguments)
-        mapped = compiled(jax.vmap(lambda arguments: self.attend(**arguments)))(single)
+        mapped = jax.jit(jax.vmap(lambda arguments: self.attend(**arguments)))(single)
         limit = 1e-6 if self.dtypes[0] == "float32" else 1e-2
         assert relative_error(np.asarray(mapped[0][:, 0], float), np.asarray(out, float)) < limit
         assert relative_error(np.asarray(mapped[1][:, 0]), np.asarray(lse)) < limit

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from routing_jax.evals.results import load_results
+from routing_jax.evals.scheme_tables import times_caption
 from routing_jax.models import count_params, init_params
 from routing_jax.train.data import CharacterConfig
 from routing_jax.train.experiments import experiment, moas
@@ -148,7 +149,11 @@ def test_the_experiment_runs_from_text_to_table_and_is_resumed(
     variants = ("mha+matched", "nested-hard+kv-cost")
     monkeypatch.setattr(moas, "runs", lambda text: (small(v, text[0]) for v in variants))
     args = MoasArgs(
-        str(tmp_path / "out"), str(tmp_path / "scratch"), text=texts[:1], elsewhere=texts[1:]
+        str(tmp_path / "out"),
+        str(tmp_path / "scratch"),
+        jobs=2,
+        text=texts[:1],
+        elsewhere=texts[1:],
     )
     assert moas.reproduce(args) == 0
     folder = tmp_path / "out" / "moas"
@@ -172,6 +177,26 @@ def test_the_experiment_runs_from_text_to_table_and_is_resumed(
     assert result.sequences == 24  # the whole held-out part, once
     assert moas.reproduce(args) == 0
     assert {path.name: path.read_bytes() for path in folder.glob("*.json")} == made
+
+
+@pytest.mark.slow
+def test_variants_are_timed_untrained(texts, tmp_path, monkeypatch, compile_cache):
+    variants = ("mha", "nested-hard")
+    plan = [
+        run._replace(seed=seed) for run in (small(v, texts[0]) for v in variants) for seed in (0, 1)
+    ]
+    monkeypatch.setattr(moas, "runs", lambda text: iter(plan))
+    file = tmp_path / "new" / "times.json"
+    args = MoasArgs(str(tmp_path / "out"), text=texts[:1], times=str(file))
+    assert moas.reproduce(args) == 0
+    assert not (tmp_path / "out").exists()
+    result = json.loads(file.read_text())
+    assert [row["variant"] for row in result["rows"]] == list(variants)
+    for row in result["rows"]:
+        assert min(row["step_ms"], row["forward_ms"], row["decode_ms"]) > 0
+    assert result["rows"][0]["kv_cost"] == 1
+    assert 0.5 <= result["rows"][1]["kv_cost"] < 1
+    assert result["device"] in times_caption(result)
 
 
 def test_texts_that_will_not_do_are_refused_before_anything_runs(texts, tmp_path):
