@@ -30,7 +30,6 @@ from routing_jax.evals.benchmarks.tpu_schedule_plot import plot
 from routing_jax.evals.benchmarks.tpu_schedule_report import Row, describe, table, with_ratios
 from routing_jax.kernels import row_lengths
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import blocks_together, sizes_of
-from routing_jax.kernels.block_table import whole_blocks
 
 __all__ = ["TpuScheduleConfig", "main", "run"]
 
@@ -54,21 +53,18 @@ def row_counts(case: TpuCase, blocks: int, seed: int) -> dict[str, int]:
       seed: of the lists.
 
     >>> row_counts(TpuCase("v5e:2x2", "forward", 512, 64), 2, 0)
-    {'program': 4, 'turn': 0, 'pair': 0, 'step': 7}
+    {'program': 4, 'turn_8': 0, 'turn_4': 0, 'turn_2': 3, 'turn_1': 1}
     """
-    at_once = blocks_together(sizes_of(*attention_inputs(case)))
+    sizes = blocks_together(sizes_of(*attention_inputs(case)))
     T, K = case.length, case.num_kv_heads
     rows = attention_cases.make_table(_listing(case, blocks), seed)
     lengths = np.asarray(row_lengths(rows, T, T), np.int64)
-    turns, left = np.divmod(np.asarray(whole_blocks(rows, T, T), np.int64), at_once)
-    pairs = left // 2
     heads = case.batch * K // lengths.shape[1]
-    return {
-        "program": case.batch * K * lengths.shape[2],
-        "turn": int(turns.sum()) * heads,
-        "pair": int(pairs.sum()) * heads,
-        "step": int((lengths - at_once * turns - 2 * pairs).sum()) * heads,
-    }
+    counts = {"program": case.batch * K * lengths.shape[2]}
+    for size in sizes:
+        taken, lengths = np.divmod(lengths, size)
+        counts[f"turn_{size}"] = int(taken.sum()) * heads
+    return counts
 
 
 def splash_counts(case: TpuCase) -> dict[str, int]:

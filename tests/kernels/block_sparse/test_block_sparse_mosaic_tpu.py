@@ -7,6 +7,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from routing_jax.kernels import block_sparse_attention
 from routing_jax.kernels.block_sparse.mosaic_tpu import call
+from routing_jax.kernels.block_sparse.mosaic_tpu.tiles import Tiles
 from routing_jax.kernels.block_sparse.reference import reference_attention
 
 from .attention_suite import AttentionSuite, Case, make_inputs, outputs_and_gradients
@@ -18,7 +19,9 @@ SMALL = Case(B=1, T=100, K=1, capacity=2, dense=0.0)
 def interpreted(monkeypatch):
     """Kernels run on the CPU; what they read out of bounds or unwritten is an error or nan."""
     monkeypatch.setattr(call, "tpu_refusal", lambda: None)
-    monkeypatch.setattr(call, "_KEYS_TOGETHER", 256)  # four blocks at once: the rows here are short
+    # Four blocks in a turn, in two pieces, and two tiles: rows and columns are short here.
+    tiles = Tiles(keys=256, piece=64, query_tiles=2)
+    monkeypatch.setattr(call, "tiles_for", lambda device_kind: tiles)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         yield
 
@@ -68,3 +71,8 @@ def test_refuses_what_it_cannot_run(changes, sentence):
     arguments, _ = make_inputs(dataclasses.replace(SMALL, **changes))
     with pytest.raises(NotImplementedError, match=sentence):
         block_sparse_attention(**arguments, implementation="mosaic_tpu")
+
+
+def test_sizes_are_positive():
+    with pytest.raises(ValueError, match="piece is 0; it must be at least 1"):
+        Tiles(piece=0)
