@@ -7,7 +7,11 @@ from routing_jax.cli import main as command
 from routing_jax.evals.benchmarks import tpu_schedule
 from routing_jax.evals.benchmarks.tpu_compiler import compiler_refusal
 from routing_jax.evals.benchmarks.tpu_programs import TpuCase
-from routing_jax.evals.benchmarks.tpu_schedule import TpuScheduleConfig, row_counts
+from routing_jax.evals.benchmarks.tpu_schedule import (
+    TpuScheduleConfig,
+    column_counts,
+    row_counts,
+)
 from routing_jax.evals.benchmarks.tpu_schedule_report import caption, table
 
 CONFIG = TpuScheduleConfig(
@@ -38,7 +42,17 @@ def pretended(cases, *, schedules=False):
             parts = {"program": 100, "turn_8": 1100, "turn_4": 900, "turn_2": 700, "turn_1": 500}
             if case.program == "splash":
                 parts = {"program": 10, "run": 1000, "first": 20, "last": 30}
-            report["schedule"] = {"kernel": {"bundles": parts, "slots": {"MXU": 0.5}}}
+            names = {
+                "backward": ("block_sparse_query_gradients", "block_sparse_key_gradients"),
+                "forward": ("block_sparse_forward",),
+            }
+            names = names.get(case.program, ("splash_mqa_fwd",))
+            kernel = {"bundles": parts, "slots": {"MXU": 0.5}}
+            if names[-1] == "block_sparse_key_gradients":
+                columns = kernel | {"bundles": {k: v for k, v in parts.items() if k != "turn_8"}}
+                report["schedule"] = dict(zip(names, (kernel, columns)))
+            else:
+                report["schedule"] = dict.fromkeys(names, kernel)
         yield report
 
 
@@ -80,6 +94,18 @@ def test_bundles_are_those_of_each_part_as_often_as_it_runs(result):
     assert row["of_splash"] == row["bundles"] / splash["bundles"]
 
 
+def test_both_kernels_of_the_backward_pass_are_counted(result):
+    rows = [row for row in result[0]["rows"] if row["program"] == "key_gradients"]
+    assert [(row["length"], row["blocks"]) for row in rows[:4]] == [
+        (1024, 0), (2048, 0), (2048, 4), (2048, 2),
+    ]  # fmt: skip
+    # Eight blocks that 8 to 1 tiles see, in two heads.
+    assert rows[0]["counts"] == {"program": 16, "turn_4": 12, "turn_2": 8, "turn_1": 8}
+    assert rows[0]["bundles"] == 16 * 100 + 12 * 900 + 8 * 700 + 8 * 500
+    assert "| v5e | dk, dv | 64 | 1.000 |" in table(result[0]["rows"])
+    assert all(row.get("of_splash") is None for row in rows)
+
+
 def test_the_report_says_ratios_failures_and_what_it_is_blind_to(result):
     rows = result[0]["rows"]
     said = table(rows)
@@ -100,12 +126,16 @@ def test_counts_are_those_of_a_list_written_out(blocks):
     counts = {"program": 16, "turn_8": sum(n // 8 for n in listed)}
     counts |= {f"turn_{size}": sum(n // size % 2 for n in listed) for size in (4, 2, 1)}
     assert row_counts(case, blocks, 0) == {name: 3 * count for name, count in counts.items()}
+    columns = column_counts(case, blocks, 0)
+    assert columns["program"] == 3 * 16
+    assert sum(columns[f"turn_{size}"] * size for size in (4, 2, 1)) == 3 * sum(listed)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("parts", ("speed",)),
+        ("passes", ()),
         ("chips", ("v4",)),
         ("tiles", ((384, 512, 256),)),
         ("tiles", ((512, 512, 384),)),
@@ -133,6 +163,7 @@ def test_work_follows_the_listed_blocks_in_the_compilers_own_schedule(tmp_path):
     config = dataclasses.replace(
         CONFIG,
         parts=("schedule",),
+        passes=("forward",),
         chips=("v5e",),
         sparse_length=32768,
         blocks=(0, 128, 64),
