@@ -168,6 +168,7 @@ def test_work_follows_the_listed_blocks_in_the_compilers_own_schedule(tmp_path):
         sparse_length=32768,
         blocks=(0, 128, 64),
         head_dims=(128,),
+        num_heads=2,
         num_kv_heads=1,
         tiles=((512, 512, 512),),
     )
