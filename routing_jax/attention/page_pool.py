@@ -1,0 +1,217 @@
+"""One pool of pages for the keys and values of all layers and sequences.
+
+A page holds `page_size` tokens of one layer of one sequence, so listing key blocks is listing
+pages. A dense layer keeps a page a block. A sparse one, which sees its first blocks and a window,
+keeps as many pages as it sees blocks: the window's are a ring, in which the block that enters takes
+the page of the block that leaves. Which pages a layer of a sequence owns stands in a table, slot by
+slot; a free page is on the pool's stack and in no table.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from routing_jax.kernels import PageList
+from routing_jax.kernels.checks import known_values, refuse_rows
+
+NO_PAGE = -1  # what a table holds where it owns nothing
+
+
+@dataclass(frozen=True)
+class SinkWindow:
+    """What a sparse layer sees: the first blocks of the sequence, and the newest ones.
+
+    Attributes:
+      sinks: first blocks.
+      window: blocks before the query's own.
+    """
+
+    sinks: int = 1
+    window: int = 8
+
+    def __post_init__(self):
+        if self.sinks < 1 or self.window < 0:
+            raise ValueError(
+                f"sinks and window are {self.sinks} and {self.window} blocks; they must be at "
+                "least 1 and 0."
+            )
+
+    @property
+    def pages(self) -> int:
+        """The most pages that a sparse layer holds of a sequence.
+
+        >>> SinkWindow(sinks=1, window=8).pages
+        10
+        """
+        return self.sinks + self.window + 1
+
+
+class PagePool(NamedTuple):
+    """Which pages are free.
+
+    Attributes:
+      free: [P] int32, a stack; the first `count` entries are the free pages.
+      count: scalar int32.
+    """
+
+    free: jax.Array
+    count: jax.Array
+
+
+def new_pool(pages: int) -> PagePool:
+    """A pool whose pages are all free.
+
+    >>> int(new_pool(8).count)
+    8
+    """
+    return PagePool(jnp.arange(pages, dtype=jnp.int32), jnp.int32(pages))
+
+
+def take_pages(pool: PagePool, counts: jax.Array, slots: int) -> tuple[PagePool, jax.Array]:
+    """Takes pages for each sequence.
+
+    Args:
+      pool: where from.
+      counts: [B] int32, pages wanted, at most `slots` each.
+      slots: C, of a table's row.
+
+    Returns:
+      (the pool, [B,C] int32 pages; −1 past the count).
+
+    Raises:
+      ValueError: more are wanted than are free, where counts are concrete. Under jit the caller has
+        to know; what is not there is −1.
+
+    >>> pool, pages = take_pages(new_pool(4), jnp.array([1, 2]), 3)
+    >>> pages.tolist(), int(pool.count)
+    ([[3, -1, -1], [2, 1, -1]], 1)
+    """
+    ends = jnp.cumsum(counts)
+    _, (known, free) = known_values(ends, pool.count)
+    refuse_rows(
+        known > free, "the pages wanted must be free", lambda row: f"is short of {free} free ones"
+    )
+    slot = jnp.arange(slots, dtype=jnp.int32)[None]
+    place = pool.count - 1 - ((ends - counts)[:, None] + slot)
+    wanted = (slot < counts[:, None]) & (place >= 0)
+    pages = jnp.where(wanted, pool.free[jnp.maximum(place, 0)], NO_PAGE)
+    taken = wanted.sum(dtype=jnp.int32)
+    return pool._replace(count=pool.count - taken), pages
+
+
+def return_pages(pool: PagePool, pages: jax.Array) -> PagePool:
+    """Gives pages back.
+
+    Args:
+      pool: where to.
+      pages: int32 of any shape, each page once; −1 is none.
+
+    >>> pool, pages = take_pages(new_pool(4), jnp.array([2]), 2)
+    >>> int(return_pages(pool, pages).count)
+    4
+    """
+    pages = pages.reshape(-1)
+    listed = pages != NO_PAGE
+    place = pool.count + jnp.cumsum(listed, dtype=jnp.int32) - 1
+    place = jnp.where(listed, place, pool.free.shape[0])
+    return PagePool(
+        pool.free.at[place].set(pages, mode="drop"), pool.count + listed.sum(dtype=jnp.int32)
+    )
+
+
+def pages_needed(
+    lengths: jax.Array, dense: jax.Array, page_size: int, sparse: SinkWindow
+) -> jax.Array:
+    """How many pages hold so many tokens.
+
+    Args:
+      lengths: int32, tokens.
+      dense: bool of a shape that broadcasts with it, whether the layer sees them all.
+      page_size: tokens a page.
+      sparse: what it sees otherwise.
+
+    >>> lengths, dense = jnp.array([100, 100]), jnp.array([True, False])
+    >>> pages_needed(lengths, dense, 8, SinkWindow(1, 2)).tolist()
+    [13, 4]
+    """
+    blocks = -(-lengths // page_size)
+    return jnp.where(dense, blocks, jnp.minimum(blocks, sparse.pages))
+
+
+def slot_of_block(block: jax.Array, dense: jax.Array, sparse: SinkWindow) -> jax.Array:
+    """Which slot of a row holds a block, while it is held.
+
+    Args:
+      block: int32, which block of the sequence.
+      dense: bool that broadcasts with it.
+      sparse: how sparse layers hold theirs.
+
+    >>> slot_of_block(jnp.arange(8), jnp.array([False]), SinkWindow(1, 2)).tolist()
+    [0, 1, 2, 3, 1, 2, 3, 1]
+    """
+    ring = sparse.sinks + (block - sparse.sinks) % (sparse.window + 1)
+    return jnp.where(dense | (block < sparse.sinks), block, ring)
+
+
+def prompt_pages(
+    table: jax.Array,
+    lengths: jax.Array,
+    dense: jax.Array,
+    blocks: int,
+    page_size: int,
+    sparse: SinkWindow,
+) -> jax.Array:
+    """Where each block of a prompt is kept.
+
+    Args:
+      table: [B,C] int32, the pages that a layer owns.
+      lengths: [B] int32, tokens of each prompt.
+      dense: [B] bool, whether the layer keeps them all.
+      blocks: J, of the padded prompt.
+      page_size: tokens a page.
+      sparse: what is kept otherwise.
+
+    Returns:
+      [B,J] int32; −1 for blocks that are not kept.
+
+    >>> table = jnp.array([[9, 8, 7, 6, 5]] * 2)
+    >>> prompt_pages(table, jnp.array([9, 9]), jnp.array([True, False]), 6, 2, SinkWindow(1, 1))
+    Array([[ 9,  8,  7,  6,  5, -1],
+           [ 9, -1, -1,  8,  7, -1]], dtype=int32)
+    """
+    block = jnp.arange(blocks, dtype=jnp.int32)[None]
+    filled = -(-lengths // page_size)[:, None]
+    seen = dense[:, None] | (block < sparse.sinks) | (block >= filled - 1 - sparse.window)
+    slot = slot_of_block(block, dense[:, None], sparse)
+    pages = jnp.take_along_axis(table, jnp.minimum(slot, table.shape[1] - 1), axis=1)
+    return jnp.where(seen & (block < filled), pages, NO_PAGE)
+
+
+def held_pages(
+    table: jax.Array, lengths: jax.Array, dense: jax.Array, page_size: int, sparse: SinkWindow
+) -> PageList:
+    """The pages that a sequence's newest token attends to.
+
+    A token sees the blocks that `sink_window_table` lists for its tile, where tiles are as large as
+    pages: prefill and decoding agree.
+
+    Args:
+      table: [B,C] int32, the pages that a layer owns.
+      lengths: [B] int32, tokens of each sequence, the newest included; 0 for none.
+      dense: [B] bool, whether the layer sees them all.
+      page_size: tokens a page.
+      sparse: what it sees otherwise.
+
+    >>> table = jnp.array([[9, 8, 7]])
+    >>> held_pages(table, jnp.array([9]), jnp.array([False]), 2, SinkWindow(1, 1)).blocks.tolist()
+    [[[0, 3, 4]]]
+    """
+    slot = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
+    newest = (lengths[:, None] - 1) // page_size
+    ring = newest - (newest - slot) % (sparse.window + 1)
+    blocks = jnp.where(dense[:, None] | (slot < sparse.sinks), slot, ring)
+    counts = pages_needed(lengths, dense, page_size, sparse).astype(jnp.int32)
+    blocks = jnp.where(slot < counts[:, None], blocks, 0)
+    return PageList(counts[:, None], table[:, None], blocks[:, None])
