@@ -52,18 +52,18 @@ class PagePool(NamedTuple):
     """Which pages are free.
 
     Attributes:
-      free: [P] int32, a stack; the first `count` entries are the free pages.
-      count: scalar int32.
+      free: [P] int32, a stack; the first `available` entries are the free pages.
+      available: scalar int32.
     """
 
     free: jax.Array
-    count: jax.Array
+    available: jax.Array
 
 
 def new_pool(pages: int) -> PagePool:
     """A pool whose pages are all free.
 
-    >>> int(new_pool(8).count)
+    >>> int(new_pool(8).available)
     8
     """
     return PagePool(jnp.arange(pages, dtype=jnp.int32), jnp.int32(pages))
@@ -85,20 +85,20 @@ def take_pages(pool: PagePool, counts: jax.Array, slots: int) -> tuple[PagePool,
         to know; what is not there is −1.
 
     >>> pool, pages = take_pages(new_pool(4), jnp.array([1, 2]), 3)
-    >>> pages.tolist(), int(pool.count)
+    >>> pages.tolist(), int(pool.available)
     ([[3, -1, -1], [2, 1, -1]], 1)
     """
     ends = jnp.cumsum(counts)
-    _, (known, free) = known_values(ends, pool.count)
+    _, (known, free) = known_values(ends, pool.available)
     refuse_rows(
         known > free, "the pages wanted must be free", lambda row: f"is short of {free} free ones"
     )
     slot = jnp.arange(slots, dtype=jnp.int32)[None]
-    place = pool.count - 1 - ((ends - counts)[:, None] + slot)
+    place = pool.available - 1 - ((ends - counts)[:, None] + slot)
     wanted = (slot < counts[:, None]) & (place >= 0)
     pages = jnp.where(wanted, pool.free[jnp.maximum(place, 0)], NO_PAGE)
     taken = wanted.sum(dtype=jnp.int32)
-    return pool._replace(count=pool.count - taken), pages
+    return pool._replace(available=pool.available - taken), pages
 
 
 def return_pages(pool: PagePool, pages: jax.Array) -> PagePool:
@@ -109,15 +109,15 @@ def return_pages(pool: PagePool, pages: jax.Array) -> PagePool:
       pages: int32 of any shape, each page once; −1 is none.
 
     >>> pool, pages = take_pages(new_pool(4), jnp.array([2]), 2)
-    >>> int(return_pages(pool, pages).count)
+    >>> int(return_pages(pool, pages).available)
     4
     """
     pages = pages.reshape(-1)
     listed = pages != NO_PAGE
-    place = pool.count + jnp.cumsum(listed, dtype=jnp.int32) - 1
+    place = pool.available + jnp.cumsum(listed, dtype=jnp.int32) - 1
     place = jnp.where(listed, place, pool.free.shape[0])
     return PagePool(
-        pool.free.at[place].set(pages, mode="drop"), pool.count + listed.sum(dtype=jnp.int32)
+        pool.free.at[place].set(pages, mode="drop"), pool.available + listed.sum(dtype=jnp.int32)
     )
 
 

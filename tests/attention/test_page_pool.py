@@ -36,7 +36,7 @@ def test_a_page_is_free_or_in_one_table_and_never_lost(deeds):
     pool, rows = new_pool(PAGES), []
     for deed in deeds:
         if isinstance(deed, list):
-            if sum(deed) > int(pool.count):
+            if sum(deed) > int(pool.available):
                 with pytest.raises(ValueError, match="the pages wanted must be free"):
                     take_pages(pool, jnp.array(deed), SLOTS)
                 continue
@@ -45,7 +45,7 @@ def test_a_page_is_free_or_in_one_table_and_never_lost(deeds):
             rows += list(np.asarray(pages))
         elif rows:
             pool = give(pool, jnp.asarray(rows.pop(deed % len(rows))))
-        free = np.asarray(pool.free)[: int(pool.count)].tolist()
+        free = np.asarray(pool.free)[: int(pool.available)].tolist()
         held = [page for row in rows for page in row if page != NO_PAGE]
         assert sorted(free + held) == list(range(PAGES))
 

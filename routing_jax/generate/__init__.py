@@ -1,0 +1,20 @@
+"""Prefill and decode: from a contiguous cache, or from paged memory that routed layers share."""
+
+from routing_jax.generate.config import ServingConfig
+from routing_jax.generate.contiguous import decode_step, generate, prefill
+from routing_jax.generate.engine import Engine, Made, Request
+from routing_jax.generate.prefill import DENSE, ROUTED, SPARSE, Routers
+
+__all__ = [
+    "DENSE",
+    "ROUTED",
+    "SPARSE",
+    "Engine",
+    "Made",
+    "Request",
+    "Routers",
+    "ServingConfig",
+    "decode_step",
+    "generate",
+    "prefill",
+]

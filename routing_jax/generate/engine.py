@@ -1,0 +1,325 @@
+"""Many prompts through one model: who is decoded together, and whose pages are free again.
+
+A sequence is let in when its prompt would fit the free pages with every layer dense. What its
+layers then decide is known, and the pages they do not need let others in. It holds pages for all
+tokens that it may make, so that no step can run out of them.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from routing_jax.generate.config import ServingConfig, check_servable
+from routing_jax.generate.decode import decode_tokens
+from routing_jax.generate.layer import Params
+from routing_jax.generate.prefill import (
+    DENSE,
+    ROUTED,
+    SPARSE,
+    Routers,
+    empty_memory,
+    forget,
+    prefill_prompts,
+)
+from routing_jax.generate.sampling import Sampling, choose_tokens
+from routing_jax.models import DecoderConfig, unstack_layers
+
+Progress = Callable[[int, int], None]
+"""Called with layers done and layers in all while prompts are read."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+      tokens: of the prompt, at least one.
+      max_new_tokens: the most tokens to make.
+      temperature: of sampling; 0 takes the most likely token.
+      top_k: how many of the most likely tokens can be drawn; 0 for all.
+      top_p: the sum of probabilities from which on less likely tokens cannot be drawn.
+      seed: of the draws.
+      stop: tokens after which nothing more is made.
+    """
+
+    tokens: Sequence[int]
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: frozenset[int] = frozenset()
+
+    def __post_init__(self):
+        if not len(self.tokens):
+            raise ValueError("the prompt holds no token; it must hold at least one.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be at least 0.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 0.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must lie above 0 and be at most 1.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2147483647.")
+
+    @property
+    def length(self) -> int:
+        """Tokens that the sequence will have at most.
+
+        >>> Request([1, 2, 3], max_new_tokens=5).length
+        8
+        """
+        return len(self.tokens) + self.max_new_tokens
+
+
+class Made(NamedTuple):
+    """A token that was made.
+
+    Attributes:
+      request: the number that `Engine.add` gave.
+      token: the token.
+      last: whether it is the sequence's last.
+    """
+
+    request: int
+    token: int
+    last: bool
+
+
+@dataclass
+class _Sequence:
+    """A request on its way: how many of its tokens are still to be made, and to be read."""
+
+    number: int
+    request: Request
+    unmade: int
+    unread: int
+
+
+class Engine:
+    """Serves one model; holds the device's memory and who is in it.
+
+    >>> from routing_jax.models import init_params
+    >>> model = DecoderConfig(width=8, head_dim=8, mlp_width=0, layers="full*2")
+    >>> params = init_params(model, jax.random.key(0))
+    >>> engine = Engine(model, params, ServingConfig(pages=8, sequences=2, length=64, page_size=16))
+    >>> first, second = engine.add(Request([1, 2, 3], 2)), engine.add(Request([4], 1))
+    >>> [made.request for made in engine.run()]
+    [0, 1, 0]
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        params: Params,
+        serving: ServingConfig,
+        routers: Routers | None = None,
+        decisions: Sequence[int] | None = None,
+    ):
+        """Takes the model and makes empty memory.
+
+        Args:
+          config: the model; its layers are full attention.
+          params: its parameters; stacked ones (config.scan) are unstacked, which holds them twice
+            for a moment.
+          serving: the sizes.
+          routers: who decides a prompt's layers; None for nobody.
+          decisions: of each layer ROUTED, SPARSE or DENSE; when None, all are routed where there
+            are routers, and else dense.
+
+        Raises:
+          ValueError: a model that can't be served, routers or decisions for another number of
+            layers, or a layer to be routed without a router.
+        """
+        check_servable(config)
+        layers = len(config.mixers)
+        if routers is not None and len(routers.params) != layers:
+            raise ValueError(
+                f"there are routers for {len(routers.params)} layers; the model has {layers}."
+            )
+        if decisions is None:
+            decisions = [DENSE if routers is None else ROUTED] * layers
+        if len(decisions) != layers:
+            raise ValueError(
+                f"there are decisions for {len(decisions)} layers; the model has {layers}."
+            )
+        if routers is None and ROUTED in decisions:
+            raise ValueError("a layer is to be routed, and there are no routers.")
+        if config.scan:
+            params, config = unstack_layers(dict(params), config), config.replace(scan=False)
+        self.config, self.serving, self.params = config, serving, params
+        self.routers, self.decisions = routers, decisions
+        self.memory = empty_memory(config, serving)
+        B = serving.sequences
+        self._tokens = jnp.zeros(B, jnp.int32)
+        self._sampling = Sampling(
+            jnp.zeros(B), jnp.zeros(B, jnp.int32), jnp.ones(B), jnp.zeros(B, jnp.int32)
+        )
+        self._waiting: deque[_Sequence] = deque()
+        self._rows: list[_Sequence | None] = [None] * B
+        self._unread: list[tuple[jax.Array, Sequence[_Sequence | None]]] = []
+        self._free = serving.pages
+        self._held = np.zeros(B, np.int64)
+        self._count = 0
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of the pool that no sequence holds."""
+        return self._free
+
+    @property
+    def running(self) -> int:
+        """Sequences that are being decoded."""
+        return sum(seq is not None for seq in self._rows)
+
+    def add(self, request: Request) -> int:
+        """Lets a request wait for its turn; returns its number, counted from 0.
+
+        Raises:
+          ValueError: it is longer than the model's context or than `serving.length`, or does not
+            fit the pool even when that is empty.
+        """
+        said = f"a prompt of {len(request.tokens)} tokens and {request.max_new_tokens} new ones"
+        context, length, pages = self.config.context, self.serving.length, self.serving.pages
+        if context and request.length > context:
+            raise ValueError(f"{said} are more than this model's context of {context} tokens.")
+        if request.length > length:
+            raise ValueError(f"{said} are more than serving.length = {length}.")
+        if self._most_pages(request) > pages:
+            raise ValueError(
+                f"{said} may need {self._most_pages(request)} pages; serving.pages is {pages}."
+            )
+        self._waiting.append(
+            _Sequence(self._count, request, request.max_new_tokens, request.max_new_tokens)
+        )
+        self._count += 1
+        return self._count - 1
+
+    def step(self, progress: Progress | None = None) -> list[Made]:
+        """Lets in whom there is room for, makes a token a sequence, and returns those of before.
+
+        The device is a step ahead: what it made is read while it makes the next.
+
+        Args:
+          progress: see `Progress`.
+        """
+        before, self._unread = self._unread, []
+        while self._admit(progress):
+            pass
+        going = [seq for seq in self._rows if seq is not None]
+        if going:
+            self._tokens, self.memory = decode_tokens(
+                self.config, self.serving, self.params, self._tokens, self._sampling, self.memory
+            )
+            self._unread.append((self._tokens, list(self._rows)))
+            for seq in going:
+                seq.unmade -= 1
+        made = [one for tokens, owners in before for one in self._read(tokens, owners)]
+        self._let_go()
+        return made
+
+    def run(self, progress: Progress | None = None) -> Iterator[Made]:
+        """Makes tokens until nobody waits and nobody runs; more can be added meanwhile.
+
+        Args:
+          progress: see `Progress`.
+        """
+        while self._waiting or self._unread or self.running:
+            yield from self.step(progress)
+
+    def _most_pages(self, request: Request) -> int:
+        blocks = -(-request.length // self.serving.page_size)
+        sparse = min(blocks, self.serving.sparse.pages)
+        return sum(sparse if decision == SPARSE else blocks for decision in self.decisions)
+
+    def _next_wave(self) -> list[_Sequence]:
+        """The first of those who wait, and who can be read with them: a power of two in all."""
+        room, free = self._rows.count(None), self._free
+        wave: list[_Sequence] = []
+        for seq in self._waiting:
+            padded = self.serving.bucket(1, len(seq.request.tokens))
+            most = max(1, self.serving.chunk // padded)
+            free -= self._most_pages(seq.request)
+            if len(wave) == min(room, most) or free < 0:
+                break
+            if wave and padded != self.serving.bucket(1, len(wave[0].request.tokens)):
+                break
+            wave.append(seq)
+        return wave[: 1 << (len(wave).bit_length() - 1)] if wave else []
+
+    def _admit(self, progress: Progress | None) -> bool:
+        """Reads one wave of prompts; whether there was any."""
+        wave = self._next_wave()
+        if not wave:
+            return False
+        rows = np.flatnonzero([seq is None for seq in self._rows])[: len(wave)]
+        requests = [self._waiting.popleft().request for _ in wave]
+        lengths = np.array([len(request.tokens) for request in requests], np.int32)
+        tokens = np.zeros((len(wave), self.serving.bucket(len(wave), int(lengths.max()))), np.int32)
+        for row, request in zip(tokens, requests):
+            row[: len(request.tokens)] = request.tokens
+        layers = len(self.decisions)
+        logits, self.memory = prefill_prompts(
+            self.config,
+            self.serving,
+            self.params,
+            self.routers,
+            self.decisions,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            jnp.array([request.length for request in requests], jnp.int32),
+            jnp.asarray(rows, jnp.int32),
+            self.memory,
+            progress and (lambda done: progress(done, layers)),
+        )
+        sampling = Sampling(
+            jnp.array([request.temperature for request in requests], jnp.float32),
+            jnp.array([request.top_k for request in requests], jnp.int32),
+            jnp.array([request.top_p for request in requests], jnp.float32),
+            jnp.array([request.seed for request in requests], jnp.int32),
+        )
+        first = _choose(logits, sampling, jnp.asarray(lengths))
+        self._tokens = self._tokens.at[rows].set(first)
+        self._sampling = Sampling(
+            *(old.at[rows].set(new) for old, new in zip(self._sampling, sampling))
+        )
+        self._unread.append((first, list(wave)))
+        dense = np.asarray(self.memory.dense[:, rows])  # waits for the prompts
+        if progress is not None:
+            progress(layers, layers)
+        for seq, row, kept in zip(wave, rows, dense.T):
+            blocks = -(-seq.request.length // self.serving.page_size)
+            sparse = min(blocks, self.serving.sparse.pages)
+            self._rows[row], self._held[row] = seq, np.where(kept, blocks, sparse).sum()
+            self._free -= self._held[row]
+            seq.unmade -= 1
+        self._let_go()  # who wanted one token has it
+        return True
+
+    def _read(self, tokens: jax.Array, owners: Sequence[_Sequence | None]) -> Iterator[Made]:
+        for seq, token in zip(owners, np.asarray(tokens).tolist()):
+            if seq is None or not seq.unread:
+                continue
+            seq.unread -= 1
+            if token in seq.request.stop:
+                seq.unread = seq.unmade = 0
+            yield Made(seq.number, token, not seq.unread)
+
+    def _let_go(self) -> None:
+        """Frees the rows and pages of those for whom nothing more is to be made."""
+        leaving = np.array([seq is not None and not seq.unmade for seq in self._rows])
+        if leaving.any():
+            self.memory = forget(self.memory, jnp.asarray(leaving))
+            self._free += int(self._held[leaving].sum())
+            self._held[leaving] = 0
+            self._rows = [None if gone else seq for seq, gone in zip(self._rows, leaving)]
+
+
+_choose = jax.jit(choose_tokens)
