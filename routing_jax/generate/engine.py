@@ -285,10 +285,8 @@ class Engine:
             jnp.array([request.top_p for request in requests], jnp.float32),
             jnp.array([request.seed for request in requests], jnp.int32),
         )
-        first = _choose(logits, sampling, jnp.asarray(lengths))
-        self._tokens = self._tokens.at[rows].set(first)
-        self._sampling = Sampling(
-            *(old.at[rows].set(new) for old, new in zip(self._sampling, sampling))
+        first, self._tokens, self._sampling = _seat(
+            logits, sampling, jnp.asarray(lengths), rows, self._tokens, self._sampling
         )
         self._unread.append((first, list(wave)))
         dense = np.asarray(self.memory.dense[:, rows])  # waits for the prompts
@@ -322,4 +320,16 @@ class Engine:
             self._rows = [None if gone else seq for seq, gone in zip(self._rows, leaving)]
 
 
-_choose = jax.jit(choose_tokens)
+@jax.jit
+def _seat(
+    logits: jax.Array,
+    new: Sampling,
+    lengths: jax.Array,
+    rows: jax.Array,
+    tokens: jax.Array,
+    sampling: Sampling,
+) -> tuple[jax.Array, jax.Array, Sampling]:
+    """The first tokens of new sequences, and what is decoded next with them in their rows."""
+    first = choose_tokens(logits, new, lengths)
+    joined = Sampling(*(old.at[rows].set(part) for old, part in zip(sampling, new)))
+    return first, tokens.at[rows].set(first), joined

@@ -1,5 +1,6 @@
 """The engine: what it makes is what reading everything anew makes, whoever shares the batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,6 +29,7 @@ MODEL = MIXED.replace(
     layers="full*3", width=16, num_heads=4, num_kv_heads=2, qk_norm=True, rope_theta=50.0
 )
 LAYERS = 3
+pytestmark = pytest.mark.usefixtures("compile_cache")
 SERVING = ServingConfig(
     pages=64, sequences=3, length=40, page_size=4, sparse=SinkWindow(1, 1), chunk=16
 )
@@ -56,48 +58,140 @@ def prompt(length, seed=0):
     return np.random.default_rng([seed, length]).integers(0, MODEL.vocab_size, length).tolist()
 
 
-def serve(requests, serving=SERVING, **who):
-    """What each request got, and the engine."""
-    engine = Engine(MODEL, make_params(MODEL), serving, **who)
+def serve(requests, who=ROUTED):
+    """What each request got, and the engine; `who` decides all layers, or each."""
+    decisions = [who] * LAYERS if isinstance(who, int) else who
+    engine = Engine(MODEL, make_params(MODEL), SERVING, routers(), decisions)
     numbers = [engine.add(request) for request in requests]
     made = {number: [] for number in numbers}
     for one in engine.run():
-        assert one.last == (len(made[one.request]) + 1 == requests[one.request].max_new_tokens)
         made[one.request].append(one.token)
+        assert one.last == (len(made[one.request]) == requests[one.request].max_new_tokens)
     return list(made.values()), engine
 
 
-def plain(request, decisions, routers=None):
-    """The same from the decoder in NumPy."""
+def plain(request, decisions):
+    """The same from the decoder in NumPy, and what its layers decided."""
+    taken = [None if d == ROUTED else d == DENSE for d in decisions]
     return greedy(
-        MODEL,
-        make_params(MODEL),
-        request.tokens,
-        request.max_new_tokens,
-        [None if d == ROUTED else d == DENSE for d in decisions],
-        SERVING,
-        routers,
+        MODEL, make_params(MODEL), request.tokens, request.max_new_tokens, taken, SERVING, routers()
     )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_tokens_are_those_of_a_decoder_with_the_same_masks(pattern):
-    requests = [Request(prompt(n), max_new_tokens=m) for n, m in [(23, 14), (4, 20), (9, 1)]]
-    made, _ = serve(requests, decisions=pattern)
+    requests = [Request(prompt(n), max_new_tokens=m) for n, m in [(23, 14), (5, 20), (8, 1)]]
+    made, _ = serve(requests, pattern)
     assert made == [plain(request, pattern)[0] for request in requests]
 
 
 def test_prompts_decide_each_for_itself_and_decoding_obeys():
-    requests = [Request(prompt(n, seed), 6) for seed in range(3) for n in (30, 17, 9, 2)]
-    expected = [plain(request, [ROUTED] * LAYERS, routers()) for request in requests]
+    requests = [Request(prompt(n, seed), 6) for seed in range(3) for n in (30, 17, 8, 7)]
+    expected = [plain(request, [ROUTED] * LAYERS) for request in requests]
     decided = np.array([decisions for _, decisions in expected])
     assert (decided.any(0) & ~decided.all(0)).any()  # some layer is dense for some prompts only
-    made, _ = serve(requests, routers=routers())
+    made, _ = serve(requests)
     assert made == [tokens for tokens, _ in expected]
 
 
 def test_all_dense_is_the_ordinary_generation():
     tokens, lengths = np.array([prompt(7), prompt(7, 1)], np.int32), np.array([7, 5])
     ordinary = jax.jit(lambda p: generate(MODEL, p, tokens, lengths, 5))(make_params(MODEL))
-    made, _ = serve([Request(t[:n].tolist(), 5) for t, n in zip(tokens, lengths)])
+    made, _ = serve([Request(t[:n].tolist(), 5) for t, n in zip(tokens, lengths)], DENSE)
     assert made == ordinary.tolist()
+
+
+def test_nothing_is_compiled_again_for_other_patterns_or_mixes():
+    serve([Request(prompt(n), 3) for n in (30, 8, 7, 6)])
+    compiled = prefill_layer._cache_size(), decode_tokens._cache_size()
+    for pattern in PATTERNS:
+        serve([Request(prompt(n), 4) for n in (7, 29, 6, 5, 32)], pattern)
+    serve([Request(prompt(6, 3), 2, temperature=1.0, top_k=3, top_p=0.5)])
+    assert compiled == (prefill_layer._cache_size(), decode_tokens._cache_size())
+
+
+def test_pages_are_held_by_tables_and_those_freed_let_more_in():
+    most = {}
+    for who in (SPARSE, DENSE):
+        decisions = [who] * LAYERS
+        engine = Engine(MODEL, make_params(MODEL), SERVING, routers(), decisions)
+        for seed in range(5):
+            engine.add(Request(prompt(30, seed), 10))
+        most[who] = 0
+        for _ in engine.run():
+            tables = np.asarray(engine.memory.tables)
+            pool = engine.memory.pool
+            free = np.asarray(pool.free)[: int(pool.available)]
+            held = tables[tables != NO_PAGE]
+            assert sorted([*free, *held]) == list(range(SERVING.pages))
+            assert len(free) == engine.free_pages
+            most[who] = max(most[who], engine.running)
+        assert engine.free_pages == SERVING.pages
+    # 64 pages: a dense sequence takes 30 of them, a sparse one 9; there are rows for three.
+    assert most == {DENSE: 2, SPARSE: 3}
+
+
+def test_a_stop_token_ends_a_sequence_and_nothing_follows_it():
+    (whole,), _ = serve([Request(prompt(8), 12)])
+    stop = whole[4]
+    engine = Engine(MODEL, make_params(MODEL), SERVING, routers())
+    engine.add(Request(prompt(8), 12, stop=frozenset([stop])))
+    made = list(engine.run())
+    assert [one.token for one in made] == whole[: whole.index(stop) + 1]
+    assert [one.last for one in made] == [False] * whole.index(stop) + [True]
+    assert engine.free_pages == SERVING.pages
+
+
+def test_what_is_drawn_depends_on_the_seed_and_not_on_the_neighbours():
+    drawn = [Request(prompt(8), 12, temperature=2.0, seed=seed) for seed in (1, 2)]
+    (alone,), _ = serve(drawn[:1])
+    (again, other, greedy_beside), _ = serve([*drawn, Request(prompt(8), 12)])
+    assert alone == again != other
+    assert greedy_beside == serve([Request(prompt(8), 12)])[0][0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (lambda: Request(prompt(39), 2), "39 tokens and 2 new ones are more than serving.length"),
+        (lambda: Request([]), "the prompt holds no token"),
+        (lambda: Request([1], 0), "max_new_tokens is 0; it must be at least 1"),
+        (lambda: Request([1], temperature=-1.0), "temperature is -1.0; it must be at least 0"),
+        (lambda: Request([1], top_k=-1), "top_k is -1; it must be at least 0"),
+        (lambda: Request([1], top_p=0.0), "top_p is 0.0; it must lie above 0 and be at most 1"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused(request_, said):
+    with pytest.raises(ValueError, match=said):
+        Engine(MODEL, make_params(MODEL), SERVING).add(request_())
+
+
+@pytest.mark.parametrize(
+    ("model", "serving", "said"),
+    [
+        (MODEL.replace(context=10), SERVING, "are more than this model's context of 10 tokens"),
+        (MODEL, dataclasses.replace(SERVING, pages=9), "may need 12 pages; serving.pages is 9"),
+    ],
+)
+def test_a_prompt_that_will_never_fit_is_refused(model, serving, said):
+    engine = Engine(model, make_params(MODEL), serving)
+    with pytest.raises(ValueError, match=said):
+        engine.add(Request(prompt(8), 5))
+
+
+@pytest.mark.parametrize(
+    ("model", "who", "said"),
+    [
+        (MIXED, {}, "model.layers is 'conv,routed,full'"),
+        (MODEL, {"decisions": [DENSE]}, "there are decisions for 1 layers; the model has 3"),
+        (MODEL, {"decisions": [ROUTED] * 3}, "a layer is to be routed, and there are no routers"),
+        (
+            MODEL.replace(layers="full*2"),
+            {"routers": routers()},
+            "there are routers for 3 layers; the model has 2",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused(model, who, said):
+    with pytest.raises(ValueError, match=said):
+        Engine(model, {}, SERVING, **who)
