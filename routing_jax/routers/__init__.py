@@ -42,6 +42,12 @@ from routing_jax.routers.layer import (
 from routing_jax.routers.losses import balance_loss
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
+from routing_jax.routers.sparse_modes import (
+    SparseModeConfig,
+    layer_table,
+    mean_key_scores,
+    streaming_table,
+)
 from routing_jax.routers.token import TokenRouter, TokenRouterConfig, TokenRouting, seen_before
 
 __all__ = [
@@ -58,6 +64,7 @@ __all__ = [
     "SchemeRouter",
     "SchemeRouting",
     "SchemesConfig",
+    "SparseModeConfig",
     "TileQueries",
     "TokenRouter",
     "TokenRouterConfig",
@@ -80,6 +87,8 @@ __all__ = [
     "dot_scores",
     "end_tokens",
     "init_multipliers",
+    "layer_table",
+    "mean_key_scores",
     "pattern_scores",
     "pool_queries",
     "pooled_attention",
@@ -88,4 +97,5 @@ __all__ = [
     "select_blocks",
     "select_candidates",
     "straight_through",
+    "streaming_table",
 ]
