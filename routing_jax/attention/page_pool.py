@@ -1,13 +1,12 @@
 """One pool of pages for the keys and values of all layers and sequences.
 
-A page holds `page_size` tokens of one layer of one sequence, so listing key blocks is listing
-pages. A dense layer keeps a page a block. A sparse one, which sees its first blocks and a window,
-keeps as many pages as it sees blocks: the window's are a ring, in which the block that enters takes
-the page of the block that leaves. Which pages a layer of a sequence owns stands in a table, slot by
+A page is a key block of one layer of one sequence, so listing blocks is listing pages. A dense
+layer keeps a page a block. A sparse one that forgets keeps as many pages as it sees blocks, those
+of the sink and of the window: the window's are a ring, in which the block that enters takes the
+page of the block that leaves. Which pages a layer of a sequence owns stands in a table, slot by
 slot; a free page is on the pool's stack and in no table.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -15,37 +14,9 @@ import jax.numpy as jnp
 
 from routing_jax.kernels import PageList
 from routing_jax.kernels.checks import known_values, refuse_rows
+from routing_jax.routers import SparseModeConfig
 
 NO_PAGE = -1  # what a table holds where it owns nothing
-
-
-@dataclass(frozen=True)
-class SinkWindow:
-    """What a sparse layer sees: the first blocks of the sequence, and the newest ones.
-
-    Attributes:
-      sinks: first blocks.
-      window: blocks before the query's own.
-    """
-
-    sinks: int = 1
-    window: int = 8
-
-    def __post_init__(self):
-        if self.sinks < 1 or self.window < 0:
-            raise ValueError(
-                f"sinks and window are {self.sinks} and {self.window} blocks; they must be at "
-                "least 1 and 0."
-            )
-
-    @property
-    def pages(self) -> int:
-        """The most pages that a sparse layer holds of a sequence.
-
-        >>> SinkWindow(sinks=1, window=8).pages
-        10
-        """
-        return self.sinks + self.window + 1
 
 
 class PagePool(NamedTuple):
@@ -121,97 +92,90 @@ def return_pages(pool: PagePool, pages: jax.Array) -> PagePool:
     )
 
 
-def pages_needed(
-    lengths: jax.Array, dense: jax.Array, page_size: int, sparse: SinkWindow
-) -> jax.Array:
+def pages_needed(lengths: jax.Array, whole: jax.Array, sparse: SparseModeConfig) -> jax.Array:
     """How many pages hold so many tokens.
 
     Args:
       lengths: int32, tokens.
-      dense: bool of a shape that broadcasts with it, whether the layer sees them all.
-      page_size: tokens a page.
-      sparse: what it sees otherwise.
+      whole: bool of a shape that broadcasts with it, whether the layer keeps them all.
+      sparse: what it keeps otherwise.
 
-    >>> lengths, dense = jnp.array([100, 100]), jnp.array([True, False])
-    >>> pages_needed(lengths, dense, 8, SinkWindow(1, 2)).tolist()
+    >>> sparse = SparseModeConfig(sink=8, window=24, block_q=8, block_kv=8)
+    >>> pages_needed(jnp.array([100, 100]), jnp.array([True, False]), sparse).tolist()
     [13, 4]
     """
-    blocks = -(-lengths // page_size)
-    return jnp.where(dense, blocks, jnp.minimum(blocks, sparse.pages))
+    blocks = -(-lengths // sparse.block_kv)
+    return jnp.where(whole, blocks, jnp.minimum(blocks, sparse.sink_blocks + sparse.window_blocks))
 
 
-def slot_of_block(block: jax.Array, dense: jax.Array, sparse: SinkWindow) -> jax.Array:
+def slot_of_block(block: jax.Array, whole: jax.Array, sparse: SparseModeConfig) -> jax.Array:
     """Which slot of a row holds a block, while it is held.
 
     Args:
       block: int32, which block of the sequence.
-      dense: bool that broadcasts with it.
-      sparse: how sparse layers hold theirs.
+      whole: bool that broadcasts with it.
+      sparse: what is kept of other layers.
 
-    >>> slot_of_block(jnp.arange(8), jnp.array([False]), SinkWindow(1, 2)).tolist()
+    >>> sparse = SparseModeConfig(sink=8, window=24, block_q=8, block_kv=8)
+    >>> slot_of_block(jnp.arange(8), jnp.array([False]), sparse).tolist()
     [0, 1, 2, 3, 1, 2, 3, 1]
     """
-    ring = sparse.sinks + (block - sparse.sinks) % (sparse.window + 1)
-    return jnp.where(dense | (block < sparse.sinks), block, ring)
+    ring = sparse.sink_blocks + (block - sparse.sink_blocks) % sparse.window_blocks
+    return jnp.where(whole | (block < sparse.sink_blocks), block, ring)
 
 
 def prompt_pages(
-    table: jax.Array,
-    lengths: jax.Array,
-    dense: jax.Array,
-    blocks: int,
-    page_size: int,
-    sparse: SinkWindow,
+    table: jax.Array, lengths: jax.Array, whole: jax.Array, blocks: int, sparse: SparseModeConfig
 ) -> jax.Array:
     """Where each block of a prompt is kept.
 
     Args:
       table: [B,C] int32, the pages that a layer owns.
       lengths: [B] int32, tokens of each prompt.
-      dense: [B] bool, whether the layer keeps them all.
+      whole: [B] bool, whether the layer keeps them all.
       blocks: J, of the padded prompt.
-      page_size: tokens a page.
       sparse: what is kept otherwise.
 
     Returns:
       [B,J] int32; −1 for blocks that are not kept.
 
-    >>> table = jnp.array([[9, 8, 7, 6, 5]] * 2)
-    >>> prompt_pages(table, jnp.array([9, 9]), jnp.array([True, False]), 6, 2, SinkWindow(1, 1))
-    Array([[ 9,  8,  7,  6,  5, -1],
-           [ 9, -1, -1,  8,  7, -1]], dtype=int32)
+    >>> table, sparse = jnp.array([[9, 8, 7, 6, 5]] * 2), SparseModeConfig(
+    ...     sink=2, window=4, block_q=2, block_kv=2)
+    >>> prompt_pages(table, jnp.array([9, 9]), jnp.array([True, False]), 6, sparse).tolist()
+    [[9, 8, 7, 6, 5, -1], [9, -1, -1, 8, 7, -1]]
     """
     block = jnp.arange(blocks, dtype=jnp.int32)[None]
-    filled = -(-lengths // page_size)[:, None]
-    seen = dense[:, None] | (block < sparse.sinks) | (block >= filled - 1 - sparse.window)
-    slot = slot_of_block(block, dense[:, None], sparse)
+    filled = -(-lengths // sparse.block_kv)[:, None]
+    seen = whole[:, None] | (block < sparse.sink_blocks)
+    seen |= block >= filled - sparse.window_blocks
+    slot = slot_of_block(block, whole[:, None], sparse)
     pages = jnp.take_along_axis(table, jnp.minimum(slot, table.shape[1] - 1), axis=1)
     return jnp.where(seen & (block < filled), pages, NO_PAGE)
 
 
 def held_pages(
-    table: jax.Array, lengths: jax.Array, dense: jax.Array, page_size: int, sparse: SinkWindow
+    table: jax.Array, lengths: jax.Array, whole: jax.Array, sparse: SparseModeConfig
 ) -> PageList:
-    """The pages that a sequence's newest token attends to.
+    """The pages that a sequence's newest token attends to: all that the layer still holds.
 
-    A token sees the blocks that `sink_window_table` lists for its tile, where tiles are as large as
-    pages: prefill and decoding agree.
+    Where it forgets, those are the blocks that `streaming_table` lists for the token's tile:
+    prefill and decoding agree.
 
     Args:
       table: [B,C] int32, the pages that a layer owns.
       lengths: [B] int32, tokens of each sequence, the newest included; 0 for none.
-      dense: [B] bool, whether the layer sees them all.
-      page_size: tokens a page.
-      sparse: what it sees otherwise.
+      whole: [B] bool, whether the layer keeps them all.
+      sparse: what it keeps otherwise.
 
     >>> table = jnp.array([[9, 8, 7]])
-    >>> held_pages(table, jnp.array([9]), jnp.array([False]), 2, SinkWindow(1, 1)).blocks.tolist()
+    >>> sparse = SparseModeConfig(sink=2, window=4, block_q=2, block_kv=2)
+    >>> held_pages(table, jnp.array([9]), jnp.array([False]), sparse).blocks.tolist()
     [[[0, 3, 4]]]
     """
     slot = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
-    newest = (lengths[:, None] - 1) // page_size
-    ring = newest - (newest - slot) % (sparse.window + 1)
-    blocks = jnp.where(dense[:, None] | (slot < sparse.sinks), slot, ring)
-    counts = pages_needed(lengths, dense, page_size, sparse).astype(jnp.int32)
+    newest = (lengths[:, None] - 1) // sparse.block_kv
+    ring = newest - (newest - slot) % sparse.window_blocks
+    blocks = jnp.where(whole[:, None] | (slot < sparse.sink_blocks), slot, ring)
+    counts = pages_needed(lengths, whole, sparse).astype(jnp.int32)
     blocks = jnp.where(slot < counts[:, None], blocks, 0)
     return PageList(counts[:, None], table[:, None], blocks[:, None])

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from routing_jax.attention.page_pool import SinkWindow
 from routing_jax.models import DecoderConfig
+from routing_jax.routers import SparseModeConfig
 
 
 @dataclass(frozen=True)
@@ -14,26 +14,31 @@ class ServingConfig:
       pages: P, of the pool that all layers and sequences share.
       sequences: how many are decoded together.
       length: most tokens of a sequence, those to be made included.
-      page_size: tokens a page; also a key block, and a tile of queries.
-      sparse: what a sparse layer sees, in pages.
+      sparse: what a sparse layer attends to, and the size of a key block, which is a page.
       chunk: tokens of a prefill that pass a projection or an MLP together.
-      attention: implementation of `block_sparse_attention`; None for its own choice.
       decoding: implementation of `block_sparse_decode`; None for its own choice.
     """
 
     pages: int
     sequences: int = 8
     length: int = 8192
-    page_size: int = 128
-    sparse: SinkWindow = field(default_factory=SinkWindow)
+    sparse: SparseModeConfig = field(default_factory=SparseModeConfig)
     chunk: int = 8192
-    attention: str | None = None
     decoding: str | None = None
 
     def __post_init__(self):
-        for name in ("pages", "sequences", "length", "page_size", "chunk"):
+        for name in ("pages", "sequences", "length", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"serving.{name} is {getattr(self, name)}; it must be at least 1.")
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page.
+
+        >>> ServingConfig(pages=64).page_size
+        128
+        """
+        return self.sparse.block_kv
 
     @property
     def slots(self) -> int:

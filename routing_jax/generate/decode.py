@@ -45,15 +45,15 @@ def read_tokens(
     Returns:
       ([B,V] logits, the memory).
     """
-    page_size, sparse = serving.page_size, serving.sparse
+    sparse = serving.sparse
     positions, used = memory.lengths, memory.lengths > 0
     lengths = jnp.where(used, positions + 1, 0)
     # Of all layers at once: many small computations a layer would take as long as the layer.
-    slots = slot_of_block((positions // page_size)[None], memory.dense, sparse)
+    slots = slot_of_block((positions // sparse.block_kv)[None], memory.whole, sparse)
     target = jnp.take_along_axis(memory.tables, slots[:, :, None], axis=2)[:, :, 0]
     target = jnp.where(used[None] & (target != NO_PAGE), target, serving.pages)
-    lists = jax.vmap(lambda table, dense: held_pages(table, lengths, dense, page_size, sparse))(
-        memory.tables, memory.dense
+    lists = jax.vmap(lambda table, whole: held_pages(table, lengths, whole, sparse))(
+        memory.tables, memory.whole
     )
 
     x = embed_tokens(config, params, tokens[:, None])

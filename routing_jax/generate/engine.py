@@ -109,7 +109,7 @@ class Engine:
     >>> from routing_jax.models import init_params
     >>> model = DecoderConfig(width=8, head_dim=8, mlp_width=0, layers="full*2")
     >>> params = init_params(model, jax.random.key(0))
-    >>> engine = Engine(model, params, ServingConfig(pages=8, sequences=2, length=64, page_size=16))
+    >>> engine = Engine(model, params, ServingConfig(pages=8, sequences=2, length=64))
     >>> first, second = engine.add(Request([1, 2, 3], 2)), engine.add(Request([4], 1))
     >>> [made.request for made in engine.run()]
     [0, 1, 0]
@@ -234,10 +234,16 @@ class Engine:
         while self._waiting or self._unread or self.running:
             yield from self.step(progress)
 
-    def _most_pages(self, request: Request) -> int:
+    def _pages(self, request: Request, whole: Sequence[bool]) -> int:
+        """What a request holds, given which layers keep everything."""
         blocks = -(-request.length // self.serving.page_size)
-        sparse = min(blocks, self.serving.sparse.pages)
-        return sum(sparse if decision == SPARSE else blocks for decision in self.decisions)
+        sparse = self.serving.sparse
+        kept = min(blocks, sparse.sink_blocks + sparse.window_blocks)
+        return sum(blocks if all_of_it else kept for all_of_it in whole)
+
+    def _most_pages(self, request: Request) -> int:
+        forgets = self.serving.sparse.forgets
+        return self._pages(request, [d != SPARSE or not forgets for d in self.decisions])
 
     def _next_wave(self) -> list[_Sequence]:
         """The first of those who wait, and who can be read with them: a power of two in all."""
@@ -289,13 +295,11 @@ class Engine:
             logits, sampling, jnp.asarray(lengths), rows, self._tokens, self._sampling
         )
         self._unread.append((first, list(wave)))
-        dense = np.asarray(self.memory.dense[:, rows])  # waits for the prompts
+        whole = np.asarray(self.memory.whole)[:, rows]  # waits for the prompts
         if progress is not None:
             progress(layers, layers)
-        for seq, row, kept in zip(wave, rows, dense.T):
-            blocks = -(-seq.request.length // self.serving.page_size)
-            sparse = min(blocks, self.serving.sparse.pages)
-            self._rows[row], self._held[row] = seq, np.where(kept, blocks, sparse).sum()
+        for seq, row, kept in zip(wave, rows, whole.T):
+            self._rows[row], self._held[row] = seq, self._pages(seq.request, kept)
             self._free -= self._held[row]
             seq.unmade -= 1
         self._let_go()  # who wanted one token has it

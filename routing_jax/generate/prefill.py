@@ -31,9 +31,9 @@ from routing_jax.generate.layer import (
     read_out,
     route_prompts,
 )
-from routing_jax.kernels import block_sparse_attention, sink_window_table, with_dense_rows
+from routing_jax.kernels import block_sparse_attention
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import LayerRouterConfig
+from routing_jax.routers import LayerRouterConfig, block_sums, layer_table, mean_key_scores
 
 ROUTED, SPARSE, DENSE = -1, 0, 1
 """Who decides a layer: its router, or nobody."""
@@ -59,7 +59,7 @@ class PagedMemory(NamedTuple):
       values: [P,page_size,K,H].
       pool: which pages are free.
       tables: [L,B,C] int32, the pages that a layer of a sequence owns; −1 for none.
-      dense: [L,B] bool, whether it attends to everything.
+      whole: [L,B] bool, whether it keeps everything, and attends to it from now on.
       lengths: [B] int32, tokens whose keys are held; 0 where there is no sequence.
     """
 
@@ -67,7 +67,7 @@ class PagedMemory(NamedTuple):
     values: jax.Array
     pool: PagePool
     tables: jax.Array
-    dense: jax.Array
+    whole: jax.Array
     lengths: jax.Array
 
 
@@ -135,22 +135,26 @@ def prefill_layer(
     q, k, v = project_prompts(config, params, x, lengths, chunk)
 
     place = jnp.arange(T, dtype=jnp.int32)[None]
-    table = sink_window_table(
-        T, T, sparse.window, sinks=sparse.sinks, block_q=page_size, block_kv=page_size
-    )
+    starts = jnp.arange(0, T, sparse.block_q, dtype=jnp.int32)[None]
+    scores = None
+    if sparse.mode == "topk":
+        sums, sizes = block_sums(k.reshape(B, T, -1), place < lengths[:, None], page_size)
+        means = sums / jnp.maximum(sizes, 1)[..., None]
+        scores = mean_key_scores(q[:, :: sparse.block_q], means.reshape(B, -1, *k.shape[2:]))
     attended = block_sparse_attention(
         q,
         k,
         v,
-        with_dense_rows(table, dense[:, None, None]),
+        layer_table(sparse, dense, starts, lengths, scores),
         q_positions=jnp.where(place < lengths[:, None], place, -1),
-        implementation=serving.attention,
+        implementation=sparse.implementation,
     )
     assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
 
-    counts = pages_needed(limits, dense, page_size, sparse)
+    whole = dense if sparse.forgets else jnp.ones_like(dense)
+    counts = pages_needed(limits, whole, sparse)
     pool, pages = take_pages(memory.pool, counts, serving.slots)
-    target = prompt_pages(pages, lengths, dense, T // page_size, page_size, sparse).reshape(-1)
+    target = prompt_pages(pages, lengths, whole, T // page_size, sparse).reshape(-1)
     # Each page that is not kept has a place of its own past the end, so that no two are the same.
     beyond = serving.pages + jnp.arange(target.shape[0], dtype=jnp.int32)
     target = jnp.where(target == NO_PAGE, beyond, target)
@@ -164,7 +168,7 @@ def prefill_layer(
         values=write(memory.values, v),
         pool=pool,
         tables=memory.tables.at[layer, rows].set(pages),
-        dense=memory.dense.at[layer, rows].set(dense),
+        whole=memory.whole.at[layer, rows].set(whole),
         lengths=memory.lengths.at[rows].set(lengths),
     )
     return finish_prompts(config, params, x, attended, lengths, chunk), memory

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 
 from routing_jax.attention.page_pool import (
     NO_PAGE,
-    SinkWindow,
     held_pages,
     new_pool,
     pages_needed,
@@ -18,7 +17,7 @@ from routing_jax.attention.page_pool import (
     slot_of_block,
     take_pages,
 )
-from routing_jax.kernels import sink_window_table
+from routing_jax.routers import SparseModeConfig, streaming_table
 
 PAGES, SLOTS = 24, 5
 take = jax.jit(take_pages, static_argnums=2)
@@ -50,35 +49,28 @@ def test_a_page_is_free_or_in_one_table_and_never_lost(deeds):
         assert sorted(free + held) == list(range(PAGES))
 
 
-@pytest.mark.parametrize("sparse", [SinkWindow(1, 0), SinkWindow(3, 4)])
-@pytest.mark.parametrize("dense", [True, False])
-def test_a_sequence_that_grows_sees_what_the_mask_shows(sparse, dense):
-    page_size, blocks = 2, 12
-    T = page_size * blocks
-    table = sink_window_table(
-        T, T, sparse.window, sinks=sparse.sinks, block_q=page_size, block_kv=page_size
-    )
+@pytest.mark.parametrize(("sink", "window"), [(2, 2), (6, 10)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_sequence_that_grows_sees_what_the_mask_shows(sink, window, whole):
+    blocks, sparse = 12, SparseModeConfig(sink=sink, window=window, block_q=2, block_kv=2)
+    T = 2 * blocks
+    table = streaming_table(sparse, jnp.arange(0, T, 2)[None])
     rows, counts_of_rows = np.asarray(table.indices)[0, 0], np.asarray(table.counts)[0, 0]
     # One sequence of each length, of the same pages.
-    lengths, flags = jnp.arange(1, T + 1), jnp.full(T, dense)
+    lengths, flags = jnp.arange(1, T + 1), jnp.full(T, whole)
     owned = jnp.tile(100 + jnp.arange(blocks)[None], (T, 1))
-    held = [np.asarray(x)[:, 0] for x in held_pages(owned, lengths, flags, page_size, sparse)]
-    kept = np.asarray(prompt_pages(owned, lengths, flags, blocks, page_size, sparse))
-    slots = np.asarray(slot_of_block(jnp.arange(blocks), jnp.array([dense]), sparse))
-    needed = np.asarray(pages_needed(lengths, flags, page_size, sparse))
+    held = [np.asarray(x)[:, 0] for x in held_pages(owned, lengths, flags, sparse)]
+    kept = np.asarray(prompt_pages(owned, lengths, flags, blocks, sparse))
+    slots = np.asarray(slot_of_block(jnp.arange(blocks), jnp.array([whole]), sparse))
+    needed = np.asarray(pages_needed(lengths, flags, sparse))
     stored = {}  # page -> block whose keys lie there
     for length, count, pages, seen, prompt, need in zip(range(1, T + 1), *held, kept, needed):
-        newest = (length - 1) // page_size
+        newest = (length - 1) // 2
         stored[100 + slots[newest]] = newest
-        listed = range(newest + 1) if dense else rows[newest, : counts_of_rows[newest]]
+        listed = range(newest + 1) if whole else rows[newest, : counts_of_rows[newest]]
         assert count == need
         assert sorted(seen[:count]) == list(listed)
         assert [stored[page] for page in pages[:count]] == seen[:count].tolist()
         # A prompt of this length leaves the same pages behind as growing to it does.
         left = {page: block for block, page in enumerate(prompt) if page != NO_PAGE}
         assert left == dict(zip(pages[:count], seen[:count]))
-
-
-def test_a_window_without_its_own_block_is_refused():
-    with pytest.raises(ValueError, match=r"sinks and window are 0 and 2 blocks"):
-        SinkWindow(0, 2)

@@ -17,16 +17,28 @@ def turn(x, theta):
     return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
 
-def visible(T, dense, serving):
-    """[T,T]: a query sees the first blocks, and from `window` blocks before its own on."""
-    block = np.arange(T) // serving.page_size
-    sparse = serving.sparse
-    near = block[None] >= block[:, None] - sparse.window
-    return np.tri(T, dtype=bool) & (dense | near | (block[None] < sparse.sinks))
+def visible(q, k, dense, serving, prompt):
+    """[T,K,T]: which keys each query sees, tiles and blocks being pages."""
+    T, K = k.shape[:2]
+    cfg, size = serving.sparse, serving.page_size
+    near = cfg.window // size
+    seen = np.zeros((T, K, T), bool)
+    for head, start in np.ndindex(K, -(-T // size)):
+        tile, own = slice(start * size, start * size + size), start
+        everywhere = cfg.mode != "streaming" and tile.stop > prompt - cfg.last
+        blocks = {*range(min(cfg.sink // size, own + 1)), *range(max(0, own + 1 - near), own + 1)}
+        if cfg.mode == "topk":
+            first = q[tile.start].reshape(K, -1, q.shape[-1])[head].mean(0)
+            means = [k[j * size : j * size + size, head].mean(0) for j in range(own)]
+            best = sorted(range(own), key=lambda j: -(means[j] @ first))
+            blocks |= {*[j for j in best if j not in blocks][: cfg.blocks]}
+        for block in range(own + 1) if dense or everywhere else blocks:
+            seen[tile, head, block * size : block * size + size] = True
+    return seen & np.tri(T, dtype=bool)[:, None]
 
 
-def forward(config, params, tokens, decisions, serving, routers=None):
-    """(logits [T,V], decisions) of tokens [T]; where a decision is None the layer's router takes it."""
+def forward(config, params, tokens, decisions, serving, routers, prompt):
+    """(logits [T,V], decisions) of tokens [T]; a decision that is None is the router's."""
     x = np.asarray(params["embedding"], np.float64)[np.asarray(tokens)]
     T, G, H, eps = (
         len(tokens),
@@ -49,7 +61,8 @@ def forward(config, params, tokens, decisions, serving, routers=None):
         taken.append(dense)
         q, k = turn(q, config.rope_theta), turn(k, config.rope_theta)
         scores = np.einsum("tnh,snh->nts", q, np.repeat(k, G, axis=1)) / np.sqrt(H)
-        scores = np.where(visible(T, dense, serving), scores, -np.inf)
+        seen = np.repeat(visible(q, k, dense, serving, prompt), G, axis=1)
+        scores = np.where(seen.swapaxes(0, 1), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         mixed = np.einsum("nts,snh->tnh", weights, np.repeat(v, G, axis=1))
@@ -61,11 +74,13 @@ def forward(config, params, tokens, decisions, serving, routers=None):
     return norm(x, params["final_norm"]["scale"], eps) @ head, taken
 
 
-def greedy(config, params, prompt, steps, decisions, serving, routers=None):
+def greedy(config, params, prompt, steps, decisions, serving, routers):
     """(tokens made, decisions): the prompt decides, what follows obeys."""
     tokens, made = list(prompt), []
     for _ in range(steps):
-        logits, decisions = forward(config, params, tokens, decisions, serving, routers)
+        logits, decisions = forward(
+            config, params, tokens, decisions, serving, routers, len(prompt)
+        )
         made.append(int(logits[-1].argmax()))
         tokens.append(made[-1])
     return made, decisions

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from routing_jax.attention.page_pool import NO_PAGE, SinkWindow
+from routing_jax.attention.page_pool import NO_PAGE
 from routing_jax.generate import (
     DENSE,
     ROUTED,
@@ -19,20 +19,19 @@ from routing_jax.generate import (
     generate,
 )
 from routing_jax.generate.decode import decode_tokens
-from routing_jax.generate.prefill import prefill_layer
-from routing_jax.routers import LayerRouter, LayerRouterConfig
+from routing_jax.generate.prefill import empty_memory, prefill_layer, prefill_prompts
+from routing_jax.routers import LayerRouter, LayerRouterConfig, SparseModeConfig
 
 from ..small_model import MIXED, make_params
-from .plain_decoder import greedy
+from .plain_decoder import forward, greedy
 
 MODEL = MIXED.replace(
     layers="full*3", width=16, num_heads=4, num_kv_heads=2, qk_norm=True, rope_theta=50.0
 )
 LAYERS = 3
 pytestmark = pytest.mark.usefixtures("compile_cache")
-SERVING = ServingConfig(
-    pages=64, sequences=3, length=40, page_size=4, sparse=SinkWindow(1, 1), chunk=16
-)
+SPARSE_MODE = SparseModeConfig(sink=4, window=8, block_q=4, block_kv=4)
+SERVING = ServingConfig(pages=64, sequences=3, length=40, sparse=SPARSE_MODE, chunk=16)
 PATTERNS = ([DENSE] * 3, [SPARSE] * 3, [DENSE, SPARSE, SPARSE], [SPARSE, DENSE, SPARSE])
 
 
@@ -92,6 +91,29 @@ def test_prompts_decide_each_for_itself_and_decoding_obeys():
     assert (decided.any(0) & ~decided.all(0)).any()  # some layer is dense for some prompts only
     made, _ = serve(requests)
     assert made == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.parametrize("mode", ["streaming", "triangle", "topk"])
+def test_prompts_are_read_by_the_rule_of_the_sparse_mode(mode):
+    sparse = dataclasses.replace(SPARSE_MODE, mode=mode, last=4, blocks=2)
+    serving, tokens = dataclasses.replace(SERVING, sparse=sparse), prompt(30)
+    padded = np.zeros((1, serving.bucket(1, 30)), np.int32)
+    padded[0, :30] = tokens
+    length, row = np.array([30]), np.array([1])
+    logits, memory = prefill_prompts(
+        MODEL, serving, make_params(MODEL), routers(), [SPARSE] * LAYERS,
+        padded, length, length + 1, row, empty_memory(MODEL, serving),
+    )  # fmt: skip
+
+    def expected(dense, serving):
+        taken = [dense] * LAYERS
+        return forward(MODEL, make_params(MODEL), tokens, taken, serving, None, 30)[0][-1]
+
+    np.testing.assert_allclose(logits[0], expected(False, serving), rtol=1e-3, atol=1e-3)
+    assert np.abs(logits[0] - expected(True, serving)).max() > 0.02
+    if mode != "streaming":
+        assert np.abs(logits[0] - expected(False, SERVING)).max() > 0.02
+    assert (memory.whole[:, 1] == (mode != "streaming")).all()
 
 
 def test_all_dense_is_the_ordinary_generation():
