@@ -78,6 +78,27 @@ class Request:
         """
         return len(self.tokens) + self.max_new_tokens
 
+    @property
+    def size(self) -> str:
+        """How long it is, for an error's sentence."""
+        return f"a prompt of {len(self.tokens)} tokens and {self.max_new_tokens} new ones"
+
+
+def check_context(config: DecoderConfig, request: Request) -> None:
+    """Refuses what is longer than the model was made for.
+
+    Raises:
+      ValueError: it is.
+
+    >>> check_context(DecoderConfig(context=4), Request([1, 2, 3], max_new_tokens=2))
+    Traceback (most recent call last):
+    ValueError: a prompt of 3 tokens and 2 new ones are more than this model's context of 4 tokens.
+    """
+    if config.context and request.length > config.context:
+        raise ValueError(
+            f"{request.size} are more than this model's context of {config.context} tokens."
+        )
+
 
 class Made(NamedTuple):
     """A token that was made.
@@ -186,15 +207,14 @@ class Engine:
           ValueError: it is longer than the model's context or than `serving.length`, or does not
             fit the pool even when that is empty.
         """
-        said = f"a prompt of {len(request.tokens)} tokens and {request.max_new_tokens} new ones"
-        context, length, pages = self.config.context, self.serving.length, self.serving.pages
-        if context and request.length > context:
-            raise ValueError(f"{said} are more than this model's context of {context} tokens.")
+        check_context(self.config, request)
+        length, pages = self.serving.length, self.serving.pages
         if request.length > length:
-            raise ValueError(f"{said} are more than serving.length = {length}.")
+            raise ValueError(f"{request.size} are more than serving.length = {length}.")
         if self._most_pages(request) > pages:
             raise ValueError(
-                f"{said} may need {self._most_pages(request)} pages; serving.pages is {pages}."
+                f"{request.size} may need {self._most_pages(request)} pages; serving.pages is "
+                f"{pages}."
             )
         self._waiting.append(
             _Sequence(self._count, request, request.max_new_tokens, request.max_new_tokens)

@@ -8,7 +8,7 @@ from routing_jax.models.pretrained.router_file import (
     load_router,
     save_router,
 )
-from routing_jax.models.pretrained.tokenizer import load_tokenizer
+from routing_jax.models.pretrained.tokenizer import load_tokenizer, stop_tokens
 
 __all__ = [
     "Checkpoint",
@@ -20,4 +20,5 @@ __all__ = [
     "load_tokenizer",
     "open_checkpoint",
     "save_router",
+    "stop_tokens",
 ]
