@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from routing_jax.evals.benchmarks import attention, mixing, tpu_schedule
+from routing_jax.evals.benchmarks import attention, mixing, serve_path, tpu_schedule
 from routing_jax.evals.benchmarks.attention import AttentionBenchConfig
 from routing_jax.evals.benchmarks.attention_flex import leave_memory_for_torch
 from routing_jax.evals.benchmarks.mixing import MixingBenchConfig
+from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, take_all_memory
 from routing_jax.evals.benchmarks.tpu_schedule import TpuScheduleConfig
 from routing_jax.generate import TextModel
 from routing_jax.generate.progress import PrefillBar
@@ -218,8 +219,21 @@ class BenchTpuScheduleArgs:
     out: str = "runs/bench/tpu-schedule.json"
 
 
+@dataclass(frozen=True)
+class BenchServePathArgs:
+    """Measure prefill and decode with routed layers beside the same model dense.
+
+    Attributes:
+      config: what is measured.
+      out: the JSON file to write.
+    """
+
+    config: Annotated[ServePathConfig, tyro.conf.arg(name="")]
+    out: str = "runs/bench/serve-path.json"
+
+
 def bench_command(args: Sequence[str]) -> int:
-    """Runs `bench mixing`, `bench attention` or `bench tpu-schedule`."""
+    """Runs `bench mixing`, `bench attention`, `bench serve-path` or `bench tpu-schedule`."""
     name = args[0] if args else "nothing"
     if name == "mixing":
         default = BenchArgs(mixing.default_config())
@@ -232,12 +246,18 @@ def bench_command(args: Sequence[str]) -> int:
             BenchAttentionArgs, args[1:], "routing-jax bench attention", default_attention
         )
         attention.main(wanted.config, Path(wanted.out))
+    elif name == "serve-path":
+        take_all_memory()  # before default_config starts the device
+        default_path = BenchServePathArgs(serve_path.default_config())
+        path = parse(BenchServePathArgs, args[1:], "routing-jax bench serve-path", default_path)
+        serve_path.main(path.config, Path(path.out))
     elif name == "tpu-schedule":
         asked = parse(BenchTpuScheduleArgs, args[1:], "routing-jax bench tpu-schedule")
         tpu_schedule.main(asked.config, Path(asked.out))
     else:
         raise ValueError(
-            f"bench takes 'mixing', 'attention' or 'tpu-schedule'; {name!r} was given."
+            "bench takes 'mixing', 'attention', 'serve-path' or 'tpu-schedule'; "
+            f"{name!r} was given."
         )
     return 0
 

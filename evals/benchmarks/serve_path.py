@@ -1,0 +1,254 @@
+"""A routed model's prefill and decode beside the same model dense with cuDNN's attention.
+
+Layers are routed in a fixed pattern, with the routers' work in the times; weights are random.
+Prefill is the whole path from tokens to logits: host loop, routers, tables, pages. A sample of
+decoding is several steps, the choice of each token included. The router's own time stands by
+itself, per layer.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from routing_jax.evals.benchmarks.environment import environment
+from routing_jax.evals.benchmarks.running import Clock, error_text, record
+from routing_jax.evals.benchmarks.serve_path_cases import (
+    Size,
+    decisions,
+    dense_decode,
+    dense_prefill,
+    filled_cache,
+    filled_memory,
+    greedy,
+    held_bytes,
+    kv_bytes,
+    random_model,
+    serving,
+)
+from routing_jax.evals.benchmarks.serve_path_config import (
+    Part,
+    ServePathConfig,
+    Who,
+    default_config,
+)
+from routing_jax.evals.benchmarks.serve_path_report import Row, describe, table
+from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
+from routing_jax.generate.decode import decode_tokens
+from routing_jax.generate.layer import Params, layer_params, route_prompts
+from routing_jax.generate.prefill import Routers, empty_memory, forget, prefill_prompts
+from routing_jax.kernels import default_implementation
+
+__all__ = ["ServePathConfig", "default_config", "main", "run"]
+
+Model = tuple[Params, Routers]
+# Of the device's memory, what a case may want; the rest is for what the estimate leaves out.
+_SHARE_OF_MEMORY = 0.97
+
+
+def _timing(samples: list[float], calls: int) -> Timing:
+    low, median, high = (1000 / calls * np.percentile(samples, [25, 50, 75])).tolist()
+    return Timing(round(median, 6), round(high - low, 6))
+
+
+def _tokens(config: ServePathConfig, batch: int, length: int) -> jax.Array:
+    key = jax.random.key(config.seed)
+    return jax.random.randint(key, (batch, length), 0, config.decoder.vocab_size)
+
+
+def _time_router(config: ServePathConfig, size: Size, model: Model) -> tuple[Timing, int]:
+    """One layer's router, from the layer's input to its decision."""
+    params, routers = model
+    decoder, own = config.decoder, layer_params(params, 0)
+    lengths = jnp.full(size.batch, size.length, jnp.int32)
+
+    def step(state: State) -> State:
+        weights, routing = state["weights"], state["router"]
+        choice = route_prompts(decoder, routers.config, routing, weights, state["x"], lengths)
+        return state | {"y": choice}
+
+    # Copies, since a state is given away.
+    weights = {"weights": {n: own[n] for n in ("mixer_norm", "mixer")}, "router": routers.params[0]}
+    state = jax.tree.map(jnp.copy, weights) | {
+        "x": jnp.ones((size.batch, size.length, decoder.width), decoder.dtype),
+        "y": jnp.zeros(size.batch, bool),
+    }
+    timing, _ = time_program(chained(step, 32), [state], 32, config.repeats, 20.0)
+    return timing, 0
+
+
+def _time_prefill(
+    config: ServePathConfig, size: Size, model: Model, who: Who
+) -> tuple[Timing, int]:
+    """Prompts from tokens to logits; and the bytes of keys and values that they leave."""
+    params, routers = model
+    batch, length = size.batch, size.length
+    decoder, sizes = config.decoder, serving(config, size)
+    padded = sizes.bucket(batch, length)
+    tokens = _tokens(config, batch, padded)
+    samples: list[float] = []
+    if who == "dense":
+        chunk = sizes.chunk_of(batch, length)
+        tokens = tokens[:, :length]
+        if length % chunk:
+            raise ValueError(f"length {length} is not a multiple of {chunk}, a chunk of prefill.")
+        held = 0
+        for _ in range(config.repeats + 1):
+            start = time.perf_counter()
+            logits, cache = dense_prefill(decoder, params, tokens, chunk)
+            jax.block_until_ready((logits, cache))
+            samples.append(time.perf_counter() - start)
+            held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+            del cache
+        return _timing(samples[1:], 1), held
+
+    memory = empty_memory(decoder, sizes)
+    limits, rows = jnp.full(batch, sizes.length, jnp.int32), jnp.arange(batch, dtype=jnp.int32)
+    held = 0
+    for repeat in range(config.repeats + 1):
+        # The first compiles: one token takes the same programs as many.
+        lengths = jnp.full(batch, length if repeat else 1, jnp.int32)
+        start = time.perf_counter()
+        logits, memory = prefill_prompts(
+            decoder,
+            sizes,
+            params,
+            routers if who == "routed" else None,
+            decisions(config, size),
+            tokens,
+            lengths,
+            limits,
+            rows,
+            memory,
+        )
+        jax.block_until_ready((logits, memory))
+        samples.append(time.perf_counter() - start)
+        held = held_bytes(memory)
+        memory = forget(memory, jnp.ones(batch, bool))
+    return _timing(samples[1:], 1), held
+
+
+def _time_decode(config: ServePathConfig, size: Size, model: Model, who: Who) -> tuple[Timing, int]:
+    """A step of decoding; and the bytes of keys and values that are held."""
+    params, _ = model
+    decoder, tokens = config.decoder, _tokens(config, size.batch, 1)[:, 0]
+    samples: list[float] = []
+    if who == "dense":
+        cache = filled_cache(config, size)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
+        for _ in range(config.repeats + 1):
+            start = time.perf_counter()
+            for _ in range(config.steps):
+                tokens, cache = dense_decode(decoder, params, tokens, cache)
+            jax.block_until_ready((tokens, cache))
+            samples.append(time.perf_counter() - start)
+        return _timing(samples[1:], config.steps), held
+
+    sizes, memory, how = serving(config, size), filled_memory(config, size), greedy(size.batch)
+    held = held_bytes(memory)
+    for _ in range(config.repeats + 1):
+        start = time.perf_counter()
+        for _ in range(config.steps):
+            tokens, memory = decode_tokens(decoder, sizes, params, tokens, how, memory)
+        jax.block_until_ready((tokens, memory))
+        samples.append(time.perf_counter() - start)
+    return _timing(samples[1:], config.steps), held
+
+
+def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, model: Model) -> None:
+    """Refuses what the device has no memory for, before it is tried."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if not limit:
+        return
+    decoder = config.decoder
+    width = 2 * decoder.width + 2 * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
+    wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    wanted += kv_bytes(config, size, who != "dense")
+    if part == "prefill":
+        wanted += size.batch * size.length * width * jnp.dtype(decoder.dtype).itemsize
+    if wanted > _SHARE_OF_MEMORY * limit:
+        raise MemoryError(
+            f"skipped: it needs {wanted / 2**30:.1f} GiB, and there are {limit / 2**30:.1f}."
+        )
+
+
+def _cases(config: ServePathConfig, part: Part) -> Iterator[tuple[Size, Who]]:
+    batches = config.decode_batches if part == "decode" else config.prefill_batches
+    for length in config.lengths:
+        for batch in batches:
+            if part == "router":
+                yield Size(batch, length, 0.0), "routed"
+                continue
+            for who in config.who:
+                shares = config.sparse_shares if who == "routed" else (0.0,)
+                yield from ((Size(batch, length, share), who) for share in shares)
+
+
+def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None = None) -> dict:
+    """Measures everything the config asks for.
+
+    Args:
+      config: the model's shape, sizes and timing.
+      report: called with the result so far after each row.
+
+    Returns:
+      A JSON-ready dict: device, driver, versions, date, attention (the dense backend), config,
+      seconds taken, and rows. A row holds part, who, length, batch, sparse_share, milliseconds and
+      spread (interquartile range) of a prefill, of a step of decoding or of a layer's router, and
+      kv_bytes, of keys and values held; a row that failed holds `error`, and None for the rest.
+    """
+    start, clock = time.monotonic(), Clock(config.seconds)
+    result: dict[str, Any] = {
+        **environment(),
+        "attention": default_implementation(jnp.dtype(config.decoder.dtype)),
+        "config": dataclasses.asdict(config),
+        "seconds": 0.0,
+        "rows": [],
+    }
+    model = random_model(config)
+    for part in config.parts:
+        for size, who in _cases(config, part):
+            row: Row = {"part": part, "who": who, **size._asdict()}
+            try:
+                clock.check()
+                _check_room(config, part, size, who, model)
+                if part == "router":
+                    timing, held = _time_router(config, size, model)
+                elif part == "prefill":
+                    timing, held = _time_prefill(config, size, model, who)
+                else:
+                    timing, held = _time_decode(config, size, model, who)
+                row |= {**timing._asdict(), "kv_bytes": held}
+            except Exception as error:  # one size that fails must not cost the others
+                row |= dict.fromkeys(("milliseconds", "spread", "kv_bytes"))
+                row["error"] = error_text(error)
+            result["rows"].append(row)
+            result["seconds"] = round(time.monotonic() - start, 1)
+            if report is not None:
+                report(result)
+    return result
+
+
+def main(config: ServePathConfig, out: Path) -> dict[str, Any]:
+    """Runs the benchmark, prints each row as it comes and the tables last, and writes JSON.
+
+    Args:
+      config: see `run`.
+      out: the JSON file to write; its folder is made.
+
+    Returns:
+      The result of `run`.
+    """
+
+    def heading(result: dict[str, Any]) -> str:
+        return f"{result['device']}: {config.model}, dense attention by {result['attention']}"
+
+    return record(
+        lambda report: run(config, report), out, describe=describe, table=table, heading=heading
+    )
