@@ -1,8 +1,8 @@
 """Decoding from paged memory: one compiled step for all layers and whatever they decided.
 
-The layers are unrolled rather than scanned. Each layer's weights are arrays of their own, which
-prefill's layer step takes as they are; cut out of stacked ones, they would be copied in each step
-that cannot read them in place, and decoding is bound by the bytes of weights, keys and values.
+Scanned layers (config.scan) compile once for all. Unrolled ones take longer to compile, but each
+layer's weights are arrays of their own: cut out of stacked ones, they are copied wherever a product
+can't read them in place, and decoding is bound by the bytes of weights, keys and values.
 """
 
 import functools
@@ -36,7 +36,7 @@ def read_tokens(
     """Reads one token of each sequence: its keys and values join the memory.
 
     Args:
-      config: the model, unrolled.
+      config: the model.
       serving: the sizes.
       params: the model's.
       tokens: [B] int32; ignored where the memory holds no sequence.
@@ -56,20 +56,18 @@ def read_tokens(
         memory.tables, memory.whole
     )
 
-    x = embed_tokens(config, params, tokens[:, None])
-    keys, values = memory.keys, memory.values
-    for layer in range(len(config.mixers)):
-        x, keys, values = _read_layer(
-            config,
-            serving,
-            layer_params(params, layer),
-            x,
-            lengths,
-            target[layer],
-            PageList(*(part[layer] for part in lists)),
-            keys,
-            values,
-        )
+    def read(held: tuple, of_layer: tuple) -> tuple[tuple, None]:
+        own, page, pages = of_layer
+        return _read_layer(config, serving, own, lengths, page, pages, *held), None
+
+    held = embed_tokens(config, params, tokens[:, None]), memory.keys, memory.values
+    if config.scan:
+        held, _ = jax.lax.scan(read, held, (params["layers"]["block_0"], target, lists))
+    else:
+        for layer in range(len(config.mixers)):
+            pages = PageList(*(part[layer] for part in lists))
+            held, _ = read(held, (layer_params(params, layer), target[layer], pages))
+    x, keys, values = held
     logits = read_out(config, params, x[:, 0])
     return logits, memory._replace(keys=keys, values=values, lengths=lengths)
 
@@ -79,10 +77,10 @@ def _read_layer(
     config: DecoderConfig,
     serving: ServingConfig,
     params: Params,
-    x: jax.Array,
     lengths: jax.Array,
     target: jax.Array,
     pages: PageList,
+    x: jax.Array,
     keys: jax.Array,
     values: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -108,7 +106,7 @@ def decode_tokens(
     """`read_tokens`, then the next token of each sequence: what is compiled once and called always.
 
     Args:
-      config: the model, unrolled.
+      config: the model.
       serving: the sizes.
       params: the model's.
       tokens: [B] int32, the newest token of each sequence.

@@ -27,7 +27,7 @@ from routing_jax.generate.prefill import (
     prefill_prompts,
 )
 from routing_jax.generate.sampling import Sampling, choose_tokens
-from routing_jax.models import DecoderConfig, unstack_layers
+from routing_jax.models import DecoderConfig
 
 Progress = Callable[[int, int], None]
 """Called with layers done and layers in all while prompts are read."""
@@ -148,8 +148,8 @@ class Engine:
 
         Args:
           config: the model; its layers are full attention.
-          params: its parameters; stacked ones (config.scan) are unstacked, which holds them twice
-            for a moment.
+          params: its parameters, as config.scan says; stacked ones compile faster, and unrolled
+            ones may decode faster.
           serving: the sizes.
           routers: who decides a prompt's layers; None for nobody.
           decisions: of each layer ROUTED, SPARSE or DENSE; when None, all are routed where there
@@ -173,8 +173,6 @@ class Engine:
             )
         if routers is None and ROUTED in decisions:
             raise ValueError("a layer is to be routed, and there are no routers.")
-        if config.scan:
-            params, config = unstack_layers(dict(params), config), config.replace(scan=False)
         self.config, self.serving, self.params = config, serving, params
         self.routers, self.decisions = routers, decisions
         self.memory = empty_memory(config, serving)

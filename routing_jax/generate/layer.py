@@ -28,12 +28,21 @@ QKV = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def layer_params(params: Params, layer: int) -> Params:
-    """One layer's parameters of an unrolled model without a pattern.
+    """One layer's parameters of a model whose layers are all alike; of stacked ones a copy.
 
     >>> layer_params({"layers_0": {"block_0": {"mlp": 1}}}, 0)
     {'mlp': 1}
+    >>> layer_params({"layers": {"block_0": {"mlp": jnp.arange(3)}}}, 2)["mlp"].tolist()
+    2
     """
+    if "layers" in params:
+        return _cut(params["layers"]["block_0"], jnp.int32(layer))
     return params[f"layers_{layer}"]["block_0"]
+
+
+@jax.jit
+def _cut(stacked: Params, layer: jax.Array) -> Params:
+    return jax.tree.map(lambda p: p[layer], stacked)
 
 
 def _weights(config: DecoderConfig, params: Params) -> AttentionWeights:

@@ -201,7 +201,7 @@ def prefill_prompts(
     """Reads prompts into the memory, layer by layer.
 
     Args:
-      config: the model, unrolled.
+      config: the model.
       serving: the sizes.
       params: the model's.
       routers: of its layers, or None.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from tokenizers.decoders import DecodeStream
 
@@ -64,7 +65,9 @@ class TextModel:
     @functools.cached_property
     def model(self) -> Pretrained:
         """The weights, read when they are first needed."""
-        return load_pretrained(self._path, dtype=self._dtype, scan=False)
+        # A CPU would compile unrolled layers for longer than most texts take.
+        scan = jax.default_backend() == "cpu"
+        return load_pretrained(self._path, dtype=self._dtype, scan=scan)
 
     def stream(
         self,

@@ -26,8 +26,9 @@ from ..small_model import MIXED, make_params
 from .plain_decoder import forward, greedy
 
 MODEL = MIXED.replace(
-    layers="full*3", width=16, num_heads=4, num_kv_heads=2, qk_norm=True, rope_theta=50.0
+    layers="full*3", width=16, num_heads=4, num_kv_heads=2, qk_norm=True, rope_theta=50.0, scan=True
 )
+UNROLLED = MODEL.replace(scan=False)
 LAYERS = 3
 pytestmark = pytest.mark.usefixtures("compile_cache")
 SPARSE_MODE = SparseModeConfig(sink=4, window=8, block_q=4, block_kv=4)
@@ -57,10 +58,10 @@ def prompt(length, seed=0):
     return np.random.default_rng([seed, length]).integers(0, MODEL.vocab_size, length).tolist()
 
 
-def serve(requests, who=ROUTED):
+def serve(requests, who=ROUTED, model=MODEL):
     """What each request got, and the engine; `who` decides all layers, or each."""
     decisions = [who] * LAYERS if isinstance(who, int) else who
-    engine = Engine(MODEL, make_params(MODEL), SERVING, routers(), decisions)
+    engine = Engine(model, make_params(model), SERVING, routers(), decisions)
     numbers = [engine.add(request) for request in requests]
     made = {number: [] for number in numbers}
     for one in engine.run():
@@ -73,7 +74,13 @@ def plain(request, decisions):
     """The same from the decoder in NumPy, and what its layers decided."""
     taken = [None if d == ROUTED else d == DENSE for d in decisions]
     return greedy(
-        MODEL, make_params(MODEL), request.tokens, request.max_new_tokens, taken, SERVING, routers()
+        UNROLLED,
+        make_params(UNROLLED),
+        request.tokens,
+        request.max_new_tokens,
+        taken,
+        SERVING,
+        routers(),
     )
 
 
@@ -82,6 +89,12 @@ def test_tokens_are_those_of_a_decoder_with_the_same_masks(pattern):
     requests = [Request(prompt(n), max_new_tokens=m) for n, m in [(23, 14), (5, 20), (8, 1)]]
     made, _ = serve(requests, pattern)
     assert made == [plain(request, pattern)[0] for request in requests]
+
+
+def test_unrolled_layers_make_the_same_tokens():
+    requests = [Request(prompt(n), 14) for n in (23, 20)]
+    made, _ = serve(requests, PATTERNS[2], UNROLLED)
+    assert made == [plain(request, PATTERNS[2])[0] for request in requests]
 
 
 def test_prompts_decide_each_for_itself_and_decoding_obeys():
@@ -107,7 +120,7 @@ def test_prompts_are_read_by_the_rule_of_the_sparse_mode(mode):
 
     def expected(dense, serving):
         taken = [dense] * LAYERS
-        return forward(MODEL, make_params(MODEL), tokens, taken, serving, None, 30)[0][-1]
+        return forward(UNROLLED, make_params(UNROLLED), tokens, taken, serving, None, 30)[0][-1]
 
     np.testing.assert_allclose(logits[0], expected(False, serving), rtol=1e-3, atol=1e-3)
     assert np.abs(logits[0] - expected(True, serving)).max() > 0.02
