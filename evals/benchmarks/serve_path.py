@@ -109,10 +109,8 @@ def _time_prefill(
 
     memory = empty_memory(decoder, sizes)
     limits, rows = jnp.full(batch, sizes.length, jnp.int32), jnp.arange(batch, dtype=jnp.int32)
-    held = 0
-    for repeat in range(config.repeats + 1):
-        # The first compiles: one token takes the same programs as many.
-        lengths = jnp.full(batch, length if repeat else 1, jnp.int32)
+    lengths, held = jnp.full(batch, length, jnp.int32), 0
+    for _ in range(config.repeats + 1):  # the first compiles
         start = time.perf_counter()
         logits, memory = prefill_prompts(
             decoder,
