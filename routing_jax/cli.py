@@ -42,10 +42,21 @@ class EvalArgs:
 def eval_command(args: Sequence[str]) -> int:
     """Prints what a trained model gets right, and what it spends."""
     parsed = parse(EvalArgs, args, "routing-jax eval")
+    from routing_jax.train.base import evaluate_routers
     from routing_jax.train.run import evaluate_run, load_run
 
     mesh = make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     config, params, step = load_run(parsed.workdir, parsed.step, mesh)
+    if config.base:
+        length = parsed.length or config.data.length
+        config = config.replace(data__length=length, batch_tokens=max(length, config.batch_tokens))
+        print(f"step           {step}")
+        for task, scores in evaluate_routers(config, params, mesh).items():
+            print(
+                f"{task:<14} right {scores.right.mean():.3%}, loss {scores.nll.mean():.4f}, "
+                f"sparse layers {scores.sparsity.mean():.2%}"
+            )
+        return 0
     result = evaluate_run(config, params, mesh, length=parsed.length)
     print(f"step           {step}")
     for name, value in result._asdict().items():
@@ -97,8 +108,9 @@ def data_command(args: Sequence[str]) -> int:
 
 def reproduce_command(args: Sequence[str]) -> int:
     """Runs `reproduce NAME`."""
-    from routing_jax.train.experiments import block_routing, moas, routed_attention
+    from routing_jax.train.experiments import block_routing, flux, moas, routed_attention
     from routing_jax.train.experiments.block_routing import BlockRoutingArgs
+    from routing_jax.train.experiments.flux import FluxArgs
     from routing_jax.train.experiments.moas import MoasArgs
     from routing_jax.train.experiments.routed_attention import RoutedAttentionArgs
 
@@ -106,6 +118,7 @@ def reproduce_command(args: Sequence[str]) -> int:
         "routed-attention": (RoutedAttentionArgs, routed_attention.reproduce),
         "moas": (MoasArgs, moas.reproduce),
         "block-routing": (BlockRoutingArgs, block_routing.reproduce),
+        "flux": (FluxArgs, flux.reproduce),
     }
     if not args or args[0] not in names:
         raise ValueError(

@@ -20,9 +20,11 @@ from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.models import count_params
 from routing_jax.sharding import make_mesh, put_batch
+from routing_jax.train.base import finish_routers, with_base
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
 from routing_jax.train.data import (
     CharacterConfig,
+    PromptConfig,
     RecallConfig,
     TextConfig,
     batches,
@@ -66,7 +68,8 @@ def describe(config: TrainConfig) -> str:
         f"length {config.data.length}"
         + (f", after {', '.join(map(str, config.curriculum.lengths))}" if config.curriculum.lengths
            else ""),
-        f"model       {params:,} parameters, layers {model.layers}, width {model.width}",
+        f"model       {params:,} parameters, layers {model.layers}, width {model.width}"
+        + (f"; routers for {config.base}" if config.base else ""),
         "mesh        " + " × ".join(f"{k} {v}" for k, v in mesh.shape.items())
         + f" on {all_devices()}",
         f"tokens      {config.batch_tokens:,} a step, at most {most:,} steps, "
@@ -328,6 +331,8 @@ def run(
       The result, also in `workdir/result.json`.
     """
     labels = labels or {"experiment": "train", "task": "run", "variant": "run"}
+    if config.base or isinstance(config.data, PromptConfig):
+        config = with_base(config)
     if not quiet and jax.process_index() == 0:
         print(describe(config), flush=True)
     # Refuse a corpus or length that will not do before the folder is made.
@@ -337,7 +342,8 @@ def run(
     start = find_start(config, workdir, resume=resume, resume_step=resume_step)
     params = starting_parameters(config) if start is None and config.start_from else None
     trained = train(config, workdir, resume_step=start, params=params, quiet=quiet)
-    return finish_run(config, workdir, trained, labels=labels)
+    finish = finish_routers if config.base else finish_run
+    return finish(config, workdir, trained, labels=labels)
 
 
 __all__ = [

@@ -43,6 +43,7 @@ from routing_jax.routers.losses import balance_loss
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
 from routing_jax.routers.sparse_modes import (
+    SparseMode,
     SparseModeConfig,
     layer_table,
     mean_key_scores,
@@ -64,6 +65,7 @@ __all__ = [
     "SchemeRouter",
     "SchemeRouting",
     "SchemesConfig",
+    "SparseMode",
     "SparseModeConfig",
     "TileQueries",
     "TokenRouter",

@@ -37,9 +37,9 @@ class LayerRouterConfig:
 
     def __post_init__(self):
         if self.pool < 1:
-            raise ValueError(f"router.pool is {self.pool}; it must be at least 1.")
+            raise ValueError(f"layer_router.pool is {self.pool}; it must be at least 1.")
         if not 0 < self.full < 1:
-            raise ValueError(f"router.full is {self.full}; it must lie between 0 and 1.")
+            raise ValueError(f"layer_router.full is {self.full}; it must lie between 0 and 1.")
 
     def work(self, num_heads: int, head_dim: int) -> int:
         """Multiply-adds the router spends on one sequence: pooling, and the MLP.

@@ -155,5 +155,5 @@ def test_temperature_falls_as_a_half_cosine_and_stays():
     ("fields", "named"), [({"pool": 0}, "pool is 0"), ({"full": 1.0}, "full is 1.0")]
 )
 def test_a_bad_field_is_named_with_its_value(fields, named):
-    with pytest.raises(ValueError, match=rf"^router\.{named}; .*\.$"):
+    with pytest.raises(ValueError, match=rf"^layer_router\.{named}; .*\.$"):
         LayerRouterConfig(**fields)

@@ -46,11 +46,27 @@ class Run(NamedTuple):
         return f"{self.task}_{self.variant}_s{self.seed}"
 
 
+def train_run(experiment: str, one: Run, workdir: epath.Path) -> Result:
+    """Trains a run, or what an interruption left of it, and evaluates it.
+
+    Raises:
+      ValueError: the workdir holds an unfinished run with another configuration.
+    """
+    if (workdir / "config.json").exists() and read_config(workdir) != one.config:
+        raise ValueError(
+            f"{workdir} holds an unfinished run with another configuration; remove it, or give "
+            "another --scratch."
+        )
+    labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
+    return run(one.config, workdir, resume=True, labels=labels)
+
+
 def make_missing(
     experiment: str,
     args: ReproduceArgs,
     planned: Iterable[Run],
     finish: Callable[[Run, Result, epath.Path], Result] = lambda run, result, workdir: result,
+    make: Callable[[str, Run, epath.Path], Result] = train_run,
 ) -> list[Result]:
     """Makes every missing run that `only` names.
 
@@ -60,6 +76,7 @@ def make_missing(
       planned: all runs of the experiment.
       finish: (run, its result, its workdir) -> the result to write, with what only this experiment
         measures.
+      make: (experiment, run, its workdir) -> its result.
 
     Returns:
       All results there are, to be rendered; none when the runs were only to be listed.
@@ -89,17 +106,7 @@ def make_missing(
             break
         print(f"== {r.name}", flush=True)
         workdir = epath.Path(args.scratch) / experiment / r.name
-        if (workdir / "config.json").exists() and read_config(workdir) != r.config:
-            raise ValueError(
-                f"{workdir} holds an unfinished run with another configuration; remove it, or give "
-                "another --scratch."
-            )
-        result = run(
-            r.config,
-            workdir,
-            resume=True,
-            labels={"experiment": experiment, "task": r.task, "variant": r.variant},
-        )
+        result = make(experiment, r, workdir)
         result = finish(r, result, workdir)
         write_result(result, path)
         print(

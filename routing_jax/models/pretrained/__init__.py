@@ -2,6 +2,7 @@
 
 from routing_jax.models.pretrained.load import Pretrained, load_pretrained, open_checkpoint
 from routing_jax.models.pretrained.parts import Checkpoint
+from routing_jax.models.pretrained.routed import load_routed, save_routers
 from routing_jax.models.pretrained.router_file import (
     SavedRouter,
     base_checksum,
@@ -16,9 +17,11 @@ __all__ = [
     "SavedRouter",
     "base_checksum",
     "load_pretrained",
+    "load_routed",
     "load_router",
     "load_tokenizer",
     "open_checkpoint",
     "save_router",
+    "save_routers",
     "stop_tokens",
 ]
