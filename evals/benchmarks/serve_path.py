@@ -30,6 +30,7 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
     kv_bytes,
     random_model,
     serving,
+    unrouted,
 )
 from routing_jax.evals.benchmarks.serve_path_config import (
     Part,
@@ -41,12 +42,11 @@ from routing_jax.evals.benchmarks.serve_path_report import Row, describe, table
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.generate.decode import decode_tokens
 from routing_jax.generate.layer import Params, layer_params, route_prompts
-from routing_jax.generate.prefill import Routers, empty_memory, forget, prefill_prompts
+from routing_jax.generate.prefill import empty_memory, forget, prefill_prompts
 from routing_jax.kernels import default_implementation
 
 __all__ = ["ServePathConfig", "default_config", "main", "run"]
 
-Model = tuple[Params, Routers]
 # Of the device's memory, what a case may want; the rest is for what the estimate leaves out.
 _SHARE_OF_MEMORY = 0.97
 
@@ -61,21 +61,18 @@ def _tokens(config: ServePathConfig, batch: int, length: int) -> jax.Array:
     return jax.random.randint(key, (batch, length), 0, config.decoder.vocab_size)
 
 
-def _time_router(config: ServePathConfig, size: Size, model: Model) -> tuple[Timing, int]:
+def _time_router(config: ServePathConfig, size: Size, params: Params) -> tuple[Timing, int]:
     """One layer's router, from the layer's input to its decision."""
-    params, routers = model
     decoder, own = config.decoder, layer_params(params, 0)
     lengths = jnp.full(size.batch, size.length, jnp.int32)
 
     def step(state: State) -> State:
-        weights, routing = state["weights"], state["router"]
-        choice = route_prompts(decoder, routers.config, routing, weights, state["x"], lengths)
-        return state | {"y": choice}
+        return state | {"y": route_prompts(decoder, state["weights"], state["x"], lengths)}
 
-    # Copies, since a state is given away.
-    weights = {"weights": {n: own[n] for n in ("mixer_norm", "mixer")}, "router": routers.params[0]}
-    state = jax.tree.map(jnp.copy, weights) | {
+    state = {
         "x": jnp.ones((size.batch, size.length, decoder.width), decoder.dtype),
+        # Copies, since a state is given away.
+        "weights": jax.tree.map(jnp.copy, {name: own[name] for name in ("mixer_norm", "mixer")}),
         "y": jnp.zeros(size.batch, bool),
     }
     timing, _ = time_program(chained(step, 32), [state], 32, config.repeats, 20.0)
@@ -83,12 +80,12 @@ def _time_router(config: ServePathConfig, size: Size, model: Model) -> tuple[Tim
 
 
 def _time_prefill(
-    config: ServePathConfig, size: Size, model: Model, who: Who
+    config: ServePathConfig, size: Size, params: Params, who: Who
 ) -> tuple[Timing, int]:
     """Prompts from tokens to logits; and the bytes of keys and values that they leave."""
-    params, routers = model
     batch, length = size.batch, size.length
-    decoder, sizes = config.decoder, serving(config, size)
+    decoder = config.decoder if who == "routed" else unrouted(config)
+    sizes = serving(config, size)
     padded = sizes.bucket(batch, length)
     tokens = _tokens(config, batch, padded)
     samples: list[float] = []
@@ -116,7 +113,6 @@ def _time_prefill(
             decoder,
             sizes,
             params,
-            routers if who == "routed" else None,
             decisions(config, size),
             tokens,
             lengths,
@@ -131,10 +127,12 @@ def _time_prefill(
     return _timing(samples[1:], 1), held
 
 
-def _time_decode(config: ServePathConfig, size: Size, model: Model, who: Who) -> tuple[Timing, int]:
+def _time_decode(
+    config: ServePathConfig, size: Size, params: Params, who: Who
+) -> tuple[Timing, int]:
     """A step of decoding; and the bytes of keys and values that are held."""
-    params, _ = model
-    decoder, tokens = config.decoder, _tokens(config, size.batch, 1)[:, 0]
+    decoder = config.decoder if who == "routed" else unrouted(config)
+    tokens = _tokens(config, size.batch, 1)[:, 0]
     samples: list[float] = []
     if who == "dense":
         cache = filled_cache(config, size)
@@ -158,7 +156,7 @@ def _time_decode(config: ServePathConfig, size: Size, model: Model, who: Who) ->
     return _timing(samples[1:], config.steps), held
 
 
-def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, model: Model) -> None:
+def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, params: Params) -> None:
     """Refuses what the device has no memory for, before it is tried."""
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
@@ -166,7 +164,7 @@ def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, model
         return
     decoder = config.decoder
     width = 2 * decoder.width + 2 * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
-    wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     wanted += kv_bytes(config, size, who != "dense")
     if part == "prefill":
         wanted += size.batch * size.length * width * jnp.dtype(decoder.dtype).itemsize
@@ -209,19 +207,19 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
         "seconds": 0.0,
         "rows": [],
     }
-    model = random_model(config)
+    params = random_model(config)
     for part in config.parts:
         for size, who in _cases(config, part):
             row: Row = {"part": part, "who": who, **size._asdict()}
             try:
                 clock.check()
-                _check_room(config, part, size, who, model)
+                _check_room(config, part, size, who, params)
                 if part == "router":
-                    timing, held = _time_router(config, size, model)
+                    timing, held = _time_router(config, size, params)
                 elif part == "prefill":
-                    timing, held = _time_prefill(config, size, model, who)
+                    timing, held = _time_prefill(config, size, params, who)
                 else:
-                    timing, held = _time_decode(config, size, model, who)
+                    timing, held = _time_decode(config, size, params, who)
                 row |= {**timing._asdict(), "kv_bytes": held}
             except Exception as error:  # one size that fails must not cost the others
                 row |= dict.fromkeys(("milliseconds", "spread", "kv_bytes"))

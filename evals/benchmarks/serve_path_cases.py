@@ -20,11 +20,10 @@ from routing_jax.generate.layer import (
     project_prompts,
     read_out,
 )
-from routing_jax.generate.prefill import DENSE, SPARSE, PagedMemory, Routers, empty_memory
+from routing_jax.generate.prefill import DENSE, SPARSE, PagedMemory, empty_memory
 from routing_jax.generate.sampling import Sampling
 from routing_jax.kernels import default_implementation, dense_attention
 from routing_jax.models import DecoderConfig, init_params
-from routing_jax.routers import LayerRouter, LayerRouterConfig
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -32,11 +31,11 @@ def _normal(key: jax.Array, scale: jax.Array, shape: tuple[int, ...], dtype: str
     return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
 
 
-def _random(shapes: Any, seed: int, dtype: str) -> Any:
+def _random(shapes: Any, seed: int, compute: str) -> Any:
     """Arrays of those shapes, of a size that keeps activations near 1; norms are 1."""
 
     def fill(number: int, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = path[-1].key
+        name, dtype = path[-1].key, "float32" if "router" in jax.tree_util.keystr(path) else compute
         if name in ("scale", "query_norm", "key_norm"):
             return jnp.ones(leaf.shape, dtype)
         fan_in = leaf.size // leaf.shape[-1] if name == "out" else leaf.shape[0]
@@ -47,19 +46,19 @@ def _random(shapes: Any, seed: int, dtype: str) -> Any:
     return jax.tree.unflatten(tree, [fill(i, *leaf) for i, leaf in enumerate(leaves)])
 
 
-def random_model(config: ServePathConfig) -> tuple[Params, Routers]:
-    """Weights of the model in its compute dtype, and routers of its layers."""
-    model = config.decoder
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    router = LayerRouterConfig(pool=config.pool)
-    ends = jax.ShapeDtypeStruct((1, 2, model.num_heads, model.head_dim), jnp.float32)
-    of_router = jax.eval_shape(
-        lambda q: LayerRouter(router).init(jax.random.key(0), q, jnp.ones(1, jnp.int32)), ends
-    )
-    routers = [
-        _random(of_router["params"], config.seed + i, "float32") for i in range(_depth(model))
-    ]
-    return _random(shapes, config.seed, model.dtype), Routers(router, routers)
+def random_model(config: ServePathConfig) -> Params:
+    """Weights of the model in its compute dtype, those of its routers in float32."""
+    shapes = jax.eval_shape(lambda: init_params(config.decoder, jax.random.key(0)))
+    return _random(shapes, config.seed, config.decoder.dtype)
+
+
+def unrouted(config: ServePathConfig) -> DecoderConfig:
+    """The model without its routers, whose parameters are then ignored.
+
+    >>> unrouted(ServePathConfig()).layers
+    'full*32'
+    """
+    return config.decoder.replace(layers=config.decoder.layers.replace("layer", "full"))
 
 
 def _depth(model: DecoderConfig) -> int:
@@ -90,12 +89,12 @@ def serving(config: ServePathConfig, size: Size) -> ServingConfig:
     """Paged memory with just the pages that these sequences hold."""
     limit = size.length + _made(config)
     whole = jnp.array([decision == DENSE for decision in decisions(config, size)])
-    pages = int(pages_needed(jnp.full(whole.shape, limit), whole, config.sparse).sum())
+    pages = int(pages_needed(jnp.full(whole.shape, limit), whole, config.decoder.sparse).sum())
     return ServingConfig(
         pages=pages * size.batch,
         sequences=size.batch,
         length=limit,
-        sparse=config.sparse,
+        page_size=config.block,
         chunk=config.chunk,
     )
 
@@ -123,7 +122,9 @@ def filled_memory(config: ServePathConfig, size: Size) -> PagedMemory:
     pool, tables, wholes = memory.pool, [], []
     for decision in decisions(config, size):
         whole = jnp.full(size.batch, decision == DENSE)
-        pool, pages = take_pages(pool, pages_needed(limits, whole, sizes.sparse), sizes.slots)
+        pool, pages = take_pages(
+            pool, pages_needed(limits, whole, config.decoder.sparse), sizes.slots
+        )
         tables.append(pages)
         wholes.append(whole)
     page = jax.random.normal(jax.random.key(config.seed), memory.keys.shape[1:], memory.keys.dtype)

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import jax
 
 from routing_jax.attention import llama3_factors
-from routing_jax.models import DecoderConfig
-from routing_jax.routers import SparseModeConfig
+from routing_jax.models import DecoderConfig, with_layer_routing
+from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
 Part = Literal["router", "prefill", "decode"]
 Who = Literal["routed", "kernels", "dense"]
@@ -122,27 +122,19 @@ class ServePathConfig:
 
     @property
     def decoder(self) -> DecoderConfig:
-        """The model of that shape, of which any context is asked.
+        """The model of that shape, of which any context is asked, its layers routed.
 
-        >>> ServePathConfig(model="qwen3-4b").decoder.width
-        2560
+        >>> ServePathConfig(model="qwen3-4b").decoder.layers
+        'layer*36'
         """
-        return _SHAPES[self.model]
-
-    @property
-    def sparse(self) -> SparseModeConfig:
-        """What sparse layers attend to.
-
-        >>> ServePathConfig().sparse.window_blocks
-        8
-        """
-        return SparseModeConfig(
+        sparse = SparseModeConfig(
             sink=self.sink,
             window=self.window,
             block_q=self.block,
             block_kv=self.block,
             implementation=self.attention,
         )
+        return with_layer_routing(_SHAPES[self.model], LayerRouterConfig(pool=self.pool), sparse)
 
 
 def dense_layers(layers: int, sparse_share: float) -> tuple[bool, ...]:

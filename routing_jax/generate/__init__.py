@@ -3,8 +3,7 @@
 from routing_jax.generate.config import ServingConfig
 from routing_jax.generate.contiguous import decode_step, generate, prefill
 from routing_jax.generate.engine import Engine, Made, Request
-from routing_jax.generate.prefill import DENSE, ROUTED, SPARSE, Routers
-from routing_jax.generate.router_file import RoutedBy, load_layer_routers, save_layer_routers
+from routing_jax.generate.prefill import DENSE, ROUTED, SPARSE
 from routing_jax.generate.text import TextModel
 
 __all__ = [
@@ -14,13 +13,9 @@ __all__ = [
     "Engine",
     "Made",
     "Request",
-    "RoutedBy",
-    "Routers",
     "ServingConfig",
     "TextModel",
     "decode_step",
     "generate",
-    "load_layer_routers",
     "prefill",
-    "save_layer_routers",
 ]

@@ -1,9 +1,8 @@
 """The sizes that fix what is compiled to serve a model from paged memory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import SparseModeConfig
 
 
 @dataclass(frozen=True)
@@ -14,7 +13,7 @@ class ServingConfig:
       pages: P, of the pool that all layers and sequences share.
       sequences: how many are decoded together.
       length: most tokens of a sequence, those to be made included.
-      sparse: what a sparse layer attends to, and the size of a key block, which is a page.
+      page_size: tokens a page, which is a key block of the model's sparse layers.
       chunk: tokens of a prefill that pass a projection or an MLP together.
       decoding: implementation of `block_sparse_decode`; None for its own choice.
     """
@@ -22,23 +21,14 @@ class ServingConfig:
     pages: int
     sequences: int = 8
     length: int = 8192
-    sparse: SparseModeConfig = field(default_factory=SparseModeConfig)
+    page_size: int = 128
     chunk: int = 8192
     decoding: str | None = None
 
     def __post_init__(self):
-        for name in ("pages", "sequences", "length", "chunk"):
+        for name in ("pages", "sequences", "length", "page_size", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"serving.{name} is {getattr(self, name)}; it must be at least 1.")
-
-    @property
-    def page_size(self) -> int:
-        """Tokens a page.
-
-        >>> ServingConfig(pages=64).page_size
-        128
-        """
-        return self.sparse.block_kv
 
     @property
     def slots(self) -> int:
@@ -84,19 +74,26 @@ class ServingConfig:
         return padded
 
 
-def check_servable(model: DecoderConfig) -> None:
-    """Refuses a model whose layers are not all full attention, which is what can be routed.
+def check_servable(model: DecoderConfig, serving: ServingConfig) -> None:
+    """Refuses a model that is not served from pages.
 
     Raises:
-      ValueError: it has other layers, learned positions or a bias of the logits.
+      ValueError: its layers are not all full or all layer-routed, it has learned positions or a
+        bias of the logits, or its key blocks are not pages.
 
-    >>> check_servable(DecoderConfig(layers="conv,full"))
+    >>> check_servable(DecoderConfig(layers="conv,full"), ServingConfig(pages=8))
     Traceback (most recent call last):
-    ValueError: model.layers is 'conv,full'; a model that is served has full attention only.
+    ValueError: model.layers is 'conv,full'; what is served has 'full' or 'layer' in all of them.
     """
-    if set(model.mixers) != {"full"}:
+    if set(model.mixers) not in ({"full"}, {"layer"}):
         raise ValueError(
-            f"model.layers is {model.layers!r}; a model that is served has full attention only."
+            f"model.layers is {model.layers!r}; what is served has 'full' or 'layer' in all of "
+            "them."
         )
     if model.learned_positions or model.head_bias:
-        raise ValueError("a model that is served has no learned positions and no head_bias.")
+        raise ValueError("what is served has no learned positions and no head_bias.")
+    if serving.page_size != model.sparse.block_kv:
+        raise ValueError(
+            f"serving.page_size is {serving.page_size}; it must be model.sparse.block_kv = "
+            f"{model.sparse.block_kv}."
+        )

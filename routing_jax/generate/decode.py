@@ -45,7 +45,7 @@ def read_tokens(
     Returns:
       ([B,V] logits, the memory).
     """
-    sparse = serving.sparse
+    sparse = config.sparse
     positions, used = memory.lengths, memory.lengths > 0
     lengths = jnp.where(used, positions + 1, 0)
     # Of all layers at once: many small computations a layer would take as long as the layer.

@@ -21,7 +21,6 @@ from routing_jax.generate.prefill import (
     DENSE,
     ROUTED,
     SPARSE,
-    Routers,
     empty_memory,
     forget,
     prefill_prompts,
@@ -141,40 +140,37 @@ class Engine:
         config: DecoderConfig,
         params: Params,
         serving: ServingConfig,
-        routers: Routers | None = None,
         decisions: Sequence[int] | None = None,
     ):
         """Takes the model and makes empty memory.
 
         Args:
-          config: the model; its layers are full attention.
+          config: the model; its layers are all 'full', or all 'layer', which are routed.
           params: its parameters, as config.scan says; stacked ones compile faster, and unrolled
             ones may decode faster.
           serving: the sizes.
-          routers: who decides a prompt's layers; None for nobody.
-          decisions: of each layer ROUTED, SPARSE or DENSE; when None, all are routed where there
-            are routers, and else dense.
+          decisions: of each layer ROUTED, SPARSE or DENSE; when None, 'layer' layers are routed
+            and 'full' ones dense.
 
         Raises:
-          ValueError: a model that can't be served, routers or decisions for another number of
-            layers, or a layer to be routed without a router.
+          ValueError: a model that can't be served, decisions for another number of layers, or a
+            layer to be routed without a router.
         """
-        check_servable(config)
-        layers = len(config.mixers)
-        if routers is not None and len(routers.params) != layers:
-            raise ValueError(
-                f"there are routers for {len(routers.params)} layers; the model has {layers}."
-            )
+        check_servable(config, serving)
+        layers, routed = len(config.mixers), "layer" in config.mixers
         if decisions is None:
-            decisions = [DENSE if routers is None else ROUTED] * layers
+            decisions = [ROUTED if routed else DENSE] * layers
         if len(decisions) != layers:
             raise ValueError(
                 f"there are decisions for {len(decisions)} layers; the model has {layers}."
             )
-        if routers is None and ROUTED in decisions:
-            raise ValueError("a layer is to be routed, and there are no routers.")
+        if ROUTED in decisions and not routed:
+            raise ValueError(
+                f"a layer is to be routed, and model.layers is {config.layers!r}; routers are in "
+                "'layer' layers."
+            )
         self.config, self.serving, self.params = config, serving, params
-        self.routers, self.decisions = routers, decisions
+        self.decisions = decisions
         self.memory = empty_memory(config, serving)
         B = serving.sequences
         self._tokens = jnp.zeros(B, jnp.int32)
@@ -255,12 +251,12 @@ class Engine:
     def _pages(self, request: Request, whole: Sequence[bool]) -> int:
         """What a request holds, given which layers keep everything."""
         blocks = -(-request.length // self.serving.page_size)
-        sparse = self.serving.sparse
+        sparse = self.config.sparse
         kept = min(blocks, sparse.sink_blocks + sparse.window_blocks)
         return sum(blocks if all_of_it else kept for all_of_it in whole)
 
     def _most_pages(self, request: Request) -> int:
-        forgets = self.serving.sparse.forgets
+        forgets = self.config.sparse.forgets
         return self._pages(request, [d != SPARSE or not forgets for d in self.decisions])
 
     def _next_wave(self) -> list[_Sequence]:
@@ -294,7 +290,6 @@ class Engine:
             self.config,
             self.serving,
             self.params,
-            self.routers,
             self.decisions,
             jnp.asarray(tokens),
             jnp.asarray(lengths),

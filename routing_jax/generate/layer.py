@@ -4,7 +4,6 @@ Long prompts pass in chunks: queries, keys and values are held whole, the MLP's 
 are. Chunks that no prompt reaches are not computed.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from routing_jax.models import DecoderConfig
 from routing_jax.models.decoder import SwiGLU, make_norm
 from routing_jax.models.embedding import embed
 from routing_jax.models.gpt import GeluMLP
-from routing_jax.routers import LayerRouter, LayerRouterConfig, end_tokens
+from routing_jax.routers import LayerRouter, end_tokens
 
 Params = Mapping[str, Any]
 QKV = tuple[jax.Array, jax.Array, jax.Array]
@@ -47,10 +46,9 @@ def _cut(stacked: Params, layer: jax.Array) -> Params:
 
 def _weights(config: DecoderConfig, params: Params) -> AttentionWeights:
     dtype = jnp.dtype(config.dtype)
+    given = {name: w for name, w in params["mixer"].items() if name != "router"}
     kept = ("query_norm", "key_norm")
-    return AttentionWeights(
-        **{n: w if n in kept else w.astype(dtype) for n, w in params["mixer"].items()}
-    )
+    return AttentionWeights(**{n: w if n in kept else w.astype(dtype) for n, w in given.items()})
 
 
 def normalise(config: DecoderConfig, params: Params, name: str, x: jax.Array) -> jax.Array:
@@ -184,30 +182,22 @@ def _put(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def route_prompts(
-    config: DecoderConfig,
-    router: LayerRouterConfig,
-    router_params: Params,
-    params: Params,
-    x: jax.Array,
-    lengths: jax.Array,
+    config: DecoderConfig, params: Params, x: jax.Array, lengths: jax.Array
 ) -> jax.Array:
     """Which prompts this layer attends to in full, by the queries of their ends before RoPE.
 
     Args:
-      config: the model.
-      router: the router's config.
-      router_params: its parameters in this layer.
-      params: the layer's own.
+      config: the model, of 'layer' layers.
+      params: the layer's.
       x: [B,T,D], the layer's input.
       lengths: [B] int32, valid tokens of each prompt.
 
     Returns:
       [B] bool.
     """
-    ends, counts = end_tokens(x, lengths, router.pool)
-    unturned = dataclasses.replace(config.heads, rope_theta=0.0)
-    positions = jnp.zeros(ends.shape[:2], jnp.int32)
+    ends, counts = end_tokens(x, lengths, config.layer_router.pool)
     h = normalise(config, params, "mixer_norm", ends)
-    queries = project_queries(h, positions, _weights(config, params), unturned)
-    found: Any = LayerRouter(router).apply({"params": router_params}, queries, counts)
+    queries = project_queries(h, None, _weights(config, params), config.heads)
+    router = LayerRouter(config.layer_router)
+    found: Any = router.apply({"params": params["mixer"]["router"]}, queries, counts)
     return found.routing.choice

@@ -33,22 +33,10 @@ from routing_jax.generate.layer import (
 )
 from routing_jax.kernels import block_sparse_attention
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import LayerRouterConfig, block_sums, layer_table, mean_key_scores
+from routing_jax.routers import block_sums, layer_table, mean_key_scores
 
 ROUTED, SPARSE, DENSE = -1, 0, 1
 """Who decides a layer: its router, or nobody."""
-
-
-class Routers(NamedTuple):
-    """A trained router of each layer.
-
-    Attributes:
-      config: what they have in common.
-      params: of each layer.
-    """
-
-    config: LayerRouterConfig
-    params: Sequence[Params]
 
 
 class PagedMemory(NamedTuple):
@@ -89,15 +77,11 @@ def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "serving", "router"), donate_argnames=("x", "memory")
-)
+@functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("x", "memory"))
 def prefill_layer(
     config: DecoderConfig,
     serving: ServingConfig,
-    router: LayerRouterConfig | None,
     params: Params,
-    router_params: Params | None,
     layer: jax.Array,
     decision: jax.Array,
     x: jax.Array,
@@ -111,11 +95,9 @@ def prefill_layer(
     Args:
       config: the model.
       serving: the sizes.
-      router: the routers' config, or None where nobody routes.
       params: of this layer.
-      router_params: of its router, or None.
       layer: which layer it is.
-      decision: ROUTED, SPARSE or DENSE.
+      decision: ROUTED (in a model of 'layer' layers), SPARSE or DENSE.
       x: [B,T,D], the layer's input; T is whole pages.
       lengths: [B] int32, valid tokens of each prompt.
       limits: [B] int32, the most tokens that each sequence will have.
@@ -126,11 +108,11 @@ def prefill_layer(
       (the layer's output, the memory with the layer's keys and values).
     """
     B, T, _ = x.shape
-    page_size, sparse = serving.page_size, serving.sparse
+    page_size, sparse = serving.page_size, config.sparse
     chunk = serving.chunk_of(B, T)
     dense = jnp.broadcast_to(decision == DENSE, (B,))
-    if router is not None and router_params is not None:
-        routed = route_prompts(config, router, router_params, params, x, lengths)
+    if "layer" in config.mixers:
+        routed = route_prompts(config, params, x, lengths)
         dense = jnp.where(decision == ROUTED, routed, dense)
     q, k, v = project_prompts(config, params, x, lengths, chunk)
 
@@ -189,7 +171,6 @@ def prefill_prompts(
     config: DecoderConfig,
     serving: ServingConfig,
     params: Params,
-    routers: Routers | None,
     decisions: Sequence[int],
     tokens: jax.Array,
     lengths: jax.Array,
@@ -204,7 +185,6 @@ def prefill_prompts(
       config: the model.
       serving: the sizes.
       params: the model's.
-      routers: of its layers, or None.
       decisions: who decides each layer: ROUTED, SPARSE or DENSE.
       tokens: [B,T] int32, padded at the end to `serving.bucket`.
       lengths: [B] int32, valid tokens of each prompt, at least 1.
@@ -222,9 +202,7 @@ def prefill_prompts(
         x, memory = prefill_layer(
             config,
             serving,
-            routers and routers.config,
             layer_params(params, layer),
-            routers and routers.params[layer],
             jnp.int32(layer),
             jnp.int32(decisions[layer]),
             x,

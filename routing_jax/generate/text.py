@@ -12,11 +12,11 @@ from tokenizers.decoders import DecodeStream
 
 from routing_jax.generate.config import ServingConfig
 from routing_jax.generate.engine import Engine, Progress, Request, check_context
-from routing_jax.generate.router_file import load_layer_routers
 from routing_jax.kernels.hopper import hopper_refusal
 from routing_jax.models.pretrained import (
     Pretrained,
     load_pretrained,
+    load_routed,
     load_tokenizer,
     open_checkpoint,
     stop_tokens,
@@ -25,13 +25,15 @@ from routing_jax.routers import SparseModeConfig
 
 
 def on_this_device(sparse: SparseModeConfig, dtype: str) -> SparseModeConfig:
-    """The mode with the attention kernel of a Hopper GPU, which runs by name, where there is one.
+    """The mode with the kernel of this device: that of a Hopper GPU, which runs by name, or None.
+
+    What a router was trained with may not be there where it serves.
 
     >>> on_this_device(SparseModeConfig(), "float32").implementation is None
     True
     """
     fits = hopper_refusal() is None and jnp.dtype(dtype) != jnp.float32
-    return dataclasses.replace(sparse, implementation="mosaic_gpu") if fits else sparse
+    return dataclasses.replace(sparse, implementation="mosaic_gpu" if fits else None)
 
 
 class TextModel:
@@ -43,31 +45,35 @@ class TextModel:
         router: str | os.PathLike[str] | None = None,
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
     ):
-        """Reads the tokenizer and the routers, and looks whether the weights are whole.
+        """Looks whether the model is whole and reads its tokenizer; weights are read when needed.
 
         Args:
           path: a Hugging Face folder or a GGUF file.
-          router: a file of layer routers trained for it; None for dense layers.
+          router: a file of routers trained for it; None for dense layers.
           dtype: of the weights and the computation.
 
         Raises:
-          ValueError: one of them is damaged, not supported, or the router is another model's.
+          ValueError: the model is damaged or not supported.
         """
-        self._path, self._dtype = path, dtype
-        self._checkpoint = open_checkpoint(path)
-        self._stop = stop_tokens(path)
-        self.tokenizer = load_tokenizer(path)
-        self._routed_by = None
-        if router is not None:
-            layers = len(self._checkpoint.config.mixers)
-            self._routed_by = load_layer_routers(router, path, layers)
+        self._published = open_checkpoint(path).config
+        self._stop, self.tokenizer = stop_tokens(path), load_tokenizer(path)
+        self._path, self._router, self._dtype = path, router, dtype
 
     @functools.cached_property
     def model(self) -> Pretrained:
-        """The weights, read when they are first needed."""
+        """The weights, with the attention that suits the device.
+
+        Raises:
+          ValueError: the router file is damaged or another model's.
+        """
         # A CPU would compile unrolled layers for longer than most texts take.
         scan = jax.default_backend() == "cpu"
-        return load_pretrained(self._path, dtype=self._dtype, scan=scan)
+        if self._router is None:
+            config, params = load_pretrained(self._path, dtype=self._dtype, scan=scan)
+        else:
+            config, params = load_routed(self._router, self._path, dtype=self._dtype, scan=scan)
+        sparse = on_this_device(config.sparse, config.dtype)
+        return Pretrained(config.replace(sparse=sparse), params)
 
     def stream(
         self,
@@ -92,10 +98,9 @@ class TextModel:
           progress: see `Progress`.
 
         Raises:
-          ValueError: a prompt of no token, or longer than the model's context, or a number outside
-            its range.
+          ValueError: a prompt of no token, or longer than the model's context, a number outside
+            its range, or what `model` refuses.
         """
-        sparse = SparseModeConfig() if self._routed_by is None else self._routed_by.sparse
         request = Request(
             self.tokenizer.encode(prompt).ids,
             max_new_tokens,
@@ -105,15 +110,16 @@ class TextModel:
             seed,
             self._stop,
         )
-        check_context(self._checkpoint.config, request)
+        check_context(self._published, request)
+        config, params = self.model
+        page_size = config.sparse.block_kv
         serving = ServingConfig(
-            pages=len(self._checkpoint.config.mixers) * -(-request.length // sparse.block_kv),
+            pages=len(config.mixers) * -(-request.length // page_size),
             sequences=1,
             length=request.length,
-            sparse=on_this_device(sparse, self._dtype),
+            page_size=page_size,
         )
-        routers = None if self._routed_by is None else self._routed_by.routers
-        engine = Engine(*self.model, serving, routers)
+        engine = Engine(config, params, serving)
         engine.add(request)
         decoder = DecodeStream(skip_special_tokens=True)
         for made in engine.run(progress):

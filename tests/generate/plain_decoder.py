@@ -17,10 +17,10 @@ def turn(x, theta):
     return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
 
-def visible(q, k, dense, serving, prompt):
+def visible(q, k, dense, sparse, prompt):
     """[T,K,T]: which keys each query sees, tiles and blocks being pages."""
     T, K = k.shape[:2]
-    cfg, size = serving.sparse, serving.page_size
+    cfg, size = sparse, sparse.block_kv
     near = cfg.window // size
     seen = np.zeros((T, K, T), bool)
     for head, start in np.ndindex(K, -(-T // size)):
@@ -37,7 +37,7 @@ def visible(q, k, dense, serving, prompt):
     return seen & np.tri(T, dtype=bool)[:, None]
 
 
-def forward(config, params, tokens, decisions, serving, routers, prompt):
+def forward(config, params, tokens, decisions, prompt):
     """(logits [T,V], decisions) of tokens [T]; a decision that is None is the router's."""
     x = np.asarray(params["embedding"], np.float64)[np.asarray(tokens)]
     T, G, H, eps = (
@@ -54,14 +54,13 @@ def forward(config, params, tokens, decisions, serving, routers, prompt):
         if "query_norm" in m:
             q, k = norm(q, m["query_norm"], eps), norm(k, m["key_norm"], eps)
         if dense is None:
-            router = LayerRouter(routers.config)
-            queries = np.float32(q)[None]
-            found = router.apply({"params": routers.params[layer]}, queries, np.array([T]))
+            router = LayerRouter(config.layer_router)
+            found = router.apply({"params": m["router"]}, np.float32(q)[None], np.array([T]))
             dense = bool(found.routing.choice[0])
         taken.append(dense)
         q, k = turn(q, config.rope_theta), turn(k, config.rope_theta)
         scores = np.einsum("tnh,snh->nts", q, np.repeat(k, G, axis=1)) / np.sqrt(H)
-        seen = np.repeat(visible(q, k, dense, serving, prompt), G, axis=1)
+        seen = np.repeat(visible(q, k, dense, config.sparse, prompt), G, axis=1)
         scores = np.where(seen.swapaxes(0, 1), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
@@ -74,13 +73,11 @@ def forward(config, params, tokens, decisions, serving, routers, prompt):
     return norm(x, params["final_norm"]["scale"], eps) @ head, taken
 
 
-def greedy(config, params, prompt, steps, decisions, serving, routers):
+def greedy(config, params, prompt, steps, decisions):
     """(tokens made, decisions): the prompt decides, what follows obeys."""
     tokens, made = list(prompt), []
     for _ in range(steps):
-        logits, decisions = forward(
-            config, params, tokens, decisions, serving, routers, len(prompt)
-        )
+        logits, decisions = forward(config, params, tokens, decisions, len(prompt))
         made.append(int(logits[-1].argmax()))
         tokens.append(made[-1])
     return made, decisions

@@ -1,7 +1,6 @@
 """The engine: what it makes is what reading everything anew makes, whoever shares the batch."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -14,44 +13,33 @@ from routing_jax.generate import (
     SPARSE,
     Engine,
     Request,
-    Routers,
     ServingConfig,
     generate,
 )
 from routing_jax.generate.decode import decode_tokens
 from routing_jax.generate.prefill import empty_memory, prefill_layer, prefill_prompts
-from routing_jax.routers import LayerRouter, LayerRouterConfig, SparseModeConfig
+from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
 from ..small_model import MIXED, make_params
 from .plain_decoder import forward, greedy
 
+LAYERS = 3
 MODEL = MIXED.replace(
-    layers="full*3", width=16, num_heads=4, num_kv_heads=2, qk_norm=True, rope_theta=50.0, scan=True
+    layers=f"layer*{LAYERS}",
+    width=16,
+    num_heads=4,
+    num_kv_heads=2,
+    qk_norm=True,
+    rope_theta=50.0,
+    layer_router=LayerRouterConfig(pool=3),
+    sparse=SparseModeConfig(sink=4, window=8, block_q=4, block_kv=4),
+    scan=True,
 )
 UNROLLED = MODEL.replace(scan=False)
-LAYERS = 3
-pytestmark = pytest.mark.usefixtures("compile_cache")
-SPARSE_MODE = SparseModeConfig(sink=4, window=8, block_q=4, block_kv=4)
-SERVING = ServingConfig(pages=64, sequences=3, length=40, sparse=SPARSE_MODE, chunk=16)
+FULL = MODEL.replace(layers=f"full*{LAYERS}")  # the same parameters, routers ignored
+SERVING = ServingConfig(pages=64, sequences=3, length=40, page_size=4, chunk=16)
 PATTERNS = ([DENSE] * 3, [SPARSE] * 3, [DENSE, SPARSE, SPARSE], [SPARSE, DENSE, SPARSE])
-
-
-@functools.cache
-def routers(seed=5):
-    config = LayerRouterConfig(pool=3)
-    shapes = jax.eval_shape(
-        lambda: LayerRouter(config).init(
-            jax.random.key(0), np.zeros((1, 8, 4, MODEL.head_dim)), np.array([8])
-        )
-    )["params"]
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        if path[-1].key == "bias":
-            return np.zeros(leaf.shape, np.float32)
-        return np.float32(rng.normal(size=leaf.shape) * 2 / leaf.shape[0] ** 0.5)
-
-    return Routers(config, [jax.tree_util.tree_map_with_path(fill, shapes) for _ in range(LAYERS)])
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 def prompt(length, seed=0):
@@ -61,7 +49,7 @@ def prompt(length, seed=0):
 def serve(requests, who=ROUTED, model=MODEL):
     """What each request got, and the engine; `who` decides all layers, or each."""
     decisions = [who] * LAYERS if isinstance(who, int) else who
-    engine = Engine(model, make_params(model), SERVING, routers(), decisions)
+    engine = Engine(model, make_params(model), SERVING, decisions)
     numbers = [engine.add(request) for request in requests]
     made = {number: [] for number in numbers}
     for one in engine.run():
@@ -73,15 +61,8 @@ def serve(requests, who=ROUTED, model=MODEL):
 def plain(request, decisions):
     """The same from the decoder in NumPy, and what its layers decided."""
     taken = [None if d == ROUTED else d == DENSE for d in decisions]
-    return greedy(
-        UNROLLED,
-        make_params(UNROLLED),
-        request.tokens,
-        request.max_new_tokens,
-        taken,
-        SERVING,
-        routers(),
-    )
+    params = make_params(UNROLLED)
+    return greedy(UNROLLED, params, request.tokens, request.max_new_tokens, taken)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -108,30 +89,29 @@ def test_prompts_decide_each_for_itself_and_decoding_obeys():
 
 @pytest.mark.parametrize("mode", ["streaming", "triangle", "topk"])
 def test_prompts_are_read_by_the_rule_of_the_sparse_mode(mode):
-    sparse = dataclasses.replace(SPARSE_MODE, mode=mode, last=4, blocks=2)
-    serving, tokens = dataclasses.replace(SERVING, sparse=sparse), prompt(30)
-    padded = np.zeros((1, serving.bucket(1, 30)), np.int32)
+    sparse = dataclasses.replace(MODEL.sparse, mode=mode, last=4, blocks=2)
+    model, tokens = UNROLLED.replace(sparse=sparse), prompt(30)
+    padded = np.zeros((1, SERVING.bucket(1, 30)), np.int32)
     padded[0, :30] = tokens
     length, row = np.array([30]), np.array([1])
     logits, memory = prefill_prompts(
-        MODEL, serving, make_params(MODEL), routers(), [SPARSE] * LAYERS,
-        padded, length, length + 1, row, empty_memory(MODEL, serving),
+        model, SERVING, make_params(UNROLLED), [SPARSE] * LAYERS,
+        padded, length, length + 1, row, empty_memory(model, SERVING),
     )  # fmt: skip
 
-    def expected(dense, serving):
-        taken = [dense] * LAYERS
-        return forward(UNROLLED, make_params(UNROLLED), tokens, taken, serving, None, 30)[0][-1]
+    def expected(dense, model):
+        return forward(model, make_params(UNROLLED), tokens, [dense] * LAYERS, 30)[0][-1]
 
-    np.testing.assert_allclose(logits[0], expected(False, serving), rtol=1e-3, atol=1e-3)
-    assert np.abs(logits[0] - expected(True, serving)).max() > 0.02
+    np.testing.assert_allclose(logits[0], expected(False, model), rtol=1e-3, atol=1e-3)
+    assert np.abs(logits[0] - expected(True, model)).max() > 0.02
     if mode != "streaming":
-        assert np.abs(logits[0] - expected(False, SERVING)).max() > 0.02
+        assert np.abs(logits[0] - expected(False, UNROLLED)).max() > 0.02
     assert (memory.whole[:, 1] == (mode != "streaming")).all()
 
 
 def test_all_dense_is_the_ordinary_generation():
     tokens, lengths = np.array([prompt(7), prompt(7, 1)], np.int32), np.array([7, 5])
-    ordinary = jax.jit(lambda p: generate(MODEL, p, tokens, lengths, 5))(make_params(MODEL))
+    ordinary = jax.jit(lambda p: generate(FULL, p, tokens, lengths, 5))(make_params(MODEL))
     made, _ = serve([Request(t[:n].tolist(), 5) for t, n in zip(tokens, lengths)], DENSE)
     assert made == ordinary.tolist()
 
@@ -149,7 +129,7 @@ def test_pages_are_held_by_tables_and_those_freed_let_more_in():
     most = {}
     for who in (SPARSE, DENSE):
         decisions = [who] * LAYERS
-        engine = Engine(MODEL, make_params(MODEL), SERVING, routers(), decisions)
+        engine = Engine(MODEL, make_params(MODEL), SERVING, decisions)
         for seed in range(5):
             engine.add(Request(prompt(30, seed), 10))
         most[who] = 0
@@ -169,7 +149,7 @@ def test_pages_are_held_by_tables_and_those_freed_let_more_in():
 def test_a_stop_token_ends_a_sequence_and_nothing_follows_it():
     (whole,), _ = serve([Request(prompt(8), 12)])
     stop = whole[4]
-    engine = Engine(MODEL, make_params(MODEL), SERVING, routers())
+    engine = Engine(MODEL, make_params(MODEL), SERVING)
     engine.add(Request(prompt(8), 12, stop=frozenset([stop])))
     made = list(engine.run())
     assert [one.token for one in made] == whole[: whole.index(stop) + 1]
@@ -215,18 +195,15 @@ def test_a_prompt_that_will_never_fit_is_refused(model, serving, said):
 
 
 @pytest.mark.parametrize(
-    ("model", "who", "said"),
+    ("model", "serving", "decisions", "said"),
     [
-        (MIXED, {}, "model.layers is 'conv,routed,full'"),
-        (MODEL, {"decisions": [DENSE]}, "there are decisions for 1 layers; the model has 3"),
-        (MODEL, {"decisions": [ROUTED] * 3}, "a layer is to be routed, and there are no routers"),
-        (
-            MODEL.replace(layers="full*2"),
-            {"routers": routers()},
-            "there are routers for 3 layers; the model has 2",
-        ),
+        (MIXED, SERVING, None, "model.layers is 'conv,routed,full'; what is served has"),
+        (MODEL.replace(head_bias=True), SERVING, None, "has no learned positions and no head_bias"),
+        (MODEL, ServingConfig(pages=8), None, "page_size is 128; it must be model.sparse.block_kv"),
+        (MODEL, SERVING, [DENSE], "there are decisions for 1 layers; the model has 3"),
+        (FULL, SERVING, [ROUTED] * 3, "a layer is to be routed, and model.layers is 'full"),
     ],
 )
-def test_a_model_that_cannot_be_served_is_refused(model, who, said):
+def test_a_model_that_cannot_be_served_is_refused(model, serving, decisions, said):
     with pytest.raises(ValueError, match=said):
-        Engine(model, {}, SERVING, **who)
+        Engine(model, {}, serving, decisions)

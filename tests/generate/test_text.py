@@ -4,23 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from routing_jax.cli import main
-from routing_jax.generate import (
-    Engine,
-    Request,
-    RoutedBy,
-    Routers,
-    ServingConfig,
-    TextModel,
-    load_layer_routers,
-    save_layer_routers,
-)
-from routing_jax.models.pretrained import load_pretrained, stop_tokens
-from routing_jax.routers import LayerRouter, LayerRouterConfig, SparseModeConfig
+from routing_jax.generate import Engine, Request, ServingConfig, TextModel
+from routing_jax.models import init_routers, with_layer_routing
+from routing_jax.models.pretrained import load_pretrained, save_routers, stop_tokens
+from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
 from ..models.pretrained.published import BASE, random_tensors, write_folder
 
@@ -45,12 +36,14 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def routers(logit):
+def save(path, logit, folder):
     """Routers of both layers that answer the same to every prompt."""
-    config = LayerRouterConfig(pool=3)
-    params = LayerRouter(config).init(jax.random.key(0), np.zeros((1, 4, 4, 8)), np.array([4]))
-    params = params["params"] | {"bias": jnp.array([0.0, logit])}
-    return RoutedBy(Routers(config, [params] * 2), SPARSE)
+    config, _ = load_pretrained(folder, dtype="float32", scan=False)
+    config = with_layer_routing(config, LayerRouterConfig(pool=3), SPARSE)
+    routers = init_routers(config, jax.random.key(0))
+    for layer in routers.values():
+        layer["block_0"]["mixer"]["router"]["bias"] = jnp.array([0.0, logit])
+    save_routers(path, routers, folder, config)
 
 
 def run(capsys, *args):
@@ -78,9 +71,7 @@ def test_a_text_is_continued_piece_by_piece_until_the_model_ends_it(folder):
 def test_routers_of_a_file_decide_the_layers(folder, tmp_path):
     made = {}
     for logit in (-1.0, 1.0):
-        save_layer_routers(tmp_path / "router", routers(logit), folder)
-        found, sparse = load_layer_routers(tmp_path / "router", folder, 2)
-        assert (found.config, sparse) == (LayerRouterConfig(pool=3), SPARSE)
+        save(tmp_path / "router", logit, folder)
         model = TextModel(folder, tmp_path / "router", "float32")
         made[logit] = "".join(model.stream(PROMPT, 12))
     dense = "".join(TextModel(folder, dtype="float32").stream(PROMPT, 12))
@@ -97,12 +88,12 @@ def test_the_command_prints_what_the_model_says(folder, tmp_path, capsys):
 
 def test_mistakes_are_one_sentence_and_exit_code_2(folder, tmp_path, capsys):
     other = write_model(tmp_path / "other", seed=1)
-    save_layer_routers(tmp_path / "router", routers(1.0), other)
+    router = str(tmp_path / "router")
+    save(router, 1.0, other)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
-    (tmp_path / "two").mkdir()
     said = {
         (str(tmp_path / "nowhere"), "--prompt", "a"): "neither a folder with config.json nor",
-        (str(folder), "--prompt", "a", "--router", str(tmp_path / "router")): "is another model",
+        (str(folder), "--prompt", "a", "--max-new-tokens", "9", "--router", router): "is another",
         (str(folder), "--prompt", "a" * 60): "60 tokens and 128 new ones are more than this model",
         (str(folder), "--prompt", ""): "the prompt holds no token",
         (str(folder),): "give either --prompt or --prompt-file",

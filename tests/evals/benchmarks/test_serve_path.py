@@ -22,6 +22,7 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
     kv_bytes,
     random_model,
     serving,
+    unrouted,
 )
 from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, dense_layers
 from routing_jax.evals.report import readme_blocks
@@ -36,14 +37,15 @@ CONFIG = ServePathConfig(
 
 
 def test_the_paged_and_the_published_model_are_one():
-    model, (params, routers) = CONFIG.decoder, random_model(CONFIG)
+    model, params = CONFIG.decoder, random_model(CONFIG)
     size = Size(1, 64, 0.0)  # as in the rows below, whose programs are compiled then
     sizes, tokens = serving(CONFIG, size), jax.random.randint(jax.random.key(1), (1, 64), 0, 64)
-    logits, cache = dense_prefill(model, params, tokens, 32)
+    plain = unrouted(CONFIG)
+    logits, cache = dense_prefill(plain, params, tokens, 32)
     lengths = jnp.full(1, 64, jnp.int32)
     memory = empty_memory(model, sizes)
     paged, memory = prefill_prompts(
-        model, sizes, params, routers, decisions(CONFIG, size), tokens, lengths, lengths + 4,
+        model, sizes, params, decisions(CONFIG, size), tokens, lengths, lengths + 4,
         jnp.arange(1), memory,
     )  # fmt: skip
     np.testing.assert_allclose(logits, paged, rtol=1e-4, atol=1e-4)
@@ -52,7 +54,7 @@ def test_the_paged_and_the_published_model_are_one():
     made = own = jnp.argmax(logits, axis=-1)
     dense, seen = DenseCache(layers, lengths), []
     for _ in range(4):
-        made, dense = dense_decode(model, params, made, dense)
+        made, dense = dense_decode(plain, params, made, dense)
         own, memory = decode_tokens(model, sizes, params, own, greedy(1), memory)
         np.testing.assert_array_equal(made, own)
         seen += made.tolist()
