@@ -156,6 +156,10 @@ def _time_decode(
     return _timing(samples[1:], config.steps), held
 
 
+def _peak_bytes() -> int | None:
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, params: Params) -> None:
     """Refuses what the device has no memory for, before it is tried."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -198,6 +202,8 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
       seconds taken, and rows. A row holds part, who, length, batch, sparse_share, milliseconds and
       spread (interquartile range) of a prefill, of a step of decoding or of a layer's router, and
       kv_bytes, of keys and values held; a row that failed holds `error`, and None for the rest.
+      peak_bytes is the most that the device has held since the process began, weights included,
+      and None where an earlier row's was as much or the device does not say.
     """
     start, clock = time.monotonic(), Clock(config.seconds)
     result: dict[str, Any] = {
@@ -211,6 +217,7 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
     for part in config.parts:
         for size, who in _cases(config, part):
             row: Row = {"part": part, "who": who, **size._asdict()}
+            before = _peak_bytes()
             try:
                 clock.check()
                 _check_room(config, part, size, who, params)
@@ -220,9 +227,11 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
                     timing, held = _time_prefill(config, size, params, who)
                 else:
                     timing, held = _time_decode(config, size, params, who)
-                row |= {**timing._asdict(), "kv_bytes": held}
+                peak = _peak_bytes()
+                raised = peak if peak is not None and peak != before else None
+                row |= {**timing._asdict(), "kv_bytes": held, "peak_bytes": raised}
             except Exception as error:  # one size that fails must not cost the others
-                row |= dict.fromkeys(("milliseconds", "spread", "kv_bytes"))
+                row |= dict.fromkeys(("milliseconds", "spread", "kv_bytes", "peak_bytes"))
                 row["error"] = error_text(error)
             result["rows"].append(row)
             result["seconds"] = round(time.monotonic() - start, 1)

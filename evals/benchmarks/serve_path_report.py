@@ -107,14 +107,15 @@ def describe(row: Row) -> str:
     """A row in one line, for the terminal.
 
     >>> describe({"part": "decode", "who": "dense", "length": 8, "batch": 2, "sparse_share": 0.0,
-    ...           "milliseconds": 2.0, "spread": 0.1, "kv_bytes": 2**30})
-    'decode 2×8 dense: 2 ms ± 0.1, KV 1 GiB'
+    ...           "milliseconds": 2.0, "spread": 0.1, "kv_bytes": 2**30, "peak_bytes": 2**31})
+    'decode 2×8 dense: 2 ms ± 0.1, KV 1 GiB, peak 2.0 GiB'
     """
     name = f"{row['part']} {row['batch']}×{row['length']} {_column(row)}"
     if row["milliseconds"] is None:
         return f"{name}: {row['error']}"
     held = f", KV {row['kv_bytes'] / 2**30:.3g} GiB" if row["kv_bytes"] else ""
-    return f"{name}: {row['milliseconds']:.4g} ms ± {row['spread']:.2g}{held}"
+    peak = f", peak {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
+    return f"{name}: {row['milliseconds']:.4g} ms ± {row['spread']:.2g}{held}{peak}"
 
 
 def caption(result: Mapping[str, Any]) -> str:

@@ -61,7 +61,7 @@ class ServingConfig:
           batch: B.
           length: tokens of the longest prompt.
 
-        >>> config = ServingConfig(pages=64, length=3000)
+        >>> config = ServingConfig(pages=64, length=3000, chunk=1024)
         >>> [config.bucket(1, n) for n in (1, 129, 1000, 2100)]
         [128, 256, 1024, 3072]
         """

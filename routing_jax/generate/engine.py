@@ -198,11 +198,16 @@ class Engine:
         """Lets a request wait for its turn; returns its number, counted from 0.
 
         Raises:
-          ValueError: it is longer than the model's context or than `serving.length`, or does not
-            fit the pool even when that is empty.
+          ValueError: a token that the model does not have; it is longer than the model's context or
+            than `serving.length`, or does not fit the pool even when that is empty.
         """
         check_context(self.config, request)
-        length, pages = self.serving.length, self.serving.pages
+        length, pages, vocabulary = self.serving.length, self.serving.pages, self.config.vocab_size
+        if not 0 <= min(request.tokens) <= max(request.tokens) < vocabulary:
+            raise ValueError(
+                f"the prompt holds tokens from {min(request.tokens)} to {max(request.tokens)}; the "
+                f"model has 0 to {vocabulary - 1}."
+            )
         if request.length > length:
             raise ValueError(f"{request.size} are more than serving.length = {length}.")
         if self._most_pages(request) > pages:

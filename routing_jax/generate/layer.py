@@ -55,7 +55,8 @@ def normalise(config: DecoderConfig, params: Params, name: str, x: jax.Array) ->
     """The norm of that name.
 
     >>> config = DecoderConfig(width=2)
-    >>> normalise(config, {"norm": {"scale": jnp.ones(2)}}, "norm", 3 * jnp.ones(2)).tolist()
+    >>> params = {"norm": {"scale": jnp.ones(2)}}
+    >>> normalise(config, params, "norm", 3 * jnp.ones(2)).round(3).tolist()
     [1.0, 1.0]
     """
     out = make_norm(config, name).apply({"params": params[name]}, x)

@@ -109,10 +109,13 @@ def test_prompts_are_read_by_the_rule_of_the_sparse_mode(mode):
     assert (memory.whole[:, 1] == (mode != "streaming")).all()
 
 
-def test_all_dense_is_the_ordinary_generation():
+@pytest.mark.parametrize(
+    ("model", "who"), [(FULL, DENSE), pytest.param(MODEL, ROUTED, marks=pytest.mark.slow)]
+)
+def test_pages_make_the_tokens_that_a_contiguous_cache_makes(model, who):
     tokens, lengths = np.array([prompt(7), prompt(7, 1)], np.int32), np.array([7, 5])
-    ordinary = jax.jit(lambda p: generate(FULL, p, tokens, lengths, 5))(make_params(MODEL))
-    made, _ = serve([Request(t[:n].tolist(), 5) for t, n in zip(tokens, lengths)], DENSE)
+    ordinary = jax.jit(lambda p: generate(model, p, tokens, lengths, 5))(make_params(MODEL))
+    made, _ = serve([Request(t[:n].tolist(), 5) for t, n in zip(tokens, lengths)], who)
     assert made == ordinary.tolist()
 
 
@@ -146,6 +149,14 @@ def test_pages_are_held_by_tables_and_those_freed_let_more_in():
     assert most == {DENSE: 2, SPARSE: 3}
 
 
+def test_progress_counts_the_layers_of_each_wave_of_prompts():
+    engine, seen = Engine(MODEL, make_params(MODEL), SERVING), []
+    for n in (7, 8, 30):  # the first two are read together
+        engine.add(Request(prompt(n), 2))
+    list(engine.run(lambda *done: seen.append(done)))
+    assert seen == [(done, LAYERS) for done in range(LAYERS + 1)] * 2
+
+
 def test_a_stop_token_ends_a_sequence_and_nothing_follows_it():
     (whole,), _ = serve([Request(prompt(8), 12)])
     stop = whole[4]
@@ -170,6 +181,9 @@ def test_what_is_drawn_depends_on_the_seed_and_not_on_the_neighbours():
     [
         (lambda: Request(prompt(39), 2), "39 tokens and 2 new ones are more than serving.length"),
         (lambda: Request([]), "the prompt holds no token"),
+        (lambda: Request([3, 24]), "tokens from 3 to 24; the model has 0 to 23"),
+        (lambda: Request([-1]), "tokens from -1 to -1; the model has 0 to 23"),
+        (lambda: Request([1], seed=-1), "seed is -1; it must be from 0 to 2147483647"),
         (lambda: Request([1], 0), "max_new_tokens is 0; it must be at least 1"),
         (lambda: Request([1], temperature=-1.0), "temperature is -1.0; it must be at least 0"),
         (lambda: Request([1], top_k=-1), "top_k is -1; it must be at least 0"),
