@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from tokenizers.decoders import DecodeStream
 
 from routing_jax.generate.config import ServingConfig
 from routing_jax.generate.engine import Engine, Progress, Request, check_context
-from routing_jax.kernels.hopper import hopper_refusal
 from routing_jax.models.pretrained import (
     Pretrained,
     load_pretrained,
@@ -21,19 +19,6 @@ from routing_jax.models.pretrained import (
     open_checkpoint,
     stop_tokens,
 )
-from routing_jax.routers import SparseModeConfig
-
-
-def on_this_device(sparse: SparseModeConfig, dtype: str) -> SparseModeConfig:
-    """The mode with the kernel of this device: that of a Hopper GPU, which runs by name, or None.
-
-    What a router was trained with may not be there where it serves.
-
-    >>> on_this_device(SparseModeConfig(), "float32").implementation is None
-    True
-    """
-    fits = hopper_refusal() is None and jnp.dtype(dtype) != jnp.float32
-    return dataclasses.replace(sparse, implementation="mosaic_gpu" if fits else None)
 
 
 class TextModel:
@@ -61,7 +46,7 @@ class TextModel:
 
     @functools.cached_property
     def model(self) -> Pretrained:
-        """The weights, with the attention that suits the device.
+        """The weights, with whichever kernel suits the device.
 
         Raises:
           ValueError: the router file is damaged or another model's.
@@ -72,7 +57,8 @@ class TextModel:
             config, params = load_pretrained(self._path, dtype=self._dtype, scan=scan)
         else:
             config, params = load_routed(self._router, self._path, dtype=self._dtype, scan=scan)
-        sparse = on_this_device(config.sparse, config.dtype)
+        # The kernel that a router was trained with may not run here.
+        sparse = dataclasses.replace(config.sparse, implementation=None)
         return Pretrained(config.replace(sparse=sparse), params)
 
     def stream(
