@@ -18,7 +18,7 @@ from routing_jax.evals.mixing_time import mixing_milliseconds
 from routing_jax.evals.plots import plot_heatmap, plot_history
 from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
-from routing_jax.models import count_params
+from routing_jax.models import count_params, init_params
 from routing_jax.sharding import make_mesh, put_batch
 from routing_jax.train.base import finish_routers, with_base
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
@@ -60,8 +60,13 @@ def describe(config: TrainConfig) -> str:
     # keeps: a block's inputs and its projections, or only its input with remat; and the logits.
     heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
     per_layer = model.width if model.remat else 8 * model.width + heads + 4 * model.mlp_width
-    activations = tokens * (len(model.mixers) * per_layer * width_bytes + 12 * model.vocab_size)
+    activations = tokens * len(model.mixers) * per_layer * width_bytes
+    logits = tokens * 12 * model.vocab_size
     memory = 16 * params / split + activations
+    if isinstance(config.data, PromptConfig):  # which reads the answers alone, and freezes the base
+        logits *= config.data.answer / config.data.length
+        base = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        memory += width_bytes * count_params(base) / split
     most = config.curriculum.max_steps
     lines = [
         f"task        {type(config.data).__name__.removesuffix('Config').lower()}, "
@@ -74,7 +79,7 @@ def describe(config: TrainConfig) -> str:
         + f" on {all_devices()}",
         f"tokens      {config.batch_tokens:,} a step, at most {most:,} steps, "
         f"{most * config.batch_tokens / 1e6:,.0f} M in all",
-        f"memory      about {memory / 2**20:,.0f} MiB a device",
+        f"memory      about {(memory + logits) / 2**20:,.0f} MiB a device",
     ]  # fmt: skip
     return "\n".join(lines)
 

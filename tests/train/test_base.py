@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,13 +19,15 @@ from routing_jax.models.pretrained import load_pretrained, load_routed
 from routing_jax.routers import SparseModeConfig
 from routing_jax.train.base import with_base
 from routing_jax.train.config import config_from_dict, config_to_dict
-from routing_jax.train.data import batches
+from routing_jax.train.data import PROMPT_TASKS, batches
+from routing_jax.train.metrics import read_metrics
 from routing_jax.train.presets import get_preset
 from routing_jax.train.run import run
 from routing_jax.train.step import init_state, make_train_step
 
 from .published_folder import write_model, write_text
 
+ROOT = Path(__file__).resolve().parents[2]
 SPARSE = SparseModeConfig(sink=32, window=32, block_q=32, block_kv=32)
 
 
@@ -40,8 +45,11 @@ def config(tmp_path_factory):
         model__dtype="float32",
         model__sparse=SPARSE,
         model__remat=False,
-        curriculum__hold_steps=3,
+        curriculum__hold_steps=40,
         optimizer__learning_rate=0.05,
+        budget__retrieval=0.0,
+        budget__text=1.0,
+        budget__rate=0.3,
         batch_tokens=4 * 256,
         eval_sequences=4,
         log_every=1,
@@ -123,6 +131,41 @@ def test_a_run_leaves_routers_that_load_beside_an_unchanged_base(config, made):
         load_routed(folder / "router.safetensors", other)
 
 
+def test_a_missed_budget_weighs_more_and_more_and_is_then_held(made):
+    rows = read_metrics(made[0])
+    sparsity = np.array([row["sparsity"] for row in rows])
+    multipliers = np.array([row["multipliers"] for row in rows])
+    text = PROMPT_TASKS.index("text")
+    assert sparsity[0, text] < 0.5 < sparsity[-5:, text].mean()
+    assert multipliers[0, text] > 0
+    assert (np.diff(multipliers, axis=0) >= 0).all()
+    assert multipliers[-1, text] > 2 * multipliers[3, text]
+
+
+ON_TWO = """
+import sys
+from etils import epath
+from routing_jax.train.loop import train
+from routing_jax.train.run import read_config
+folder, alone = sys.argv[1:]
+config = read_config(epath.Path(alone)).replace(mesh__data=2, curriculum__hold_steps=40)
+train(config, folder, quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_devices_train_the_same_routers_as_one(made, tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ON_TWO, str(tmp_path), str(made[0])]
+    run = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows, want = read_metrics(tmp_path), read_metrics(made[0])
+    assert len(rows) == len(want)
+    for row, other in zip(rows[:5], want):
+        for name in ("loss", "cost", "sparsity", "multipliers", "usage_per_layer"):
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, err_msg=name)
+
+
 def test_the_result_tells_what_each_task_got_and_spent(made):
     _, result, _ = made
     tasks = result.details["tasks"]
@@ -132,7 +175,7 @@ def test_the_result_tells_what_each_task_got_and_spent(made):
         assert (told["nll"] is not None) == (task == "text")
         assert told["sparsity"] == pytest.approx(1 - np.mean(told["dense_by_layer"]))
     assert result.usage == pytest.approx(1 - np.mean([t["sparsity"] for t in tasks.values()]))
-    assert result.steps == 3
+    assert result.steps == 40
     # Two layers, H = 8: the released widths, 8H, 2H, 4H, H and 2.
     sizes = [8, 64, 16, 32, 8, 2]
     assert result.parameters == 2 * sum((a + 1) * b for a, b in itertools.pairwise(sizes))

@@ -200,6 +200,10 @@ def prompt_batch(
     Raises:
       ValueError: a tokenizer or corpus that can't be read, text too short for a row, or a length
         too short for a task.
+
+    >>> prompt_batch(PromptConfig(), split="train", seed=0, step=0, batch_size=2)
+    Traceback (most recent call last):
+    ValueError: tokenizer='' must be a model's folder or GGUF file.
     """
     length = config.length if length is None else length
     tokenizer = _tokenizer(config.tokenizer)

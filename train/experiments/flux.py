@@ -104,8 +104,8 @@ def runs(args: FluxArgs) -> Iterator[Run]:
     Raises:
       ValueError: as `with_base`.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", epath.Path(args.base).stem.lower()).strip("-")
-    task = f"{name}-{args.mode}-{args.length}"
+    names = (re.split(r"[^a-z0-9]", epath.Path(n).name.lower())[0] for n in (args.base, args.text))
+    task = f"{'-'.join(names)}-{args.mode}-{args.length}"
     base, curriculum = (planned_config(args, p) for p in ("flux", "flux-curriculum"))
     yield from (Run(task, variant, 0, base) for variant in ("dense", "sparse"))
     for percent in PERCENT:

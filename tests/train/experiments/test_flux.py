@@ -37,7 +37,7 @@ def test_every_router_has_its_controls_on_the_same_prompts(args):
     plan = list(runs(args))
     names = {run.name for run in plan}
     assert len(names) == len(plan)
-    assert {run.task for run in plan} == {"tiny-streaming-512"}
+    assert {run.task for run in plan} == {"tiny-text-streaming-512"}
     variants = {run.variant for run in plan}
     assert {f"{kind}-{p}" for kind in ("static", "random") for p in PERCENT} <= variants
     assert {"dense", "sparse", "routed", "routed+curriculum"} <= variants
