@@ -40,9 +40,9 @@ from routing_jax.evals.benchmarks.serve_path_config import (
 )
 from routing_jax.evals.benchmarks.serve_path_report import Row, describe, table
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
-from routing_jax.generate.decode import decode_tokens
 from routing_jax.generate.layer import Params, layer_params, route_prompts
-from routing_jax.generate.prefill import empty_memory, forget, prefill_prompts
+from routing_jax.generate.paged_decode import decode_tokens
+from routing_jax.generate.paged_prefill import empty_memory, forget, prefill_prompts
 from routing_jax.kernels import default_implementation
 
 __all__ = ["ServePathConfig", "default_config", "main", "run"]

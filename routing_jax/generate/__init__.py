@@ -3,7 +3,7 @@
 from routing_jax.generate.config import ServingConfig
 from routing_jax.generate.contiguous import decode_step, generate, prefill
 from routing_jax.generate.engine import Engine, Made, Request
-from routing_jax.generate.prefill import DENSE, ROUTED, SPARSE
+from routing_jax.generate.paged_prefill import DENSE, ROUTED, SPARSE
 from routing_jax.generate.text import TextModel
 
 __all__ = [

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from routing_jax.generate.config import ServingConfig, check_servable
-from routing_jax.generate.decode import decode_tokens
 from routing_jax.generate.layer import Params
-from routing_jax.generate.prefill import (
+from routing_jax.generate.paged_decode import decode_tokens
+from routing_jax.generate.paged_prefill import (
     DENSE,
     ROUTED,
     SPARSE,

@@ -16,8 +16,8 @@ from routing_jax.generate import (
     ServingConfig,
     generate,
 )
-from routing_jax.generate.decode import decode_tokens
-from routing_jax.generate.prefill import empty_memory, prefill_layer, prefill_prompts
+from routing_jax.generate.paged_decode import decode_tokens
+from routing_jax.generate.paged_prefill import empty_memory, prefill_layer, prefill_prompts
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
 from ..small_model import MIXED, make_params

@@ -20,7 +20,7 @@ from routing_jax.generate.layer import (
     project,
     read_out,
 )
-from routing_jax.generate.prefill import PagedMemory
+from routing_jax.generate.paged_prefill import PagedMemory
 from routing_jax.generate.sampling import Sampling, choose_tokens
 from routing_jax.kernels import PageList, block_sparse_decode
 from routing_jax.models import DecoderConfig
