@@ -53,9 +53,9 @@ def prompt_scorer(config: DecoderConfig) -> Callable[..., PromptScores]:
       config: the model; with layers 'layer' they are routed, with 'full' they are not.
 
     Returns:
-      (params, batches, choose) -> PromptScores. `batches` are of tokens [B,T], targets and weights
-      [B,A], lengths and tasks [B], and places [B,A]; `choose` decides in place of the routers, who
-      do it when it is None. Raises ValueError when there is no batch.
+      (params, batches, choose) -> PromptScores. `batches` are of tokens and positions [B,T],
+      targets and weights [B,A], lengths and tasks [B], and places [B,A]; `choose` decides in place
+      of the routers, who do it when it is None. Raises ValueError when there is no batch.
 
     >>> prompt_scorer(DecoderConfig())({}, [])
     Traceback (most recent call last):
@@ -64,10 +64,9 @@ def prompt_scorer(config: DecoderConfig) -> Callable[..., PromptScores]:
     model = Decoder(config)
 
     @jax.jit
-    def measure(params, tokens, targets, weights, lengths, places, choice):
-        out: Any = model.apply(
-            {"params": params}, tokens, prompts=Prompts(lengths, 1.0, choice), read=places
-        )
+    def measure(params, tokens, positions, targets, weights, lengths, places, choice):
+        prompts = Prompts(lengths, 1.0, choice)
+        out: Any = model.apply({"params": params}, tokens, positions, prompts=prompts, read=places)
         read = (weights > 0).astype(jnp.float32)
         count = jnp.maximum(read.sum(axis=1), 1)
         nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, targets)
@@ -91,6 +90,7 @@ def prompt_scorer(config: DecoderConfig) -> Callable[..., PromptScores]:
                 measure(
                     params,
                     batch.tokens,
+                    batch.positions,
                     batch.targets,
                     batch.weights,
                     batch.lengths,

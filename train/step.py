@@ -118,6 +118,7 @@ def make_train_step(
         out, sown = model.apply(
             {"params": merge_routers(frozen, params)},
             batch.tokens,
+            batch.positions,
             rng=rng,
             mode="train",
             prompts=Prompts(batch.lengths, price.temperature),

@@ -12,11 +12,14 @@ from routing_jax.generate import decode_step, prefill
 from routing_jax.models import Decoder, DecoderConfig, init_params
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
 B, T, D, BLOCK = 3, 48, 8, 8
 HEADS = HeadsConfig(num_heads=4, num_kv_heads=2, head_dim=4)
 ROUTER = LayerRouterConfig(pool=3)
 SPARSE = SparseModeConfig(sink=8, window=16, last=4, blocks=1, block_q=4, block_kv=BLOCK)
 LENGTHS = np.array([40, 29, 45])
+SLOW_TRIANGLE = pytest.param("triangle", marks=pytest.mark.slow)
 POSITIONS = np.where(np.arange(T) < LENGTHS[:, None] + 3, np.arange(T), -1).astype(np.int32)
 PLACES = jnp.asarray(POSITIONS)
 MODEL = DecoderConfig(
@@ -89,7 +92,7 @@ def test_each_sample_attends_as_it_is_routed():
     np.testing.assert_array_equal(report.choice, valid & choice[:, None])
 
 
-@pytest.mark.parametrize("sparse", ["streaming", "triangle", "topk"])
+@pytest.mark.parametrize("sparse", ["streaming", SLOW_TRIANGLE, "topk"])
 def test_skipping_is_masking(sparse):
     choice = [True, False, False]
     (skipped, report), (masked, other) = (mix(choice, m, sparse) for m in ("eval", "masked"))
@@ -151,7 +154,7 @@ def test_training_passes_the_choice_forward_and_the_gate_backward():
     assert spent["bias"][1] > 0 > spent["bias"][0]
 
 
-@pytest.mark.parametrize("sparse", ["streaming", "triangle"])
+@pytest.mark.parametrize("sparse", ["streaming", SLOW_TRIANGLE])
 def test_prefill_decides_and_decoding_obeys(sparse):
     config = MODEL.replace(sparse=SparseModeConfig(**(vars(SPARSE) | {"mode": sparse})))
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

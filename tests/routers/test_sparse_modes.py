@@ -8,6 +8,8 @@ import pytest
 from routing_jax.kernels import block_sparse_attention, sink_window_table
 from routing_jax.routers import SparseModeConfig, layer_table, mean_key_scores, streaming_table
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
 T, N, K, H, Q, KV = 64, 4, 2, 8, 4, 8
 STARTS = jnp.arange(0, T, Q)[None]
 LENGTHS = np.array([50, 64, 23])

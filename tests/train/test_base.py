@@ -45,7 +45,7 @@ def config(tmp_path_factory):
         model__dtype="float32",
         model__sparse=SPARSE,
         model__remat=False,
-        curriculum__hold_steps=40,
+        curriculum__hold_steps=30,
         optimizer__learning_rate=0.05,
         budget__retrieval=0.0,
         budget__text=1.0,
@@ -57,7 +57,7 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(config, tmp_path_factory):
+def made(config, tmp_path_factory, compile_cache):
     """The folder and the result of the run, and the base's files before it."""
     folder = tmp_path_factory.mktemp("run")
     before = files(config)
@@ -148,7 +148,7 @@ from etils import epath
 from routing_jax.train.loop import train
 from routing_jax.train.run import read_config
 folder, alone = sys.argv[1:]
-config = read_config(epath.Path(alone)).replace(mesh__data=2, curriculum__hold_steps=40)
+config = read_config(epath.Path(alone)).replace(mesh__data=2)
 train(config, folder, quiet=True)
 """
 
@@ -175,7 +175,7 @@ def test_the_result_tells_what_each_task_got_and_spent(made):
         assert (told["nll"] is not None) == (task == "text")
         assert told["sparsity"] == pytest.approx(1 - np.mean(told["dense_by_layer"]))
     assert result.usage == pytest.approx(1 - np.mean([t["sparsity"] for t in tasks.values()]))
-    assert result.steps == 40
+    assert result.steps == 30
     # Two layers, H = 8: the released widths, 8H, 2H, 4H, H and 2.
     sizes = [8, 64, 16, 32, 8, 2]
     assert result.parameters == 2 * sum((a + 1) * b for a, b in itertools.pairwise(sizes))

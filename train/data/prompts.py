@@ -54,6 +54,13 @@ class PromptBatch(NamedTuple):
         after = np.arange(self.targets.shape[1], dtype=np.int32)[None]
         return self.lengths[:, None] - 1 + after
 
+    @property
+    def positions(self) -> Any:
+        """[B,T] int32, −1 behind the answers."""
+        index = np.arange(self.tokens.shape[1], dtype=np.int32)[None]
+        ends = self.lengths + (self.weights > 0).sum(axis=1)
+        return ((index + 1) * (index < ends[:, None]) - 1).astype(np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:

@@ -2,11 +2,14 @@
 
 Command: `routing-jax reproduce flux --base MODEL --text FOLDER`; `--list` names the runs, `--only
 REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
+`--elsewhere OTHER` and `--lengths 1024` measure the same routers on other prompts. On a Hopper GPU
+add `--implementation mosaic_gpu`, once its tests have passed there.
 Hardware and time: one H100; SmolLM2-135M at 8192 tokens an estimated hour in all.
 Expect: not measured yet. A router that does not beat `static` at equal sparsity, where the same
 layers are sparse for every prompt, has learned nothing.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -44,6 +47,7 @@ from routing_jax.train.config import TrainConfig
 from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing, train_run
 from routing_jax.train.loop import train_mesh
 from routing_jax.train.presets import get_preset
+from routing_jax.train.run import starting_parameters
 
 PERCENT = (50, 60, 75, 80, 90)
 _SEEDS = (0, 1, 2)
@@ -57,6 +61,8 @@ class FluxArgs(ReproduceArgs):
     Attributes:
       base: the published model, a folder of safetensors or a GGUF file.
       text: the haystack and the plain text, as --data.source takes it.
+      elsewhere: other texts on which routers trained on `text` are measured as they are.
+      lengths: other lengths at which they are.
       length: tokens a prompt, answer included.
       trials: held-out prompts of each task.
       batch: prompts a step, in training and evaluation.
@@ -67,7 +73,9 @@ class FluxArgs(ReproduceArgs):
 
     base: str = ""
     text: str = "stdlib"
+    elsewhere: tuple[str, ...] = ()
     length: int = 8192
+    lengths: tuple[int, ...] = ()
     trials: int = 1000
     batch: int = 12
     steps: int = 300
@@ -98,22 +106,44 @@ def planned_config(args: FluxArgs, preset: str = "flux") -> TrainConfig:
     )
 
 
+def task_name(args: FluxArgs) -> str:
+    """Base, text, mode and length.
+
+    >>> task_name(FluxArgs(base="SmolLM2-135M.gguf", text="texts/linux_rst.txt.gz"))
+    'smollm2-linux-streaming-8192'
+    """
+    names = (re.split(r"[^a-z0-9]", epath.Path(n).name.lower())[0] for n in (args.base, args.text))
+    return f"{'-'.join(names)}-{args.mode}-{args.length}"
+
+
 def runs(args: FluxArgs) -> Iterator[Run]:
     """All runs of the experiment, in the order in which they are made: controls, then routers.
+
+    Elsewhere, routers are those that were trained at home.
 
     Raises:
       ValueError: as `with_base`.
     """
-    names = (re.split(r"[^a-z0-9]", epath.Path(n).name.lower())[0] for n in (args.base, args.text))
-    task = f"{'-'.join(names)}-{args.mode}-{args.length}"
+    task = task_name(args)
     base, curriculum = (planned_config(args, p) for p in ("flux", "flux-curriculum"))
     yield from (Run(task, variant, 0, base) for variant in ("dense", "sparse"))
     for percent in PERCENT:
         yield Run(task, f"static-{percent}", 0, base)
         yield Run(task, f"random-{percent}", 0, base)
+    routed = [Run(task, "routed", seed, base.replace(seed=seed)) for seed in _SEEDS]
+    yield from routed
     for seed in _SEEDS:
-        yield Run(task, "routed", seed, base.replace(seed=seed))
         yield Run(task, "routed+curriculum", seed, curriculum.replace(seed=seed))
+
+    places = [(text, args.length) for text in args.elsewhere]
+    for text, length in [*places, *((args.text, length) for length in args.lengths)]:
+        there = dataclasses.replace(args, text=text, length=length)
+        task, config = task_name(there), planned_config(there)
+        yield from (Run(task, v, 0, config) for v in ("dense", "sparse", "static-75", "random-75"))
+        for home in routed:
+            folder = epath.Path(args.scratch) / EXPERIMENT / home.name
+            trained = config.replace(seed=home.seed, start_from=str(folder))
+            yield Run(task, "routed", home.seed, trained)
 
 
 @functools.lru_cache(maxsize=1)
@@ -160,8 +190,27 @@ def control(experiment: str, one: Run, workdir: epath.Path) -> Result:
     return Result(**{**vars(result), "details": (result.details or {}) | found})
 
 
+def transferred(experiment: str, one: Run, workdir: epath.Path) -> Result:
+    """The result of routers that were trained elsewhere.
+
+    Args:
+      experiment: the folder of the results.
+      one: its `start_from` names the run of the training.
+      workdir: not used; nothing is trained.
+
+    Raises:
+      ValueError: that run is not there, or its routers are not for this model.
+    """
+    routers = starting_parameters(one.config)
+    score, _, _ = _scored(one.config.replace(seed=0, start_from=""))
+    labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
+    return routing_result(one.config, score(routers, None), labels)
+
+
 def make(experiment: str, one: Run, workdir: epath.Path) -> Result:
-    """The result of a run: routers are trained, controls are not."""
+    """The result of a run: at home routers are trained, controls never are."""
+    if one.config.start_from:
+        return transferred(experiment, one, workdir)
     chosen = train_run if one.variant.startswith("routed") else control
     return chosen(experiment, one, workdir)
 

@@ -73,6 +73,11 @@ def test_what_is_scored_stands_after_the_prompt(config):
     np.testing.assert_allclose(batch.weights.sum(axis=1), 1, rtol=1e-6)
     for row, length, answer in zip(batch.tokens, batch.lengths, read.sum(axis=1)):
         assert not row[length + answer :].any()
+    index = np.arange(config.length)
+    ends = batch.lengths + read.sum(axis=1)
+    np.testing.assert_array_equal(
+        batch.positions, np.where(index < ends[:, None], index, -1), strict=False
+    )
 
 
 def test_batches_follow_from_seed_and_step_alone(config):

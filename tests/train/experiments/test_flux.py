@@ -1,21 +1,15 @@
-"""The experiment 'flux': what is planned, who decides in its controls, and its table."""
+"""The experiment 'flux': what is planned, and that it runs from a model to a table."""
 
 import dataclasses
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from routing_jax.evals.prompt_quality import fixed_layers, random_layers, ranked_layers
-from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.results import load_results
 from routing_jax.train.experiments import flux
 from routing_jax.train.experiments.flux import PERCENT, FluxArgs, runs
 
 from ..published_folder import write_model, write_text
-
-RESULTS = Path(__file__).resolve().parents[3] / "evals/results"
 
 
 @pytest.fixture(scope="module")
@@ -50,64 +44,29 @@ def test_every_router_has_its_controls_on_the_same_prompts(args):
     assert curriculum.config.curriculum.peak > 0 == curriculum.config.budget.rate
 
 
-def test_controls_choose_as_many_layers_as_they_say():
-    costs = np.array([0.5, -0.1, 0.2, 0.0])
-    assert ranked_layers(costs, 0).all()
-    assert ranked_layers(costs, 2).tolist() == [True, False, True, False]
-    assert not ranked_layers(costs, 4).any()
-    assert fixed_layers(costs > 0.1)(7, 2).tolist() == [
-        [True] * 2,
-        [False] * 2,
-        [True] * 2,
-        [False] * 2,
-    ]
-    choose = random_layers(6, 4, seed=1)
-    whole = choose(0, 40)
-    assert (whole.sum(axis=0) == 2).all()
-    assert (choose(10, 5) == whole[:, 10:15]).all()  # however the prompts are batched
-    assert (whole.sum(axis=1) > 3).all()
-
-
-def told(example, variant, seed, right, nll, sparsity):
-    tasks = {
-        "passkey": {"right": right, "nll": None, "sparsity": sparsity, "dense_by_layer": [1.0]},
-        "text": {"right": [0.5], "nll": nll, "sparsity": 1.0, "dense_by_layer": [0.0]},
-    }
-    return dataclasses.replace(
-        example, task="tiny-512", variant=variant, seed=seed, details={"tasks": tasks}
-    )
-
-
-def test_the_table_pairs_each_way_of_routing_with_dense():
-    example = load_results(RESULTS, "routed-attention")[0]
-    ways = [
-        told(example, "routed", 0, [1.0, 0.0, 1.0, 1.0], [1.2, 1.0], 0.5),
-        told(example, "routed", 1, [1.0, 1.0, 1.0, 1.0], [1.4, 1.0], 0.7),
-        told(example, "dense", 0, [1.0, 1.0, 1.0, 0.0], [1.0, 1.0], 0.0),
-        told(example, "static-50", 0, [0.0, 0.0, 0.0, 0.0], [2.0, 2.0], 0.5),
-    ]
-    table = flux_table(ways)
-    lines = [line for line in table.splitlines() if line.startswith("|")][2:]
-    assert [line.split("|")[1].strip() for line in lines] == ["dense", "static-50", "routed"]
-    dense, static, routed = lines
-    assert "75.0 % |" in dense
-    assert "2.72" in dense
-    # Differences of the seeds' mean: 0, −½, 0, 1.
-    half = 1.96 * np.std([0, -50, 0, 100], ddof=1) / 2
-    assert f"87.5 % (+12.5 ± {half:.1f})" in routed
-    assert f"{math.exp(1.15):.2f} (+16.18 %" in routed
-    assert "60.0 %" in routed
-    assert f"({100 * math.expm1(1):+.2f} %" in static
-    with pytest.raises(ValueError, match="tiny-512 has no result of variant 'dense'"):
-        flux_table(ways[:1])
+def test_elsewhere_routers_are_those_that_were_trained_at_home(args):
+    asked = dataclasses.replace(args, elsewhere=("stdlib",), lengths=(400,))
+    plan = list(runs(asked))
+    names = [run.name for run in plan]
+    moved = [run for run in plan if run.config.start_from]
+    assert {run.task for run in moved} == {"tiny-stdlib-streaming-512", "tiny-text-streaming-400"}
+    for run in moved:
+        home = Path(run.config.start_from).name
+        assert names.index(home) < names.index(run.name)
+        assert home == f"tiny-text-streaming-512_routed_s{run.seed}"
+        assert {f"{run.task}_{v}_s0" for v in ("dense", "static-75")} <= set(names)
 
 
 @pytest.mark.slow
 def test_reproducing_scores_controls_and_routers_and_renders(args):
-    only = "dense|static-50|random-50|routed_s0|curriculum_s0"
-    asked = dataclasses.replace(args, only=only)
+    only = "512_dense|static-50|random-50|routed_s0|curriculum_s0|400_dense"
+    asked = dataclasses.replace(args, only=only, lengths=(400,))
     assert flux.reproduce(asked) == 0
-    results = {r.variant: r for r in load_results(args.out, "flux")}
+    made = load_results(args.out, "flux")
+    results = {r.variant: r for r in made if r.task.endswith("512")}
+    there = {r.variant: r for r in made if r.task.endswith("400")}
+    assert list(there) == ["dense", "routed"]
+    assert there["routed"].steps == 0
     assert list(results) == ["dense", "random-50", "routed+curriculum", "routed", "static-50"]
     assert results["dense"].usage == 1
     assert results["static-50"].usage == results["random-50"].usage == 0.5
