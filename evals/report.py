@@ -10,11 +10,13 @@ from etils import epath
 from routing_jax.evals.benchmarks import (
     attention_plot,
     attention_report,
+    serve_path_report,
     tpu_schedule_plot,
     tpu_schedule_report,
 )
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
+from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.readme import update_blocks
 from routing_jax.evals.results import Result, load_results
 from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
@@ -25,9 +27,11 @@ ROUTED_ATTENTION = "routed-attention"
 MOAS = "moas"
 MOAS_TIMES = "moas-times"
 BLOCK_ROUTING = "block-routing"
+FLUX = "flux"
 MIXING = "mixing"
 ATTENTION = "attention"
 TPU_SCHEDULE = "tpu-schedule"
+SERVE_PATH = "serve-path"
 
 
 def benchmark_caption(result: Mapping[str, Any]) -> str:
@@ -57,6 +61,8 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         blocks[MOAS] = moas_table(results)
     if results := load_results(folder, BLOCK_ROUTING):
         blocks[BLOCK_ROUTING] = block_routing_table(results)
+    if results := load_results(folder, FLUX):
+        blocks[FLUX] = flux_table(results)
     for path in sorted((folder / MIXING).glob("*.json")):
         bench = json.loads(path.read_text())
         blocks[f"{MIXING}-{path.stem}"] = (
@@ -67,7 +73,11 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         blocks[f"{MOAS_TIMES}-{path.stem}"] = (
             f"{times_table(times['rows'])}\n\n{times_caption(times)}"
         )
-    for name, written in ((ATTENTION, attention_report), (TPU_SCHEDULE, tpu_schedule_report)):
+    for name, written in (
+        (ATTENTION, attention_report),
+        (TPU_SCHEDULE, tpu_schedule_report),
+        (SERVE_PATH, serve_path_report),
+    ):
         for path in sorted((folder / name).glob("*.json")):
             bench = json.loads(path.read_text())
             text = f"{written.table(bench['rows'])}\n\n{written.caption(bench)}"
@@ -89,6 +99,8 @@ def plot_results(folder: epath.PathLike) -> None:
         plot_moas(results, folder / MOAS)
     if results := load_results(folder, BLOCK_ROUTING):
         plot_block_routing(results, folder / BLOCK_ROUTING)
+    if results := load_results(folder, FLUX):
+        plot_flux(results, folder / FLUX)
     for path in sorted((folder / MIXING).glob("*.json")):
         rows = json.loads(path.read_text())["rows"]
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
@@ -145,6 +157,17 @@ def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
     """
     by_router = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
     plot_tradeoff(by_router, folder / "tradeoff.png")
+
+
+def plot_flux(results: list[Result], folder: epath.Path) -> None:
+    """Right answers against the share of layers that attend fully, a mark a way of routing.
+
+    Args:
+      results: of the experiment.
+      folder: where the plot goes.
+    """
+    by_kind = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
+    plot_tradeoff(by_kind, folder / "tradeoff.png")
 
 
 def report(folder: epath.PathLike, readme: epath.PathLike | None) -> None:

@@ -135,9 +135,13 @@ def result_table(result: Result, workdir: str) -> str:
     rows = [("accuracy", f"{result.accuracy:.3%} of {result.sequences:,} held-out sequences")]
     if result.accuracy_first_place is not None:
         rows.append(("  pair at 0–1", f"{result.accuracy_first_place:.3%} (proves nothing alone)"))
+    for task, told in (result.details or {}).get("tasks", {}).items():
+        right = sum(told["right"]) / len(told["right"])
+        rows.append((f"  {task}", f"{right:.3%} right, {told['sparsity']:.2%} of layers sparse"))
     if result.bits_per_byte is not None:
         rows.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
     counted = "visible blocks visited" if "block" in layers else "tokens attend"
+    counted = "layers attend fully" if "layer" in layers else counted
     usage = f"{result.usage:.4%} of {counted}"
     if result.least_usage:
         usage += f" = {result.usage / result.least_usage:.2f} × the least possible"

@@ -7,9 +7,11 @@ from typing import Any
 from routing_jax.models import DecoderConfig
 from routing_jax.train.curriculum import CurriculumConfig
 from routing_jax.train.data import (
+    PROMPT_TASKS,
     CharacterConfig,
     DataConfig,
     NeedleConfig,
+    PromptConfig,
     RecallConfig,
     TextConfig,
 )
@@ -60,6 +62,38 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class BudgetConfig:
+    """How sparse layer routing shall be, task by task (Flux Attention, arXiv 2604.07394).
+
+    Attributes:
+      retrieval: wanted share of sparse layers where a prompt asks for something in it.
+      text: wanted share of sparse layers where it does not.
+      rate: by how much the multipliers of a missed budget rise in a step; 0 for no budget, which
+        leaves all to λ.
+    """
+
+    retrieval: float = 0.6
+    text: float = 0.95
+    rate: float = 0.02
+
+    def __post_init__(self):
+        for name in ("retrieval", "text"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"budget.{name} is {getattr(self, name)}; it must lie in [0, 1].")
+        if self.rate < 0:
+            raise ValueError(f"budget.rate is {self.rate}; it must be at least 0.")
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """By the places of the tasks in PROMPT_TASKS.
+
+        >>> BudgetConfig(retrieval=0.5, text=0.9).targets
+        (0.5, 0.5, 0.5, 0.9)
+        """
+        return tuple(self.text if task == "text" else self.retrieval for task in PROMPT_TASKS)
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """How devices are laid out; −1 takes all that are left.
 
@@ -100,11 +134,14 @@ class TrainConfig:
       log_every: steps between metric lines.
       checkpoint_every: steps between checkpoints.
       seed: of parameters, data and noise.
+      base: folder or GGUF file of a published model that stays as it is; only its layer routers
+        are trained, and the sizes in `model` are its own. Empty to train a whole model.
+      budget: of layer routers.
       start_from: folder of a run of the same parameters, whose newest checkpoint's are the first
         ones here; empty to draw them from the seed.
     """
 
-    data: RecallConfig | TextConfig | CharacterConfig | NeedleConfig = field(
+    data: RecallConfig | TextConfig | CharacterConfig | NeedleConfig | PromptConfig = field(
         default_factory=RecallConfig
     )
     model: DecoderConfig = field(default_factory=DecoderConfig)
@@ -117,6 +154,8 @@ class TrainConfig:
     log_every: int = 20
     checkpoint_every: int = 500
     seed: int = 0
+    base: str = ""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     start_from: str = ""
 
     def __post_init__(self):
@@ -180,6 +219,7 @@ _TASKS: dict[str, type[DataConfig]] = {
     "text": TextConfig,
     "character": CharacterConfig,
     "needle": NeedleConfig,
+    "prompts": PromptConfig,
 }
 
 
@@ -223,6 +263,7 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
 
 
 __all__ = [
+    "BudgetConfig",
     "DataConfig",
     "MeshConfig",
     "OptimizerConfig",

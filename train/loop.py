@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from routing_jax.checkpoint import Checkpointer
 from routing_jax.files import write_whole
+from routing_jax.models.pretrained import load_pretrained
 from routing_jax.sharding import make_mesh, put_batch, tree_shardings
 from routing_jax.train.config import TrainConfig, config_to_dict
 from routing_jax.train.curriculum import finished
@@ -188,6 +189,12 @@ def train(
         step_fn = jax.jit(
             make_train_step(config), donate_argnums=0, out_shardings=(shardings, None)
         )
+        frozen = None
+        if config.base:
+            wanted = config.model
+            frozen = load_pretrained(
+                config.base, dtype=wanted.dtype, scan=wanted.scan, mesh=mesh
+            ).params
         feed = _Feed(config, mesh)
         writer = stack.enter_context(MetricsWriter(workdir, step)) if chief else None
         progress = stack.enter_context(
@@ -227,7 +234,7 @@ def train(
         while not done:
             batch = feed.get(step, stage)
             length = config.lengths[stage]
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, batch, frozen)
             step += 1
             if pending is not None:
                 before, before_length, values = pending

@@ -18,11 +18,13 @@ from routing_jax.evals.mixing_time import mixing_milliseconds
 from routing_jax.evals.plots import plot_heatmap, plot_history
 from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
-from routing_jax.models import count_params
+from routing_jax.models import count_params, init_params
 from routing_jax.sharding import make_mesh, put_batch
+from routing_jax.train.base import finish_routers, with_base
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
 from routing_jax.train.data import (
     CharacterConfig,
+    PromptConfig,
     RecallConfig,
     TextConfig,
     batches,
@@ -58,20 +60,26 @@ def describe(config: TrainConfig) -> str:
     # keeps: a block's inputs and its projections, or only its input with remat; and the logits.
     heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
     per_layer = model.width if model.remat else 8 * model.width + heads + 4 * model.mlp_width
-    activations = tokens * (len(model.mixers) * per_layer * width_bytes + 12 * model.vocab_size)
+    activations = tokens * len(model.mixers) * per_layer * width_bytes
+    logits = tokens * 12 * model.vocab_size
     memory = 16 * params / split + activations
+    if isinstance(config.data, PromptConfig):  # which reads the answers alone, and freezes the base
+        logits *= config.data.answer / config.data.length
+        base = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        memory += width_bytes * count_params(base) / split
     most = config.curriculum.max_steps
     lines = [
         f"task        {type(config.data).__name__.removesuffix('Config').lower()}, "
         f"length {config.data.length}"
         + (f", after {', '.join(map(str, config.curriculum.lengths))}" if config.curriculum.lengths
            else ""),
-        f"model       {params:,} parameters, layers {model.layers}, width {model.width}",
+        f"model       {params:,} parameters, layers {model.layers}, width {model.width}"
+        + (f"; routers for {config.base}" if config.base else ""),
         "mesh        " + " × ".join(f"{k} {v}" for k, v in mesh.shape.items())
         + f" on {all_devices()}",
         f"tokens      {config.batch_tokens:,} a step, at most {most:,} steps, "
         f"{most * config.batch_tokens / 1e6:,.0f} M in all",
-        f"memory      about {memory / 2**20:,.0f} MiB a device",
+        f"memory      about {(memory + logits) / 2**20:,.0f} MiB a device",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -328,6 +336,8 @@ def run(
       The result, also in `workdir/result.json`.
     """
     labels = labels or {"experiment": "train", "task": "run", "variant": "run"}
+    if config.base or isinstance(config.data, PromptConfig):
+        config = with_base(config)
     if not quiet and jax.process_index() == 0:
         print(describe(config), flush=True)
     # Refuse a corpus or length that will not do before the folder is made.
@@ -337,7 +347,8 @@ def run(
     start = find_start(config, workdir, resume=resume, resume_step=resume_step)
     params = starting_parameters(config) if start is None and config.start_from else None
     trained = train(config, workdir, resume_step=start, params=params, quiet=quiet)
-    return finish_run(config, workdir, trained, labels=labels)
+    finish = finish_routers if config.base else finish_run
+    return finish(config, workdir, trained, labels=labels)
 
 
 __all__ = [

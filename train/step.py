@@ -1,4 +1,8 @@
-"""One training step: loss, gradient, AdamW, curriculum. Pure; everything it needs is its state."""
+"""One training step: loss, gradient, AdamW, curriculum. Pure; everything it needs is its state.
+
+Of a published model only the routers are trained: its own parameters are an argument of the step,
+and nothing is differentiated in them.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from routing_jax.models import Decoder, init_params
+from routing_jax.attention import Prompts
+from routing_jax.models import Decoder, init_params, init_routers, layer_gates, merge_routers
+from routing_jax.routers import (
+    Multipliers,
+    ascend,
+    budget_loss,
+    cooled_temperature,
+    init_multipliers,
+)
 from routing_jax.train.config import OptimizerConfig, TrainConfig
 from routing_jax.train.curriculum import (
     CurriculumState,
@@ -19,23 +31,28 @@ from routing_jax.train.curriculum import (
     penalty_weight,
     update_curriculum,
 )
-from routing_jax.train.data import Batch
+from routing_jax.train.data import PROMPT_TASKS, Batch, PromptBatch
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step, and all that a checkpoint holds."""
+    """All that a run carries from step to step, and all that a checkpoint holds.
+
+    `params` are those that are trained; `multipliers`, of the budget, are None without prompts.
+    """
 
     params: Any
     opt_state: Any
     curriculum: CurriculumState
     key: jax.Array  # raw key data; the noise of a step is folded in from its number
+    multipliers: Multipliers | None = None
 
 
 class _Price(NamedTuple):
-    """What the loss adds to the task's own: λ, and the weight of the routers' auxiliary losses."""
+    """λ, the weight of the routers' auxiliary losses, and the temperature of layer routers."""
 
     penalty: jax.Array
     auxiliary: jax.Array
+    temperature: jax.Array
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -66,30 +83,60 @@ def learning_rate(config: TrainConfig, state: CurriculumState) -> jax.Array:
 def init_state(config: TrainConfig) -> TrainState:
     """The state before the first step, from the seed alone."""
     key = jax.random.key(config.seed)
-    params = init_params(config.model, jax.random.fold_in(key, 0))
+    make = init_routers if config.base else init_params
+    params = make(config.model, jax.random.fold_in(key, 0))
     return TrainState(
         params=params,
         opt_state=make_optimizer(config.optimizer).init(params),
         curriculum=init_curriculum(config.curriculum),
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
+        multipliers=init_multipliers(len(PROMPT_TASKS)) if config.base else None,
     )
+
+
+def _by_task(batch: Any) -> jax.Array:
+    """[B,tasks] float32, 1 at the task of each prompt."""
+    return jax.nn.one_hot(batch.tasks, len(PROMPT_TASKS))
 
 
 @functools.cache  # a run that goes on in the same process finds its step compiled
 def make_train_step(
     config: TrainConfig,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the step function; jit it with the state donated.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the step function (state, batch, frozen) -> (state, metrics); jit it, state donated.
 
-    A step whose loss or gradient is not finite changes nothing and says so in `finite`; so does
-    one after the curriculum's end, in `finished`.
+    `frozen` holds the parameters that are not trained, and is left out where there are none. A step
+    whose loss or gradient is not finite changes nothing and says so in `finite`; so does one after
+    the curriculum's end, in `finished`.
     """
     model = Decoder(config.model)
     optimizer = make_optimizer(config.optimizer)
     weighs = config.curriculum.weighs
 
-    def loss_fn(params: Any, batch: Batch, rng: jax.Array, price: _Price, total: jax.Array):
-        out: Any = model.apply({"params": params}, batch.tokens, rng=rng, mode="train")
+    def run(params: Any, multipliers: Any, frozen: Any, batch: Any, rng: jax.Array, price: _Price):
+        """The model's output, and how far its budget is missed, as a loss and as sparsities."""
+        if not config.base:
+            return model.apply({"params": params}, batch.tokens, rng=rng, mode="train"), 0.0, {}
+        out, sown = model.apply(
+            {"params": merge_routers(frozen, params)},
+            batch.tokens,
+            batch.positions,
+            rng=rng,
+            mode="train",
+            prompts=Prompts(batch.lengths, price.temperature),
+            read=batch.places,
+            mutable=["intermediates"],
+        )
+        sparsity = 1 - layer_gates(sown["intermediates"]).mean(axis=0)
+        targets = jnp.array(config.budget.targets)
+        missed = budget_loss(sparsity, batch.tasks, targets, multipliers)
+        return out, missed, {"sparsity": sparsity @ _by_task(batch)}
+
+    def loss_fn(
+        trained: Any, frozen: Any, batch: Any, rng: jax.Array, price: _Price, total: jax.Array
+    ):
+        params, multipliers = trained
+        out, missed, sparsity = run(params, multipliers, frozen, batch, rng, price)
         nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, batch.targets)
         hits = (jnp.argmax(out.logits, axis=-1) == batch.targets) * batch.weights
         spent = {
@@ -102,20 +149,24 @@ def make_train_step(
         loss = jnp.sum(nll * batch.weights) / total
         share = 1.0 / config.accumulation
         metrics = {"loss": loss, "accuracy": jnp.sum(hits) / total}
-        metrics |= {name: share * value for name, value in spent.items()}
-        penalty = price.penalty * spent[weighs] + price.auxiliary * spent["aux"]
+        metrics |= {name: share * value for name, value in spent.items()} | sparsity
+        penalty = price.penalty * spent[weighs] + price.auxiliary * spent["aux"] + missed
         return loss + share * penalty, metrics
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: Batch | PromptBatch, frozen: Any = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         price = _Price(
             penalty_weight(config.curriculum, state.curriculum),
             auxiliary_weight(config.curriculum, state.curriculum),
+            cooled_temperature(state.curriculum.step, config.curriculum.max_steps),
         )
+        trained = state.params, state.multipliers
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.curriculum.step)
         total = jnp.maximum(jnp.sum(batch.weights), 1e-9)
         gradient = jax.grad(loss_fn, has_aux=True)
         if config.accumulation == 1:
-            grads, metrics = gradient(state.params, batch, rng, price, total)
+            grads, metrics = gradient(trained, frozen, batch, rng, price, total)
         else:
             # Interleaved, so that every microbatch lies on all devices of the batch.
             n = config.accumulation
@@ -123,15 +174,16 @@ def make_train_step(
 
             def accumulate(sums, inputs):
                 part, i = inputs
-                new = gradient(state.params, part, jax.random.fold_in(rng, i), price, total)
+                new = gradient(trained, frozen, part, jax.random.fold_in(rng, i), price, total)
                 return jax.tree.map(jnp.add, sums, new), None
 
             shapes = jax.eval_shape(
-                gradient, state.params, jax.tree.map(lambda x: x[0], micro), rng, price, total
+                gradient, trained, frozen, jax.tree.map(lambda x: x[0], micro), rng, price, total
             )
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (micro, jnp.arange(n)))
 
+        grads, slopes = grads
         rate = learning_rate(config, state.curriculum)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -139,7 +191,13 @@ def make_train_step(
         curriculum = update_curriculum(
             config.curriculum, state.curriculum, metrics["accuracy"], metrics[weighs]
         )
-        new = TrainState(params, opt_state, curriculum, state.key)
+        multipliers = state.multipliers
+        if multipliers is not None:
+            multipliers = ascend(multipliers, slopes, config.budget.rate)
+            metrics["multipliers"] = multipliers.linear
+            # Each task's mean; 0 where the batch does not have it.
+            metrics["sparsity"] /= jnp.maximum(_by_task(batch).sum(axis=0), 1)
+        new = TrainState(params, opt_state, curriculum, state.key, multipliers)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         # Metrics are read a step late, so one step may come after the end: it changes nothing.
         keep = finite & ~finished(config.curriculum, state.curriculum)

@@ -9,6 +9,12 @@ from routing_jax.attention.block_routed import (
 from routing_jax.attention.cache import LayerCache, push_history, write_kv
 from routing_jax.attention.conv import CausalConv
 from routing_jax.attention.full import FullAttention
+from routing_jax.attention.layer_routed import (
+    LayerMemory,
+    LayerRouted,
+    Prompts,
+    layer_routed_cost,
+)
 from routing_jax.attention.linear import (
     LinearAttention,
     LinearMemory,
@@ -29,11 +35,14 @@ __all__ = [
     "FullAttention",
     "HeadsConfig",
     "LayerCache",
+    "LayerMemory",
     "LayerReport",
+    "LayerRouted",
     "LinearAttention",
     "LinearMemory",
     "MixtureOfSchemes",
     "Mode",
+    "Prompts",
     "RoutedConv",
     "apply_rope",
     "attend_routed",
@@ -41,6 +50,7 @@ __all__ = [
     "block_routed_cost",
     "empty_block_memory",
     "empty_linear_memory",
+    "layer_routed_cost",
     "linear_attention",
     "llama3_factors",
     "push_history",

@@ -18,7 +18,7 @@ class LayerCache(NamedTuple):
       values: [B,S,K,H].
       history: [B,W−1,D], the convolution's last inputs, oldest first.
       summary: [B,R] float32, the token router's recurrent summary.
-      memory: what else the mixer remembers: a BlockMemory or a LinearMemory.
+      memory: what else the mixer remembers: a BlockMemory, LayerMemory or LinearMemory.
     """
 
     keys: Any = None

@@ -40,11 +40,13 @@ class LayerReport(NamedTuple):
       cost: scalar, multiply-adds for mixing ÷ those of full causal attention.
       kv_cost: scalar, key/value bytes read ÷ those that dense multi-head attention reads.
       usage: scalar, the fraction of tokens that attended; of mixed schemes, the share of the
-        dearest; for block routers, of the visible key blocks that were visited.
+        dearest; for block routers, of the visible key blocks that were visited; for layer
+        routers, the share of sequences that attended fully.
       aux: scalar, the router's own auxiliary loss, to be weighted and added by the trainer; for
         independent gates minus their mean entropy in nats, which keeps them undecided; for scheme
         routers the balance loss.
-      choice: [B,T] bool, which tokens attended; of mixed schemes, by the dearest.
+      choice: [B,T] bool, which tokens attended; of mixed schemes, by the dearest; of layer
+        routers, fully.
     """
 
     cost: jax.Array

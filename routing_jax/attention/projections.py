@@ -120,16 +120,22 @@ def _project(
     return y if scale is None else rms_norm(y, scale, eps)
 
 
-def _turn(x: jax.Array, positions: jax.Array, heads: HeadsConfig) -> jax.Array:
-    if not heads.rope_theta:
+def turn(x: jax.Array, positions: jax.Array | None, heads: HeadsConfig) -> jax.Array:
+    """Queries or keys [B,T,N,H] turned to their positions [B,T]; as they are where None.
+
+    >>> one = jnp.ones((1, 1, 1, 2))
+    >>> turn(one, jnp.array([[0]]), HeadsConfig(1, 1, 2)).ravel().tolist()
+    [1.0, 1.0]
+    """
+    if not heads.rope_theta or positions is None:
         return x
     return apply_rope(x, positions, heads.rope_theta, heads.rope_factors)
 
 
 def project_queries(
-    x: jax.Array, positions: jax.Array, weights: AttentionWeights, heads: HeadsConfig
+    x: jax.Array, positions: jax.Array | None, weights: AttentionWeights, heads: HeadsConfig
 ) -> jax.Array:
-    """Queries [B,T,N,H] of x [B,T,D], turned to their positions [B,T].
+    """Queries [B,T,N,H] of x [B,T,D], turned to their positions [B,T]; not turned where None.
 
     >>> into = jnp.ones((4, 1, 2))
     >>> weights = AttentionWeights(into, into, into, into.transpose(1, 2, 0))
@@ -138,7 +144,7 @@ def project_queries(
     [[[[4.0, 4.0]]]]
     """
     q = _project(x, weights.query, weights.query_bias, weights.query_norm, heads.norm_eps)
-    return _turn(q, positions, heads)
+    return turn(q, positions, heads)
 
 
 def project_keys_values(
@@ -155,7 +161,7 @@ def project_keys_values(
     """
     k = _project(x, weights.key, weights.key_bias, weights.key_norm, heads.norm_eps)
     v = _project(x, weights.value, weights.value_bias, None, heads.norm_eps)
-    return _turn(k, positions, heads), v
+    return turn(k, positions, heads), v
 
 
 def project_out(y: jax.Array, weights: AttentionWeights) -> jax.Array:

@@ -12,6 +12,13 @@ from routing_jax.models.decoder import (
     stack_layers,
     unstack_layers,
 )
+from routing_jax.models.layer_routing import (
+    init_routers,
+    layer_gates,
+    merge_routers,
+    split_routers,
+    with_layer_routing,
+)
 
 __all__ = [
     "MIXERS",
@@ -22,9 +29,14 @@ __all__ = [
     "count_params",
     "init_cache",
     "init_params",
+    "init_routers",
+    "layer_gates",
     "make_mixer",
+    "merge_routers",
     "parse_layers",
     "repeating_pattern",
+    "split_routers",
     "stack_layers",
     "unstack_layers",
+    "with_layer_routing",
 ]

@@ -6,9 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from routing_jax.attention import HeadsConfig
-from routing_jax.routers import BlockRouterConfig, SchemesConfig, TokenRouterConfig
+from routing_jax.routers import (
+    BlockRouterConfig,
+    LayerRouterConfig,
+    SchemesConfig,
+    SparseModeConfig,
+    TokenRouterConfig,
+)
 
-MIXERS = ("full", "conv", "routed", "schemes", "block", "linear")
+MIXERS = ("full", "conv", "routed", "schemes", "block", "layer", "linear")
 
 
 def parse_layers(pattern: str) -> tuple[str, ...]:
@@ -63,8 +69,8 @@ class DecoderConfig:
     Attributes:
       vocab_size: V.
       width: D.
-      layers: the mixer of each layer, as in 'conv,routed*2': full, conv, routed, schemes, block or
-        linear.
+      layers: the mixer of each layer, as in 'conv,routed*2': full, conv, routed, schemes, block,
+        layer or linear.
       num_heads: N, query heads.
       num_kv_heads: K, key/value heads; N = K is multi-head, K = 1 multi-query attention.
       head_dim: H.
@@ -80,6 +86,8 @@ class DecoderConfig:
       router: the token router of routed layers.
       schemes: the attention schemes of 'schemes' layers, and their router.
       blocks: the block router of block layers.
+      layer_router: the router of 'layer' layers, which chooses between full and sparse attention.
+      sparse: what sparse attention is in 'layer' layers.
       norm: 'rms' or 'layer', without bias.
       norm_eps: added to the mean square, or variance, in the norm.
       tie_embeddings: use the embedding as output projection.
@@ -111,6 +119,8 @@ class DecoderConfig:
     router: TokenRouterConfig = field(default_factory=TokenRouterConfig)
     schemes: SchemesConfig = field(default_factory=SchemesConfig)
     blocks: BlockRouterConfig = field(default_factory=BlockRouterConfig)
+    layer_router: LayerRouterConfig = field(default_factory=LayerRouterConfig)
+    sparse: SparseModeConfig = field(default_factory=SparseModeConfig)
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False

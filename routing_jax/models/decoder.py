@@ -1,6 +1,7 @@
 """The decoder: embedding, a stack of (mixer, MLP) blocks, logits."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,10 +13,13 @@ from routing_jax.attention import (
     CausalConv,
     FullAttention,
     LayerCache,
+    LayerMemory,
     LayerReport,
+    LayerRouted,
     LinearAttention,
     MixtureOfSchemes,
     Mode,
+    Prompts,
     RoutedConv,
     empty_block_memory,
     empty_linear_memory,
@@ -57,7 +61,7 @@ class ModelOutput(NamedTuple):
     """What the model returns.
 
     Attributes:
-      logits: [B,T,V] float32.
+      logits: [B,T,V] float32; [B,A,V] of the A tokens that were to be read.
       cache: the DecoderCache after these tokens, or None.
       reports: LayerReport with a leading layer dimension [L].
     """
@@ -111,6 +115,8 @@ def make_mixer(config: DecoderConfig, kind: str) -> nn.Module:
         return MixtureOfSchemes(config.heads, config.schemes, name="mixer")
     if kind == "block":
         return BlockRouted(config.heads, config.blocks, name="mixer")
+    if kind == "layer":
+        return LayerRouted(config.heads, config.layer_router, config.sparse, name="mixer")
     if kind == "linear":
         return LinearAttention(config.heads, name="mixer")
     return RoutedConv(config.heads, config.router, config.conv_width, name="mixer")
@@ -133,7 +139,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions, segment_ids, cache, rng, mode: Mode
+        self, x: jax.Array, positions, segment_ids, cache, rng, mode: Mode, prompts=None
     ) -> tuple[jax.Array, LayerCache | None, LayerReport]:
         """Runs one layer on x [B,T,D]."""
         cfg = self.config
@@ -142,8 +148,9 @@ class Block(nn.Module):
             key = None if rng is None or mode != "train" else jax.random.fold_in(rng, place)
             return dropout(y, cfg.dropout, key)
 
+        told = (prompts,) if self.kind == "layer" else ()
         mixed, cache, report = make_mixer(cfg, self.kind)(
-            make_norm(cfg, "mixer_norm")(x), positions, segment_ids, cache, rng, mode
+            make_norm(cfg, "mixer_norm")(x), positions, segment_ids, cache, rng, mode, *told
         )
         x = x + drop(mixed, 2)  # 1 is taken by the mixer's attention weights
         if cfg.mlp_width:
@@ -159,14 +166,17 @@ class Pattern(nn.Module):
     mode: Mode
 
     @nn.compact
-    def __call__(self, x: jax.Array, scanned: tuple, positions, segment_ids):
-        """Runs the pattern's blocks on x; `scanned` holds this repeat's caches and keys."""
-        caches, rngs = scanned
+    def __call__(self, x: jax.Array, scanned: tuple, positions, segment_ids, prompts):
+        """Runs the pattern's blocks on x; `scanned` holds this repeat's caches, keys, choices."""
+        caches, rngs, choices = scanned
         block = nn.remat(Block, static_argnums=(6,)) if self.config.remat else Block
         new_caches, reports = [], []
         for i, kind in enumerate(repeating_pattern(self.config.mixers)):
+            if choices is not None:
+                prompts = prompts._replace(choice=choices[i])
+            rng = None if rngs is None else rngs[i]
             x, cache, report = block(self.config, kind, name=f"block_{i}")(
-                x, positions, segment_ids, caches[i], None if rngs is None else rngs[i], self.mode
+                x, positions, segment_ids, caches[i], rng, self.mode, prompts
             )
             new_caches.append(cache)
             reports.append(report)
@@ -176,7 +186,8 @@ class Pattern(nn.Module):
 class Decoder(nn.Module):
     """A causal language model with a mixer per layer.
 
-    `apply({'params': p}, tokens [B,T], positions, segment_ids, cache, rng, mode) -> ModelOutput`.
+    `apply({'params': p}, tokens [B,T], positions, segment_ids, cache, rng, mode, prompts,
+    read) -> ModelOutput`; `prompts` is for layer routers.
     Use `init_params` for its parameters: they are the same with and without scan.
     A position past the cache's end raises ValueError where positions are concrete. Under jit they
     are not: the key is dropped and later tokens do not see it, so the caller has to count, or to
@@ -199,8 +210,13 @@ class Decoder(nn.Module):
         cache: DecoderCache | None = None,
         rng: jax.Array | None = None,
         mode: Mode = "eval",
+        prompts: Prompts | None = None,
+        read: jax.Array | None = None,
     ) -> ModelOutput:
-        """Runs the model on tokens [B,T]; positions default to 0…T−1 after the cache's end."""
+        """Runs the model on tokens [B,T]; positions default to 0…T−1 after the cache's end.
+
+        `read` [B,A] int32 names the places in T whose logits are wanted; all of them when None.
+        """
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
         if mode in ("prefill", "decode") and cache is None:
@@ -237,19 +253,23 @@ class Decoder(nn.Module):
         period = len(repeating_pattern(mixers))
         repeats = len(mixers) // period
         rngs = None if rng is None else jax.random.split(rng, (repeats, period))
+        choices = None
+        if prompts is not None and prompts.choice is not None:
+            choices = prompts.choice.reshape(repeats, period, -1)
+            prompts = prompts._replace(choice=None)
         if cfg.scan:
             caches = (None,) * period if cache is None else cache.layers
             scan = nn.scan(
                 Pattern,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=repeats,
                 # The values that kernels check under checkify look to Flax like a dependency.
                 check_constancy_invariants=False,
             )
             x, (caches, reports) = scan(cfg, mode, name="layers")(
-                x, (caches, rngs), positions, segment_ids
+                x, (caches, rngs, choices), positions, segment_ids, prompts
             )
             reports = jax.tree.map(lambda r: r.reshape(len(mixers), *r.shape[2:]), reports)
         else:
@@ -257,8 +277,9 @@ class Decoder(nn.Module):
             caches, reports = (), []
             for i in range(repeats):
                 part = given[i * period : (i + 1) * period]
+                own = jax.tree.map(lambda a, i=i: a[i], (rngs, choices))
                 x, (new, report) = Pattern(cfg, mode, name=f"layers_{i}")(
-                    x, (part, None if rngs is None else rngs[i]), positions, segment_ids
+                    x, (part, *own), positions, segment_ids, prompts
                 )
                 caches += new
                 reports.append(report)
@@ -267,6 +288,8 @@ class Decoder(nn.Module):
             lengths = jnp.maximum(cache.lengths, jnp.max(positions, axis=1) + 1)
             cache = DecoderCache(caches, lengths)
 
+        if read is not None:
+            x = jnp.take_along_axis(x, read[..., None], axis=1)
         x = make_norm(cfg, "final_norm")(x)
         if cfg.tie_embeddings:
             head = embedding.T
@@ -338,8 +361,8 @@ def init_cache(
     Args:
       config: the model.
       batch: B.
-      length: S, the most tokens a sequence may hold; with block layers, it is rounded up to whole
-        blocks.
+      length: S, the most tokens a sequence may hold; with block or layer routing, it is rounded
+        up to whole blocks.
       dtype: of keys, values and convolution inputs; the compute dtype when None.
 
     Raises:
@@ -355,13 +378,16 @@ def init_cache(
             )
     dtype = jnp.dtype(dtype or config.dtype)
 
-    if "block" in config.mixers:  # a block is a page of the decoding kernel
-        length = -(-length // config.blocks.block_kv) * config.blocks.block_kv
+    pages = {"block": config.blocks.block_kv, "layer": config.sparse.block_kv}
+    page = math.lcm(*(size for kind, size in pages.items() if kind in config.mixers))
+    length = -(-length // page) * page  # a block is a page of the decoding kernel
 
     def memory(kind: str):
         if kind == "block":
             blocks = length // config.blocks.block_kv
             return empty_block_memory(config.blocks, config.heads, batch, blocks, config.width)
+        if kind == "layer":
+            return LayerMemory(jnp.zeros(batch, bool))
         return empty_linear_memory(config.heads, batch) if kind == "linear" else None
 
     def layer(kind: str) -> LayerCache:

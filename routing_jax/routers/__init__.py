@@ -36,11 +36,19 @@ from routing_jax.routers.layer import (
     LayerRouterConfig,
     LayerRouting,
     cooled_temperature,
+    end_tokens,
     pool_queries,
 )
 from routing_jax.routers.losses import balance_loss
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
+from routing_jax.routers.sparse_modes import (
+    SparseMode,
+    SparseModeConfig,
+    layer_table,
+    mean_key_scores,
+    streaming_table,
+)
 from routing_jax.routers.token import TokenRouter, TokenRouterConfig, TokenRouting, seen_before
 
 __all__ = [
@@ -57,6 +65,8 @@ __all__ = [
     "SchemeRouter",
     "SchemeRouting",
     "SchemesConfig",
+    "SparseMode",
+    "SparseModeConfig",
     "TileQueries",
     "TokenRouter",
     "TokenRouterConfig",
@@ -77,7 +87,10 @@ __all__ = [
     "competing_blocks",
     "cooled_temperature",
     "dot_scores",
+    "end_tokens",
     "init_multipliers",
+    "layer_table",
+    "mean_key_scores",
     "pattern_scores",
     "pool_queries",
     "pooled_attention",
@@ -86,4 +99,5 @@ __all__ = [
     "select_blocks",
     "select_candidates",
     "straight_through",
+    "streaming_table",
 ]

@@ -246,6 +246,16 @@ def test_the_parameters_are_those_of_the_formula(layers):
     assert all(leaf.shape[0] == repeats for leaf in jax.tree.leaves(scanned["layers"]))
 
 
+def test_only_the_places_to_be_read_have_logits():
+    params = make_params(SCANNED)
+    tokens = np.random.default_rng(0).integers(0, SCANNED.vocab_size, (2, 9))
+    read = np.array([[8, 0], [3, 3]])
+    apply = jax.jit(Decoder(SCANNED).apply)
+    want = np.asarray(apply({"params": params}, tokens).logits)[np.arange(2)[:, None], read]
+    got = apply({"params": params}, tokens, read=read).logits
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_the_head_bias_is_added_to_the_logits():
     config = MIXED.replace(layers="conv", head_bias=True)
     params, tokens = make_params(config), tokens_of(2, 16)

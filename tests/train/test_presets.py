@@ -16,6 +16,7 @@ from routing_jax.train.curriculum import init_curriculum
 from routing_jax.train.data import (
     CharacterConfig,
     NeedleConfig,
+    PromptConfig,
     RecallConfig,
     TextConfig,
     batches,
@@ -104,6 +105,10 @@ def text(tmp_path_factory):
     return str(folder)
 
 
+# Routers for a published model are trained in test_base.
+WHOLE = [name for name in PRESETS if not isinstance(get_preset(name).data, PromptConfig)]
+
+
 def small_preset(name, text):
     config = get_preset(name)
     if isinstance(config.data, CharacterConfig):
@@ -116,7 +121,7 @@ def small_preset(name, text):
 def first_of_each_model():
     """The first preset of each shrunk model, whatever its data and curriculum are."""
     first = {}
-    for name in PRESETS:
+    for name in WHOLE:
         model = shrink(get_preset(name)).model
         first.setdefault(model.replace(vocab_size=DecoderConfig().vocab_size), name)
     return set(first.values())
@@ -124,7 +129,7 @@ def first_of_each_model():
 
 # The others can be traced, which all do, and are run with the slow tests.
 FIRST = first_of_each_model()
-EACH = [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS]
+EACH = [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in WHOLE]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -132,7 +137,7 @@ def test_every_model_of_a_preset_takes_a_step(name, text, compile_cache):
     assert_trains(small_preset(name, text))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_every_preset_can_be_traced(name, text):
     trace(small_preset(name, text))
 
@@ -177,6 +182,7 @@ def test_every_maker_says_how_long_and_what_to_expect():
         presets.block_mqar,
         presets.block_needle,
         presets.block_language_model,
+        presets.layer_routing,
     )
     for maker in makers:
         for word in ("Command: `routing-jax train ", "Hardware and time: ", "Expect: "):

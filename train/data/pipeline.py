@@ -1,15 +1,16 @@
 """Batches by step: the one door through which training and evaluation read data."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from routing_jax.train.data.batch import SPLITS, Batch, Split
 from routing_jax.train.data.characters import CharacterConfig
 from routing_jax.train.data.needle import NeedleConfig, needle_batch
+from routing_jax.train.data.prompts import PromptBatch, PromptConfig, prompt_batch
 from routing_jax.train.data.recall import RecallConfig, recall_batch
 from routing_jax.train.data.text import TextConfig, text_batch
 
-DataConfig = RecallConfig | TextConfig | CharacterConfig | NeedleConfig
+DataConfig = RecallConfig | TextConfig | CharacterConfig | NeedleConfig | PromptConfig
 
 _PREFETCH = 4  # batches made ahead, enough to hide a slow one behind a step
 
@@ -25,7 +26,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     place: Literal["random", "first"] = "random",
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
     """Iterate over the batches start_step, start_step + 1, ... without end: this process's rows.
 
     Batch ``step`` depends on (config, split, seed, step, batch_size, length, place) alone. So a
@@ -45,7 +46,7 @@ def batches(
       place: where recall's first queried pair stands, as ``recall.recall_batch`` says.
 
     Returns:
-      An endless iterator over Batch of [B / process_count, T].
+      An endless iterator over Batch of [B / process_count, T], or PromptBatch.
 
     Raises:
       ValueError: at once, a bad argument, a length too short for the task, or a corpus that can't
@@ -76,7 +77,7 @@ def batches(
             f"{process_count}."
         )
 
-    def make(step: int) -> Batch:
+    def make(step: int) -> Batch | PromptBatch:
         if isinstance(config, RecallConfig):
             return recall_batch(
                 config, split=split, seed=seed, step=step, batch_size=batch_size, length=length,
@@ -86,11 +87,17 @@ def batches(
             return needle_batch(
                 config, split=split, seed=seed, step=step, batch_size=batch_size, length=length
             )
+        if isinstance(config, PromptConfig):
+            return prompt_batch(
+                config, split=split, seed=seed, step=step, batch_size=batch_size, length=length
+            )
         return text_batch(
             config, split=split, seed=seed, step=step, batch_size=batch_size, length=length
         )
 
-    make(start_step)  # a length or corpus that will not do is refused here, not in a thread
+    kind = type(
+        make(start_step)
+    )  # a length or corpus that will not do is refused here, not in a thread
 
     rows = batch_size // process_count
     mine = slice(process_index * rows, (process_index + 1) * rows)
@@ -99,7 +106,7 @@ def batches(
     import grain
 
     steps = grain.MapDataset.range(start_step, 2**62)
-    local = steps.map(lambda step: Batch(*(array[mine] for array in make(step))))
+    local = steps.map(lambda step: kind(*(array[mine] for array in make(step))))
     # One thread: the batches are made in numpy from memory, several would only share a core.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)
     return iter(local.to_iter_dataset(options))

@@ -2,13 +2,14 @@
 
 from routing_jax.models.pretrained.load import Pretrained, load_pretrained, open_checkpoint
 from routing_jax.models.pretrained.parts import Checkpoint
+from routing_jax.models.pretrained.routed import load_routed, save_routers
 from routing_jax.models.pretrained.router_file import (
     SavedRouter,
     base_checksum,
     load_router,
     save_router,
 )
-from routing_jax.models.pretrained.tokenizer import load_tokenizer
+from routing_jax.models.pretrained.tokenizer import load_tokenizer, stop_tokens
 
 __all__ = [
     "Checkpoint",
@@ -16,8 +17,11 @@ __all__ = [
     "SavedRouter",
     "base_checksum",
     "load_pretrained",
+    "load_routed",
     "load_router",
     "load_tokenizer",
     "open_checkpoint",
     "save_router",
+    "save_routers",
+    "stop_tokens",
 ]

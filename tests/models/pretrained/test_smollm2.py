@@ -14,8 +14,9 @@ import pytest
 from gguf import GGUFReader, dequantize
 
 from routing_jax.generate import generate
-from routing_jax.models import Decoder
+from routing_jax.models import Decoder, init_routers, merge_routers, with_layer_routing
 from routing_jax.models.pretrained import load_pretrained, load_tokenizer
+from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
 from .published import BASE, forward, gguf_name
 
@@ -96,6 +97,17 @@ def test_greedy_tokens_are_llama_cpp_s(smollm2, tokenizer):
     )
     assert made.tolist() == [after for _, after in CONTINUATIONS.values()]
     assert tokenizer.decode(made[0]).startswith(" Paris.")
+
+
+def test_routers_that_open_every_layer_change_nothing(smollm2):
+    config = with_layer_routing(smollm2.config, LayerRouterConfig(), SparseModeConfig())
+    routers = init_routers(config, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 49_152, (1, 40))
+    want = jax.jit(Decoder(smollm2.config).apply)({"params": smollm2.params}, tokens)
+    routed = merge_routers(smollm2.params, routers)
+    got = jax.jit(Decoder(config).apply)({"params": routed}, tokens)
+    assert got.reports.choice.all()
+    assert np.abs(got.logits - want.logits).max() < 1e-3
 
 
 def test_text_has_llama_cpp_s_tokens(tokenizer):

@@ -1,0 +1,117 @@
+"""The table of the experiment 'flux', from its result files: each way of routing beside dense."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from routing_jax.evals.results import Result
+from routing_jax.evals.tables import NOTHING, Column, markdown_table, natural_order, significant
+
+LEAST_DENSE = 0.6  # below it dense attention itself does not do a task, which then tells nothing
+_Z = 1.96  # of a 95 % interval
+
+
+def with_interval(values: np.ndarray) -> tuple[float, float]:
+    """A mean and half of its 95 % interval, by the normal approximation.
+
+    >>> [round(x, 3) for x in with_interval(np.array([0.0, 1.0, 0.0, 1.0]))]
+    [0.5, 0.566]
+    """
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(_Z * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def _trials(runs: Sequence[Result], task: str, field: str) -> np.ndarray:
+    """[n], the mean over seeds of each trial's figure."""
+    return np.mean([(run.details or {})["tasks"][task][field] for run in runs], axis=0)
+
+
+def _points(dense: Sequence[Result], runs: Sequence[Result], task: str) -> str:
+    """Right answers, and points more than dense attention's in the same trials."""
+    right, base = (_trials(group, task, "right") for group in (runs, dense))
+    text = f"{100 * right.mean():.1f} %"
+    if runs is dense:
+        return text + (" (too few)" if right.mean() < LEAST_DENSE else "")
+    more, half = with_interval(100 * (right - base))
+    return f"{text} ({more:+.1f} ± {half:.1f})"
+
+
+def _perplexity(dense: Sequence[Result], runs: Sequence[Result]) -> str:
+    """Perplexity of plain text, and per cent more than dense attention's on the same text."""
+    nll, base = (_trials(group, "text", "nll") for group in (runs, dense))
+    text = f"{math.exp(nll.mean()):.2f}"
+    if runs is dense:
+        return text
+    more, half = with_interval(nll - base)
+    low, mean, high = (100 * math.expm1(x) for x in (more - half, more, more + half))
+    return f"{text} ({mean:+.2f} %, {low:+.2f} to {high:+.2f})"
+
+
+def _sparse(runs: Sequence[Result], tasks: Sequence[str]) -> str:
+    shares = [(run.details or {})["tasks"][task]["sparsity"] for run in runs for task in tasks]
+    return f"{100 * statistics.fmean(shares):.1f} %" if shares else NOTHING
+
+
+def flux_table(results: Sequence[Result]) -> str:
+    """Answers, perplexity and sparsity of each way of routing, paired with dense attention.
+
+    Raises:
+      ValueError: no results, or a task of which dense attention was not measured.
+    """
+    if not results:
+        raise ValueError("results is empty; a table needs at least one result.")
+    groups: dict[str, dict[str, list[Result]]] = {}
+    for run in results:
+        groups.setdefault(run.task, {}).setdefault(run.variant, []).append(run)
+    tables = [_table(name, groups[name]) for name in sorted(groups, key=natural_order)]
+    devices = "; ".join(sorted({run.device for run in results}))
+    trials = sorted(
+        {len(task["right"]) for run in results for task in (run.details or {})["tasks"].values()}
+    )
+    caption = (
+        "Right: share of the answer's tokens, teacher-forced; in brackets points more than dense "
+        "attention's on the same prompts. Perplexity of the text after the prompt; in brackets "
+        "per cent more than dense attention's. Intervals of 95 %, paired. All is scored after the "
+        "prompt, by which alone layers are routed. Static: the layers whose sparsity costs least "
+        "on calibration text. Random: other layers for each prompt. (too few): dense attention "
+        f"answers less than {100 * LEAST_DENSE:.0f} %, so the task does not count. Prompts a task: "
+        f"{' to '.join(f'{n:,}' for n in dict.fromkeys((trials[0], trials[-1])))}. "
+        f"Device: {devices}."
+    )
+    return "\n\n".join([*tables, caption])
+
+
+def _table(name: str, variants: dict[str, list[Result]]) -> str:
+    if "dense" not in variants:
+        raise ValueError(f"{name} has no result of variant 'dense', which all others stand beside.")
+    dense = variants["dense"]
+    tasks = list((dense[0].details or {})["tasks"])
+    asked = [task for task in tasks if task != "text"]
+    columns = [
+        Column("routing", "left"), Column("sparse layers"), Column("of retrieval"),
+        Column("of text"), *(Column(f"{task}, right") for task in asked),
+        Column("perplexity"), Column("cost"), Column("kv cost"), Column("seeds"),
+    ]  # fmt: skip
+    order = ("dense", "sparse", "random", "static", "routed")
+    shown = sorted(
+        variants,
+        key=lambda v: (order.index(v.split("-")[0].split("+")[0]), natural_order(v)),
+    )
+    rows = [
+        [
+            variant,
+            _sparse(variants[variant], tasks),
+            _sparse(variants[variant], asked),
+            _sparse(variants[variant], [task for task in tasks if task == "text"]),
+            *(_points(dense, variants[variant], task) for task in asked),
+            _perplexity(dense, variants[variant]) if "text" in tasks else NOTHING,
+            significant(statistics.fmean(run.cost for run in variants[variant])),
+            significant(statistics.fmean(run.kv_cost for run in variants[variant])),
+            str(len(variants[variant])),
+        ]
+        for variant in shown
+    ]
+    return f"**{name}**\n\n{markdown_table(columns, rows)}"

@@ -1,0 +1,249 @@
+"""Layer routing: each sequence attends fully or sparsely in this layer, by what its prompt says.
+
+Flux Attention (arXiv 2604.07394). Training computes both and mixes them by a straight-through
+gate; evaluation and prefill run one call over one block table, in which a sequence's rows are
+dense or sparse. Prefill decides, decoding obeys.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from routing_jax.attention.block_routed import block_routed_cost
+from routing_jax.attention.cache import LayerCache, write_kv
+from routing_jax.attention.mixer import LayerReport, Mode, check_mode
+from routing_jax.attention.per_shard import block_attention_over_batch_and_heads
+from routing_jax.attention.projections import (
+    HeadsConfig,
+    attend_everywhere,
+    make_attention_weights,
+    project_keys_values,
+    project_out,
+    project_queries,
+    turn,
+)
+from routing_jax.kernels import (
+    block_sparse_decode,
+    contiguous_pages,
+    decode_attention,
+    dense_pages,
+    listed_pages,
+    row_lengths,
+    where_pages,
+)
+from routing_jax.kernels.block_table import visible_blocks
+from routing_jax.routers import (
+    LayerRouter,
+    LayerRouterConfig,
+    LayerRouting,
+    SparseModeConfig,
+    binary_entropy,
+    block_sums,
+    layer_table,
+    mean_key_scores,
+    streaming_table,
+)
+
+
+class Prompts(NamedTuple):
+    """What layer routers are told of a batch besides its tokens.
+
+    Attributes:
+      lengths: [B] int32, tokens of each prompt, by which all is decided; what follows is the
+        answer.
+      temperature: scalar, of the soft gates in training.
+      choice: [L,B] bool, one row of it in a layer: True for full attention, decided elsewhere.
+        None leaves it to the routers.
+    """
+
+    lengths: jax.Array
+    temperature: jax.Array | float = 1.0
+    choice: jax.Array | None = None
+
+
+class LayerMemory(NamedTuple):
+    """What a layer-routed layer remembers beside keys and values.
+
+    Attributes:
+      dense: [B] bool, the sequences that attend fully.
+    """
+
+    dense: jax.Array
+
+
+def layer_routed_cost(
+    gate: jax.Array,
+    listed: jax.Array,
+    visible: jax.Array,
+    router_work: jax.Array,
+    heads: HeadsConfig,
+    tile_pairs: int,
+) -> LayerReport:
+    """Counts what a layer-routed layer spends: whole tiles, as full attention would pay them.
+
+    Args:
+      gate: [B] float32, 1 for full attention; its gradient is that of the costs.
+      listed: [B,K,M] int32, blocks that each row visits where the layer is sparse; B and K may be
+        1. 0 for a tile without queries.
+      visible: [B,M] int32, blocks that full attention visits.
+      router_work: scalar, the router's multiply-adds.
+      heads: head counts and sizes.
+      tile_pairs: query–key pairs of one tile and block.
+
+    Returns:
+      The report without `choice`; usage is the share of sequences that attend fully.
+
+    >>> gate, listed, visible = jnp.array([1.0, 0.0]), jnp.array([[[1]]]), jnp.array([[2], [2]])
+    >>> report = layer_routed_cost(gate, listed, visible, 0.0, HeadsConfig(1, 1, 8), 64)
+    >>> float(report.cost), float(report.usage)
+    (0.75, 0.5)
+    """
+    open_ = gate[:, None, None]
+    visits = listed + open_ * (visible[:, None] - listed)
+    shape = len(gate), heads.num_kv_heads, visible.shape[1]
+    report = block_routed_cost(
+        jnp.broadcast_to(visits, shape), visible, router_work, heads, tile_pairs
+    )
+    return report._replace(usage=jnp.mean(gate))
+
+
+class LayerRouted(nn.Module):
+    """Full or sparse attention, sequence by sequence.
+
+    `__call__(x [B,T,D], positions [B,T], segment_ids, cache, rng, mode, prompts)
+    -> (y [B,T,D], cache, LayerReport)`. Without `prompts` all tokens given are the prompt. A
+    request for 'intermediates' gets `gate` [B], 1 for full attention, with the straight-through
+    gradient.
+    """
+
+    heads: HeadsConfig
+    router: LayerRouterConfig
+    sparse: SparseModeConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        rng: jax.Array | None = None,
+        mode: Mode = "eval",
+        prompts: Prompts | None = None,
+    ) -> tuple[jax.Array, LayerCache | None, LayerReport]:
+        """Mixes the tokens of x [B,T,D]; see the class.
+
+        Raises:
+          ValueError: packed sequences, which have no prompt of their own.
+        """
+        check_mode(mode)
+        if segment_ids is not None:
+            raise ValueError("segment_ids are given; layer routing takes one sequence a row.")
+        weights = make_attention_weights(self, self.heads, x.shape[-1], x.dtype)
+        unturned = project_queries(x, None, weights, self.heads)
+        q = turn(unturned, positions, self.heads)
+        k, v = project_keys_values(x, positions, weights, self.heads)
+        if cache is not None:
+            cache = write_kv(cache, k, v, positions)
+        if mode == "decode":
+            assert cache is not None  # the decoder refuses this mode without one
+            y, report = self._step(q, positions, cache)
+            return project_out(y, weights), cache, report
+
+        if prompts is None:
+            prompts = Prompts(jnp.sum(positions >= 0, axis=1, dtype=jnp.int32))
+        routing = LayerRouter(self.router, name="router")(
+            # What a layer does to its input is no way for the layers below to be taught.
+            jax.lax.stop_gradient(unturned),
+            prompts.lengths,
+            rng if mode == "train" else None,
+            prompts.temperature,
+        )
+        if prompts.choice is not None:
+            gate = prompts.choice.astype(jnp.float32)
+            routing = LayerRouting(routing.routing._replace(choice=prompts.choice), gate)
+        self.sow("intermediates", "gate", routing.gate)
+        y, report = self._whole(q, k, v, positions, prompts.lengths, routing, mode)
+        if cache is not None:
+            cache = cache._replace(memory=LayerMemory(routing.routing.choice))
+        return project_out(y, weights), cache, report
+
+    def _whole(self, q, k, v, positions, lengths, routing, mode):
+        cfg, T = self.sparse, positions.shape[1]
+        starts = jnp.arange(0, T, cfg.block_q, dtype=jnp.int32)[None]
+        scores = None
+        if cfg.mode == "topk":
+            sums, sizes = block_sums(k.reshape(*k.shape[:2], -1), positions >= 0, cfg.block_kv)
+            means = (sums / jnp.maximum(sizes, 1)[..., None]).reshape(*sums.shape[:2], *k.shape[2:])
+            scores = mean_key_scores(q[:, :: cfg.block_q], means)
+
+        def attend(dense):
+            return block_attention_over_batch_and_heads(
+                q,
+                k,
+                v,
+                layer_table(cfg, dense, starts, lengths, scores),
+                None,
+                positions,
+                None,
+                cfg.implementation,
+            )
+
+        choice, gate = routing.routing.choice, routing.gate
+        if mode in ("train", "masked"):
+            full = attend_everywhere(q, k, v, None, self.heads)
+            opened = gate[:, None, None, None].astype(q.dtype)
+            y = opened * full + (1 - opened) * attend(jnp.zeros_like(choice))
+        else:
+            y = attend(choice)
+        table = layer_table(cfg, jnp.zeros_like(choice), starts, lengths, scores)
+        report = layer_routed_cost(
+            gate,
+            row_lengths(table, T, T, q_positions=positions),
+            visible_blocks(table, T, T, q_positions=positions),
+            jnp.float32(len(gate) * self._work(T)),
+            self.heads,
+            cfg.block_q * cfg.block_kv,
+        )
+        return y, report._replace(
+            aux=-jnp.mean(binary_entropy(routing.routing.logits)),
+            choice=choice[:, None] & (positions >= 0),
+        )
+
+    def _work(self, num_tokens: int) -> int:
+        """Multiply-adds of the decisions for one sequence: the router's, and those of topk."""
+        cfg, heads = self.sparse, self.heads
+        work = self.router.work(heads.num_heads, heads.head_dim)
+        if cfg.mode == "topk":
+            tiles, blocks = (-(-num_tokens // size) for size in (cfg.block_q, cfg.block_kv))
+            work += (num_tokens + tiles * blocks) * heads.num_kv_heads * heads.head_dim
+        return work
+
+    def _step(self, q, positions, cache):
+        cfg, place, dense = self.sparse, positions[:, 0], cache.memory.dense
+        B, S = cache.keys.shape[:2]
+        at = jnp.maximum(place, 0)
+        visible = jnp.where(place >= 0, at // cfg.block_kv + 1, 0)[:, None]
+        if cfg.forgets:
+            row = streaming_table(cfg, at[:, None] // cfg.block_q * cfg.block_q)
+            table = contiguous_pages(B, S // cfg.block_kv)
+            pages = where_pages(
+                dense,
+                dense_pages(table, place + 1, cfg.block_kv),
+                listed_pages(table, row.counts[:, :, 0], row.indices[:, :, 0]),
+            )
+
+            def pool(cached):
+                return cached.reshape(-1, cfg.block_kv, *cached.shape[2:]).astype(q.dtype)
+
+            y = block_sparse_decode(q, pool(cache.keys), pool(cache.values), pages, place + 1)
+            listed = jnp.where(visible[:, None] > 0, row.counts, 0)
+        else:
+            y = decode_attention(q, cache.keys, cache.values, place + 1)
+            listed = visible[:, None]
+        report = layer_routed_cost(
+            dense.astype(jnp.float32), listed, visible, jnp.float32(0), self.heads, cfg.block_kv
+        )
+        return y, report._replace(choice=dense[:, None] & (positions >= 0))

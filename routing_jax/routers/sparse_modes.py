@@ -1,0 +1,200 @@
+"""What a layer that is routed to sparse attention attends to: streaming, triangle, top blocks.
+
+The modes of Flux Attention (arXiv 2604.07394) as rows of one block table, in which the samples
+that are routed to full attention are dense: one call of block-sparse attention serves them all.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from routing_jax.kernels import BlockTable, table_from_scores, with_dense_rows
+from routing_jax.routers.block_config import BlockImplementation
+from routing_jax.routers.block_scores import dot_scores
+
+SparseMode = Literal["streaming", "triangle", "topk"]
+
+
+@dataclass(frozen=True)
+class SparseModeConfig:
+    """What sparse attention of a layer is. Sink and window are rounded up to whole key blocks.
+
+    Attributes:
+      mode: streaming: the first tokens and a window (StreamingLLM, arXiv 2309.17453). triangle:
+        the same, and from the prompt's last tokens on everything (TriangleMix, arXiv 2507.21526).
+        topk: triangle, and the blocks whose mean key is nearest to a tile's first query (MoBA's
+        rule, arXiv 2502.13189).
+      sink: first tokens of the sequence that every query sees.
+      window: tokens before a query that it sees; its own block is one of the window's blocks.
+      last: for triangle and topk, how many last tokens of the prompt attend everywhere, as all
+        that follow the prompt do.
+      blocks: for topk, key blocks besides sink and window.
+      block_q: queries a tile; divides block_kv.
+      block_kv: keys a block.
+      implementation: of block-sparse attention; None for the best one here.
+
+    >>> SparseModeConfig(mode="sparse")
+    Traceback (most recent call last):
+    ValueError: sparse.mode is 'sparse'; accepted: streaming, triangle, topk.
+    """
+
+    mode: SparseMode = "streaming"
+    sink: int = 128
+    window: int = 1024
+    last: int = 128
+    blocks: int = 8
+    block_q: int = 128
+    block_kv: int = 128
+    implementation: BlockImplementation | None = None
+
+    def __post_init__(self):
+        if self.mode not in get_args(SparseMode):
+            raise ValueError(
+                f"sparse.mode is {self.mode!r}; accepted: {', '.join(get_args(SparseMode))}."
+            )
+        for name in ("sink", "window", "last", "blocks", "block_q", "block_kv"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sparse.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.block_kv % self.block_q:
+            raise ValueError(
+                f"sparse.block_q is {self.block_q}; it must divide sparse.block_kv = "
+                f"{self.block_kv}."
+            )
+        if self.implementation not in (*get_args(BlockImplementation), None):
+            raise ValueError(
+                f"sparse.implementation is {self.implementation!r}; accepted: "
+                f"{', '.join(get_args(BlockImplementation))}, None."
+            )
+
+    @property
+    def sink_blocks(self) -> int:
+        """Key blocks of the sink.
+
+        >>> SparseModeConfig(sink=130).sink_blocks
+        2
+        """
+        return -(-self.sink // self.block_kv)
+
+    @property
+    def window_blocks(self) -> int:
+        """Key blocks of the window, a query's own one included.
+
+        >>> SparseModeConfig(window=1024).window_blocks
+        8
+        """
+        return -(-self.window // self.block_kv)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether, once a prompt is read, no later token needs more keys than sink and window.
+
+        >>> SparseModeConfig().forgets, SparseModeConfig(mode="triangle").forgets
+        (True, False)
+        """
+        return self.mode == "streaming"
+
+
+def streaming_table(config: SparseModeConfig, starts: jax.Array) -> BlockTable:
+    """Sink and window of each tile, as arithmetic on where it starts.
+
+    Args:
+      config: sizes; its mode is not read.
+      starts: [B,M] int32, where each tile's first query stands; multiples of block_q.
+
+    Returns:
+      A table with K = 1 and C = sink_blocks + window_blocks.
+
+    >>> config = SparseModeConfig(sink=8, window=16, block_q=8, block_kv=8)
+    >>> table = streaming_table(config, jnp.array([[0, 8, 24]]))
+    >>> table.counts.tolist(), table.indices.tolist()
+    ([[[1, 2, 3]]], [[[[0, 0, 0], [0, 1, 0], [0, 2, 3]]]])
+    """
+    chex.assert_rank(starts, 2)
+    own = starts.astype(jnp.int32)[:, None] // config.block_kv
+    low = jnp.maximum(own - config.window_blocks + 1, 0)
+    sinks = jnp.minimum(low, config.sink_blocks)
+    counts = sinks + own - low + 1
+    capacity = config.sink_blocks + config.window_blocks
+    slots = jnp.arange(capacity, dtype=jnp.int32)[None, None, None]
+    after = (low - sinks)[..., None]
+    blocks = slots + jnp.where(slots < sinks[..., None], 0, after)
+    blocks = jnp.where(slots < counts[..., None], blocks, 0)
+    return BlockTable(counts, blocks, config.block_q, config.block_kv)
+
+
+def mean_key_scores(queries: jax.Array, means: jax.Array) -> jax.Array:
+    """How near each tile is to each key block: its heads' mean query times the block's mean key.
+
+    Args:
+      queries: [B,M,N,H], the first query of each tile.
+      means: [B,J,K,H], the mean key of each block.
+
+    Returns:
+      [B,K,M,J] float32, without a gradient.
+
+    >>> mean_key_scores(jnp.ones((1, 2, 4, 16)), jnp.ones((1, 3, 2, 16)))[0, 0].tolist()
+    [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
+    """
+    queries, means = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (queries, means))
+    grouped = queries.reshape(*queries.shape[:2], means.shape[2], -1, queries.shape[3])
+    return dot_scores(grouped.mean(axis=3), means)
+
+
+def layer_table(
+    config: SparseModeConfig,
+    dense: jax.Array,
+    starts: jax.Array,
+    lengths: jax.Array,
+    scores: jax.Array | None = None,
+) -> BlockTable:
+    """Rows for one layer and a batch of which some samples attend fully and others sparsely.
+
+    A sample's rows depend on `starts` tile by tile, so a chunk of a prompt, or the tile of a token
+    that is decoded, has the rows that it has in the whole.
+
+    Args:
+      config: what sparse is.
+      dense: [B] bool, the samples routed to full attention.
+      starts: [B,M] or [1,M] int32, where each tile's first query stands.
+      lengths: [B] int32, tokens of each prompt; what follows is the answer.
+      scores: for topk, [B,K,M,J] float32 such as `mean_key_scores`; −inf bars a block.
+
+    Returns:
+      A table with the B of `dense`, to be used as `block_sparse_attention` takes it; of positions
+      past a sequence's last token, the kernel knows.
+
+    Raises:
+      ValueError: mode topk without scores, or scores with another mode.
+
+    >>> config = SparseModeConfig(sink=8, window=8, block_q=8, block_kv=8)
+    >>> dense, starts = jnp.array([True, False]), jnp.arange(0, 32, 8)[None]
+    >>> layer_table(config, dense, starts, jnp.array([32, 30])).counts.tolist()
+    [[[-1, -1, -1, -1]], [[1, 2, 2, 2]]]
+    """
+    chex.assert_rank([dense, starts, lengths], [1, 2, 1])
+    if (scores is not None) != (config.mode == "topk"):
+        given = "none" if scores is None else "some"
+        raise ValueError(f"sparse.mode is {config.mode!r} and scores are {given}; topk needs them.")
+    everywhere = dense[:, None]
+    if config.mode != "streaming":
+        ends = starts + config.block_q
+        everywhere |= ends > (lengths - config.last)[:, None]
+    if scores is None:
+        table = streaming_table(config, starts)
+    else:
+        own = starts[:, None, :, None] // config.block_kv
+        blocks = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None, None]
+        near = blocks > own - config.window_blocks
+        ranked = jnp.where(near, jnp.finfo(jnp.float32).max, scores)
+        table = table_from_scores(
+            ranked,
+            config.sink_blocks + config.window_blocks + config.blocks,
+            block_q=config.block_q,
+            block_kv=config.block_kv,
+            sinks=config.sink_blocks,
+            tile_starts=jnp.broadcast_to(starts, (scores.shape[0], starts.shape[1])),
+        ).table
+    return with_dense_rows(table, everywhere[:, None])

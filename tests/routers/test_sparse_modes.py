@@ -1,0 +1,124 @@
+"""Rows of sparse layers: against masks written token by token, and one call for a mixed batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from routing_jax.kernels import block_sparse_attention, sink_window_table
+from routing_jax.routers import SparseModeConfig, layer_table, mean_key_scores, streaming_table
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+T, N, K, H, Q, KV = 64, 4, 2, 8, 4, 8
+STARTS = jnp.arange(0, T, Q)[None]
+LENGTHS = np.array([50, 64, 23])
+
+
+def config(mode="streaming", **changes):
+    fields = {"sink": 8, "window": 16, "last": 6, "blocks": 2, "block_q": Q, "block_kv": KV}
+    return SparseModeConfig(mode=mode, **(fields | changes))
+
+
+def arrays(seed=0):
+    q, k, v = (
+        jax.random.normal(key, (3, T, heads, H))
+        for key, heads in zip(jax.random.split(jax.random.key(seed), 3), (N, K, K))
+    )
+    means = k.reshape(3, T // KV, KV, K, H).mean(2)
+    return q, k, v, mean_key_scores(q[:, ::Q], means)
+
+
+def listed(table):
+    """[B,K,M,J] bool in NumPy, whole rows where they are dense."""
+    counts, indices = np.asarray(table.counts), np.asarray(table.indices)
+    out = np.zeros((*counts.shape, T // KV), bool)
+    for at in np.ndindex(counts.shape):
+        out[at][indices[at][: counts[at]]] = True
+        if counts[at] == -1:
+            out[at] = True
+    return out
+
+
+def wanted_blocks(cfg, scores, lengths, dense):
+    """What each row should list, written from the docstring, tile by tile."""
+    B, kv_heads = (len(dense), K if scores is not None else 1)
+    out = np.zeros((B, kv_heads, T // Q, T // KV), bool)
+    for b, k, m in np.ndindex(out.shape[:3]):
+        own, row = m * Q // KV, out[b, k, m]
+        if dense[b] or (cfg.mode != "streaming" and m * Q + Q > lengths[b] - cfg.last):
+            row[:] = True
+            continue
+        row[: min(cfg.sink // KV, own + 1)] = True
+        row[max(0, own + 1 - cfg.window // KV) : own + 1] = True
+        if scores is not None:
+            rest = [j for j in range(own) if not row[j]]
+            for j in sorted(rest, key=lambda j: -scores[b, k, m, j])[: cfg.blocks]:
+                row[j] = True
+    return out
+
+
+@pytest.mark.parametrize("mode", ["streaming", "triangle", "topk"])
+def test_rows_are_those_that_the_words_say(mode):
+    cfg, dense = config(mode), np.array([True, False, False])
+    scores = arrays()[3] if mode == "topk" else None
+    table = layer_table(cfg, jnp.array(dense), STARTS, jnp.array(LENGTHS), scores)
+    want = wanted_blocks(cfg, None if scores is None else np.asarray(scores), LENGTHS, dense)
+    assert (listed(table) == want).all()
+    assert (table.counts[0] == -1).all()
+    assert (table.counts[1] == -1).any() == (mode != "streaming")
+
+
+def test_streaming_is_sink_and_window():
+    theirs = sink_window_table(T, T, 1, sinks=1, block_q=Q, block_kv=KV)
+    assert (listed(streaming_table(config(), STARTS)) == listed(theirs)).all()
+
+
+@pytest.mark.parametrize("mode", ["streaming", "topk"])
+def test_one_call_gives_each_sample_what_it_has_alone(mode):
+    cfg = config(mode)
+    q, k, v, scores = arrays()
+    scores = scores if mode == "topk" else None
+
+    @jax.jit
+    def attend(dense):
+        return block_sparse_attention(
+            q, k, v, layer_table(cfg, dense, STARTS, jnp.array(LENGTHS), scores)
+        )
+
+    rows = [attend(jnp.array(dense)) for dense in ([True] * 3, [False] * 3, [True, False, True])]
+    everything, sparse, mixed = rows
+    assert (mixed[0] == everything[0]).all()
+    assert (mixed[1] == sparse[1]).all()
+    assert (mixed[2] == everything[2]).all()
+    assert jnp.abs(everything[1] - sparse[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["streaming", "triangle", "topk"])
+def test_a_chunk_has_the_rows_that_it_has_in_the_whole(mode):
+    cfg, dense, lengths = config(mode), jnp.array([False, True, False]), jnp.array(LENGTHS)
+    scores = arrays()[3] if mode == "topk" else None
+    whole = layer_table(cfg, dense, STARTS, lengths, scores)
+    part = None if scores is None else scores[:, :, 5:9]
+    chunk = jax.jit(lambda starts: layer_table(cfg, dense, starts, lengths, part))(STARTS[:, 5:9])
+    assert (chunk.counts == whole.counts[:, :, 5:9]).all()
+    assert (chunk.indices == whole.indices[:, :, 5:9]).all()
+
+
+def test_scores_belong_to_topk_alone():
+    for mode, scores in (("topk", None), ("streaming", arrays()[3])):
+        with pytest.raises(ValueError, match=f"sparse.mode is '{mode}' and scores are"):
+            layer_table(config(mode), jnp.ones(3, bool), STARTS, jnp.array(LENGTHS), scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"window": 0}, "sparse.window is 0; it must be at least 1."),
+        ({"block_q": 16}, "sparse.block_q is 16; it must divide sparse.block_kv = 8."),
+        ({"implementation": "cudnn"}, "sparse.implementation is 'cudnn'; accepted: xla, "),
+    ],
+)
+def test_what_will_not_do_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        config(**changes)

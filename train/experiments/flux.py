@@ -1,0 +1,225 @@
+"""Flux Attention measured: trained layer routers beside controls that know nothing of the prompt.
+
+Command: `routing-jax reproduce flux --base MODEL --text FOLDER`; `--list` names the runs, `--only
+REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
+`--elsewhere OTHER` and `--lengths 1024` measure the same routers on other prompts. On a Hopper GPU
+add `--implementation mosaic_gpu`, once its tests have passed there.
+Hardware and time: one H100; SmolLM2-135M at 8192 tokens an estimated hour in all.
+Expect: not measured yet. A router that does not beat `static` at equal sparsity, where the same
+layers are sparse for every prompt, has learned nothing.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from routing_jax.evals.prompt_quality import (
+    Chooser,
+    fixed_layers,
+    prompt_scorer,
+    random_layers,
+    ranked_layers,
+    sensitivities,
+)
+from routing_jax.evals.prompt_tables import flux_table
+from routing_jax.evals.report import FLUX as EXPERIMENT
+from routing_jax.evals.report import plot_flux
+from routing_jax.evals.results import Result
+from routing_jax.models import init_routers, merge_routers
+from routing_jax.routers import SparseMode
+from routing_jax.routers.block_config import BlockImplementation
+from routing_jax.sharding import put_batch
+from routing_jax.train.base import (
+    held_out_prompts,
+    load_base,
+    routing_result,
+    score_tasks,
+    with_base,
+)
+from routing_jax.train.config import TrainConfig
+from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing, train_run
+from routing_jax.train.loop import train_mesh
+from routing_jax.train.presets import get_preset
+from routing_jax.train.run import starting_parameters
+
+PERCENT = (50, 60, 75, 80, 90)
+_SEEDS = (0, 1, 2)
+_CALIBRATION = 24  # prompts of plain text that rank the layers
+
+
+@dataclass(frozen=True)
+class FluxArgs(ReproduceArgs):
+    """Run an experiment, or what is missing of it, then render its table and plots.
+
+    Attributes:
+      base: the published model, a folder of safetensors or a GGUF file.
+      text: the haystack and the plain text, as --data.source takes it.
+      elsewhere: other texts on which routers trained on `text` are measured as they are.
+      lengths: other lengths at which they are.
+      length: tokens a prompt, answer included.
+      trials: held-out prompts of each task.
+      batch: prompts a step, in training and evaluation.
+      steps: of training.
+      mode: what sparse attention is.
+      implementation: of block-sparse attention; the best one here when not given.
+    """
+
+    base: str = ""
+    text: str = "stdlib"
+    elsewhere: tuple[str, ...] = ()
+    length: int = 8192
+    lengths: tuple[int, ...] = ()
+    trials: int = 1000
+    batch: int = 12
+    steps: int = 300
+    mode: SparseMode = "streaming"
+    implementation: BlockImplementation | None = None
+
+
+def planned_config(args: FluxArgs, preset: str = "flux") -> TrainConfig:
+    """What all runs share.
+
+    Raises:
+      ValueError: as `with_base`.
+    """
+    config = get_preset(preset)
+    sparse = {**vars(config.model.sparse), "mode": args.mode, "implementation": args.implementation}
+    ramp = args.steps // 2 if config.curriculum.ramp_steps else 0
+    return with_base(
+        config.replace(
+            base=args.base,
+            data__source=args.text,
+            data__length=args.length,
+            model__sparse=type(config.model.sparse)(**sparse),
+            curriculum__ramp_steps=ramp,
+            curriculum__hold_steps=args.steps - ramp,
+            batch_tokens=args.batch * args.length,
+            eval_sequences=args.trials,
+        )
+    )
+
+
+def task_name(args: FluxArgs) -> str:
+    """Base, text, mode and length.
+
+    >>> task_name(FluxArgs(base="SmolLM2-135M.gguf", text="texts/linux_rst.txt.gz"))
+    'smollm2-linux-streaming-8192'
+    """
+    names = (re.split(r"[^a-z0-9]", epath.Path(n).name.lower())[0] for n in (args.base, args.text))
+    return f"{'-'.join(names)}-{args.mode}-{args.length}"
+
+
+def runs(args: FluxArgs) -> Iterator[Run]:
+    """All runs of the experiment, in the order in which they are made: controls, then routers.
+
+    Elsewhere, routers are those that were trained at home.
+
+    Raises:
+      ValueError: as `with_base`.
+    """
+    task = task_name(args)
+    base, curriculum = (planned_config(args, p) for p in ("flux", "flux-curriculum"))
+    yield from (Run(task, variant, 0, base) for variant in ("dense", "sparse"))
+    for percent in PERCENT:
+        yield Run(task, f"static-{percent}", 0, base)
+        yield Run(task, f"random-{percent}", 0, base)
+    routed = [Run(task, "routed", seed, base.replace(seed=seed)) for seed in _SEEDS]
+    yield from routed
+    for seed in _SEEDS:
+        yield Run(task, "routed+curriculum", seed, curriculum.replace(seed=seed))
+
+    places = [(text, args.length) for text in args.elsewhere]
+    for text, length in [*places, *((args.text, length) for length in args.lengths)]:
+        there = dataclasses.replace(args, text=text, length=length)
+        task, config = task_name(there), planned_config(there)
+        yield from (Run(task, v, 0, config) for v in ("dense", "sparse", "static-75", "random-75"))
+        for home in routed:
+            folder = epath.Path(args.scratch) / EXPERIMENT / home.name
+            trained = config.replace(seed=home.seed, start_from=str(folder))
+            yield Run(task, "routed", home.seed, trained)
+
+
+@functools.lru_cache(maxsize=1)
+def _scored(config: TrainConfig) -> tuple[Callable[..., Any], Any, Callable[[], np.ndarray]]:
+    """What controls share: the scorer, routers that decide nothing, and the layers' sensitivity."""
+    mesh = train_mesh(config)
+    frozen = load_base(config, mesh)
+    routers = init_routers(config.model, jax.random.key(0))
+
+    @functools.cache
+    def costs() -> np.ndarray:
+        rows = held_out_prompts(config, "text", _CALIBRATION, "train")
+        with jax.set_mesh(mesh):
+            placed = [put_batch(batch, mesh) for batch in rows]
+            params = merge_routers(frozen, routers)
+            return sensitivities(
+                prompt_scorer(config.model), params, placed, len(config.model.mixers)
+            )
+
+    return score_tasks(config, frozen, mesh), routers, costs
+
+
+def control(experiment: str, one: Run, workdir: epath.Path) -> Result:
+    """The result of a control, in which the prompt has no say; nothing is trained.
+
+    Args:
+      experiment: the folder of the results.
+      one: 'dense', 'sparse', 'static-N' or 'random-N', N per cent of the layers being sparse.
+      workdir: not used; a control keeps nothing.
+    """
+    score, routers, costs = _scored(one.config)
+    layers = len(one.config.model.mixers)
+    kind, _, percent = one.variant.partition("-")
+    sparse = {"dense": 0, "sparse": layers}.get(kind, round(layers * int(percent or 0) / 100))
+    choose: Chooser = fixed_layers(np.full(layers, kind == "dense"))
+    found: dict[str, Any] = {}
+    if kind == "static":
+        choose = fixed_layers(ranked_layers(costs(), sparse))
+        found = {"sensitivity": costs().astype(float).tolist()}
+    elif kind == "random":
+        choose = random_layers(layers, sparse, one.seed)
+    labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
+    result = routing_result(one.config, score(routers, choose), labels)
+    return Result(**{**vars(result), "details": (result.details or {}) | found})
+
+
+def transferred(experiment: str, one: Run, workdir: epath.Path) -> Result:
+    """The result of routers that were trained elsewhere.
+
+    Args:
+      experiment: the folder of the results.
+      one: its `start_from` names the run of the training.
+      workdir: not used; nothing is trained.
+
+    Raises:
+      ValueError: that run is not there, or its routers are not for this model.
+    """
+    routers = starting_parameters(one.config)
+    score, _, _ = _scored(one.config.replace(seed=0, start_from=""))
+    labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
+    return routing_result(one.config, score(routers, None), labels)
+
+
+def make(experiment: str, one: Run, workdir: epath.Path) -> Result:
+    """The result of a run: at home routers are trained, controls never are."""
+    if one.config.start_from:
+        return transferred(experiment, one, workdir)
+    chosen = train_run if one.variant.startswith("routed") else control
+    return chosen(experiment, one, workdir)
+
+
+def reproduce(args: FluxArgs) -> int:
+    """Makes every missing run that `only` names, then renders; returns the exit code."""
+    results = make_missing(EXPERIMENT, args, runs(args), make=make)
+    if results:
+        folder = epath.Path(args.out) / EXPERIMENT
+        (folder / "table.md").write_text(flux_table(results) + "\n")
+        plot_flux(results, folder)
+    return 0
