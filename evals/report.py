@@ -10,6 +10,7 @@ from etils import epath
 from routing_jax.evals.benchmarks import (
     attention_plot,
     attention_report,
+    serve_path_report,
     tpu_schedule_plot,
     tpu_schedule_report,
 )
@@ -30,6 +31,7 @@ FLUX = "flux"
 MIXING = "mixing"
 ATTENTION = "attention"
 TPU_SCHEDULE = "tpu-schedule"
+SERVE_PATH = "serve-path"
 
 
 def benchmark_caption(result: Mapping[str, Any]) -> str:
@@ -71,7 +73,11 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         blocks[f"{MOAS_TIMES}-{path.stem}"] = (
             f"{times_table(times['rows'])}\n\n{times_caption(times)}"
         )
-    for name, written in ((ATTENTION, attention_report), (TPU_SCHEDULE, tpu_schedule_report)):
+    for name, written in (
+        (ATTENTION, attention_report),
+        (TPU_SCHEDULE, tpu_schedule_report),
+        (SERVE_PATH, serve_path_report),
+    ):
         for path in sorted((folder / name).glob("*.json")):
             bench = json.loads(path.read_text())
             text = f"{written.table(bench['rows'])}\n\n{written.caption(bench)}"

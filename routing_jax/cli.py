@@ -4,15 +4,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from routing_jax.evals.benchmarks import attention, mixing, tpu_schedule
+from routing_jax.evals.benchmarks import attention, mixing, serve_path, tpu_schedule
 from routing_jax.evals.benchmarks.attention import AttentionBenchConfig
 from routing_jax.evals.benchmarks.attention_flex import leave_memory_for_torch
 from routing_jax.evals.benchmarks.mixing import MixingBenchConfig
+from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, take_all_memory
 from routing_jax.evals.benchmarks.tpu_schedule import TpuScheduleConfig
+from routing_jax.generate import TextModel
+from routing_jax.generate.progress import PrefillBar
 from routing_jax.sharding import make_mesh
 from routing_jax.train.command import EXIT_BAD_INPUT, guarded, parse, train_command
 from routing_jax.train.config import MeshConfig
@@ -127,6 +130,66 @@ def reproduce_command(args: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
+class GenerateArgs:
+    """Continue a text with a published model.
+
+    Attributes:
+      model: a Hugging Face folder (config.json, safetensors, tokenizer.json) or a GGUF file.
+      prompt: the text before.
+      prompt_file: a file of it instead.
+      router: a file of layer routers trained for this model: each layer then attends fully or
+        sparsely, as the prompt decides; without, all layers attend fully.
+      max_new_tokens: the most tokens to make.
+      temperature: of sampling; 0 takes the most likely token.
+      top_k: how many of the most likely tokens can be drawn; 0 for all.
+      top_p: the sum of probabilities from which on less likely tokens cannot be drawn.
+      seed: of the draws.
+      dtype: of the weights and the computation.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    prompt: str | None = None
+    prompt_file: str | None = None
+    router: str | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("give either --prompt or --prompt-file.")
+
+
+def generate_command(args: Sequence[str]) -> int:
+    """Prints a text's continuation as it is made."""
+    parsed = parse(GenerateArgs, args, "routing-jax generate")
+    text = parsed.prompt or ""
+    if parsed.prompt_file is not None:
+        try:
+            text = Path(parsed.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{parsed.prompt_file} is not UTF-8 text: {e}.") from e
+    model = TextModel(parsed.model, parsed.router, parsed.dtype)
+    with PrefillBar() as bar:
+        pieces = model.stream(
+            text,
+            parsed.max_new_tokens,
+            temperature=parsed.temperature,
+            top_k=parsed.top_k,
+            top_p=parsed.top_p,
+            seed=parsed.seed,
+            progress=bar.show,
+        )
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+@dataclass(frozen=True)
 class BenchArgs:
     """Measure how fast mixing gets as fewer tokens attend.
 
@@ -169,8 +232,21 @@ class BenchTpuScheduleArgs:
     out: str = "runs/bench/tpu-schedule.json"
 
 
+@dataclass(frozen=True)
+class BenchServePathArgs:
+    """Measure prefill and decode with routed layers beside the same model dense.
+
+    Attributes:
+      config: what is measured.
+      out: the JSON file to write.
+    """
+
+    config: Annotated[ServePathConfig, tyro.conf.arg(name="")]
+    out: str = "runs/bench/serve-path.json"
+
+
 def bench_command(args: Sequence[str]) -> int:
-    """Runs `bench mixing`, `bench attention` or `bench tpu-schedule`."""
+    """Runs `bench mixing`, `bench attention`, `bench serve-path` or `bench tpu-schedule`."""
     name = args[0] if args else "nothing"
     if name == "mixing":
         default = BenchArgs(mixing.default_config())
@@ -183,12 +259,18 @@ def bench_command(args: Sequence[str]) -> int:
             BenchAttentionArgs, args[1:], "routing-jax bench attention", default_attention
         )
         attention.main(wanted.config, Path(wanted.out))
+    elif name == "serve-path":
+        take_all_memory()  # before default_config starts the device
+        default_path = BenchServePathArgs(serve_path.default_config())
+        path = parse(BenchServePathArgs, args[1:], "routing-jax bench serve-path", default_path)
+        serve_path.main(path.config, Path(path.out))
     elif name == "tpu-schedule":
         asked = parse(BenchTpuScheduleArgs, args[1:], "routing-jax bench tpu-schedule")
         tpu_schedule.main(asked.config, Path(asked.out))
     else:
         raise ValueError(
-            f"bench takes 'mixing', 'attention' or 'tpu-schedule'; {name!r} was given."
+            "bench takes 'mixing', 'attention', 'serve-path' or 'tpu-schedule'; "
+            f"{name!r} was given."
         )
     return 0
 
@@ -222,6 +304,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "reproduce": (reproduce_command, "NAME: run an experiment and render its table and plots"),
     "report": (report_command, "plots and README tables from result files"),
     "data": (data_command, "prepare SOURCE OUT: write a data set from text files"),
+    "generate": (
+        generate_command,
+        "MODEL --prompt TEXT: continue a text, with routed layers or not",
+    ),
     "bench": (bench_command, "NAME: measure speed"),
 }
 

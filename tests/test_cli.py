@@ -164,13 +164,13 @@ TRAIN = ["train", "recall-128", *NEW]
         (["data", "prepare", "{empty}", "{new}"], "source='{empty}' holds no text"),
         (
             ["reproduce", "chess"],
-            "reproduce takes one of routed-attention, moas, block-routing; 'chess' was given",
+            "reproduce takes one of routed-attention, moas, block-routing, flux; 'chess' was given",
         ),
         (["reproduce", "routed-attention", "--only", "chess"], "only is 'chess', which names no r"),
         (["reproduce", "routed-attention", "--only", "("], r"only is '\(', which is no regular e"),
         (
             ["bench", "chess"],
-            "bench takes 'mixing', 'attention' or 'tpu-schedule'",
+            "bench takes 'mixing', 'attention', 'serve-path' or 'tpu-schedule'",
         ),
     ],
 )

@@ -113,11 +113,11 @@ Parts = dict[str, list[tuple[int, int]]]
 
 
 def row_parts(kernel: Region) -> Parts:
-    """The parts of a kernel that loops over blocks.
+    """The parts of a kernel that loops over blocks, or over the tiles that attend to a block.
 
-    Of one that has several loops, 'turn' takes many blocks that need no mask, 'pair' two, and
-    'step' one that may; of one that has one, the longest branch in a 'step' is its 'mask'.
-    'program' is the rest. All else that may be skipped is counted as run.
+    Each of its loops takes half as many in a turn as the one before, the last takes one: their
+    turns are 'turn_8', say, 'turn_4', 'turn_2' and 'turn_1'. 'program' is the rest. What may be
+    skipped is counted as run.
 
     Raises:
       ValueError: a schedule of another form, of which no sum would be right.
@@ -125,13 +125,10 @@ def row_parts(kernel: Region) -> Parts:
     (grid,) = _expect(kernel.loops, 1, "over programs")
     _expect([y for x in grid.loops for y in x.loops], 0, "within a loop over blocks")
     spans = [(loop.start, loop.stop) for loop in grid.loops]
-    if len(spans) in (2, 3):
-        names = ("turn", "pair", "step") if len(spans) == 3 else ("turn", "step")
-        found = {name: [span] for name, span in zip(names, spans)}
-    else:
-        (step,) = _expect(grid.loops, 1, "over blocks")
-        mask = max(step.branches, key=_length, default=(step.stop, step.stop))
-        found = {"step": [(step.start, mask[0]), (mask[1], step.stop)], "mask": [mask]}
+    if not spans:
+        raise ValueError("the schedule has no loop over blocks.")
+    sizes = (1 << i for i in reversed(range(len(spans))))
+    found = {f"turn_{size}": [span] for size, span in zip(sizes, spans)}
     return found | {"program": _rest(grid, spans)}
 
 

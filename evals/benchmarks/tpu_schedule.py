@@ -8,10 +8,11 @@ and shows what grows with what, and is no substitute for a measurement.
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,12 +30,14 @@ from routing_jax.evals.benchmarks.tpu_schedule_config import TpuScheduleConfig
 from routing_jax.evals.benchmarks.tpu_schedule_plot import plot
 from routing_jax.evals.benchmarks.tpu_schedule_report import Row, describe, table, with_ratios
 from routing_jax.kernels import row_lengths
-from routing_jax.kernels.block_sparse.mosaic_tpu.call import blocks_together, sizes_of
-from routing_jax.kernels.block_table import whole_blocks
+from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
+    blocks_together,
+    sizes_of,
+    tiles_together,
+)
 
 __all__ = ["TpuScheduleConfig", "main", "run"]
 
-_PASSES: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
 _MEMORY = ("argument_bytes", "result_bytes", "temporary_bytes", "peak_bytes")
 
 
@@ -46,7 +49,9 @@ def _listing(case: TpuCase, blocks: int) -> attention_cases.Case:
 
 @functools.cache
 def row_counts(case: TpuCase, blocks: int, seed: int) -> dict[str, int]:
-    """How often each part of our forward kernel runs, over all sequences and kv heads.
+    """How often each part of the kernels of rows runs, over all sequences and kv heads.
+
+    These are the forward pass and dq. Turns are equally long on all generations.
 
     Args:
       case: sizes.
@@ -54,21 +59,41 @@ def row_counts(case: TpuCase, blocks: int, seed: int) -> dict[str, int]:
       seed: of the lists.
 
     >>> row_counts(TpuCase("v5e:2x2", "forward", 512, 64), 2, 0)
-    {'program': 4, 'turn': 0, 'pair': 0, 'step': 7}
+    {'program': 4, 'turn_8': 0, 'turn_4': 0, 'turn_2': 3, 'turn_1': 1}
     """
-    at_once = blocks_together(sizes_of(*attention_inputs(case)))
+    sizes = blocks_together(sizes_of(*attention_inputs(case)))
     T, K = case.length, case.num_kv_heads
     rows = attention_cases.make_table(_listing(case, blocks), seed)
     lengths = np.asarray(row_lengths(rows, T, T), np.int64)
-    turns, left = np.divmod(np.asarray(whole_blocks(rows, T, T), np.int64), at_once)
-    pairs = left // 2
-    heads = case.batch * K // lengths.shape[1]
-    return {
-        "program": case.batch * K * lengths.shape[2],
-        "turn": int(turns.sum()) * heads,
-        "pair": int(pairs.sum()) * heads,
-        "step": int((lengths - at_once * turns - 2 * pairs).sum()) * heads,
-    }
+    return _turns(np.broadcast_to(lengths, (case.batch, K, lengths.shape[2])), sizes)
+
+
+@functools.cache
+def column_counts(case: TpuCase, blocks: int, seed: int) -> dict[str, int]:
+    """How often each part of the kernel of key blocks, dk and dv, runs; see `row_counts`.
+
+    >>> column_counts(TpuCase("v5e:2x2", "backward", 512, 64), 2, 0)
+    {'program': 4, 'turn_4': 0, 'turn_2': 2, 'turn_1': 3}
+    """
+    sizes = tiles_together(sizes_of(*attention_inputs(case)))
+    T, K = case.length, case.num_kv_heads
+    table = attention_cases.make_table(_listing(case, blocks), seed)
+    lengths, indices = np.asarray(row_lengths(table, T, T)), np.asarray(table.indices)
+    if not blocks:
+        indices = np.broadcast_to(np.arange(-(-T // case.block)), (*lengths.shape, lengths.max()))
+    J = -(-T // case.block)
+    listed = np.arange(indices.shape[-1]) < lengths[..., None]
+    tiles = np.stack([np.bincount(i[of], minlength=J) for i, of in zip(indices[0], listed[0])])
+    return _turns(np.broadcast_to(tiles, (case.batch, K, J)), sizes)
+
+
+def _turns(left: np.ndarray, sizes: list[int]) -> dict[str, int]:
+    """Programs, and turns of each size, of programs that have so much to take."""
+    counts = {"program": left.size}
+    for size in sizes:
+        taken, left = np.divmod(left, size)
+        counts[f"turn_{size}"] = int(taken.sum())
+    return counts
 
 
 def splash_counts(case: TpuCase) -> dict[str, int]:
@@ -90,22 +115,27 @@ def _row(chip: str, part: str, case: TpuCase, report: Report) -> Row:
     return row | ({"error": report["error"]} if "error" in report else {})
 
 
-def _counted(row: Row, report: Report, counts: dict[str, int]) -> Row:
-    """The row with the bundles that the kernel issues."""
+def _counted(row: Row, kernel: dict[str, Any] | None, counts: dict[str, int]) -> Row:
+    """The row with the bundles that the kernel issues; None if it did not compile."""
     row |= {"counts": counts, "parts": None, "slots": None, "bundles": None}
-    if "error" in report:
+    if kernel is None:
         return row
-    (kernel,) = report["schedule"].values()
     parts = kernel["bundles"]
     total = sum(number * counts[name] for name, number in parts.items())
     return row | {"parts": parts, "slots": kernel["slots"], "bundles": total}
 
 
+_KERNELS = {
+    "forward": {"forward": row_counts},
+    "backward": {"query_gradients": row_counts, "key_gradients": column_counts},
+}
+
+
 def _schedule_rows(config: TpuScheduleConfig, chip: str) -> Iterator[Row]:
-    for head_dim in config.head_dims:
+    for program, head_dim in itertools.product(config.passes, config.head_dims):
         dense = TpuCase(
             CHIPS[chip],
-            "forward",
+            program,
             config.length,
             head_dim,
             num_heads=config.num_heads,
@@ -113,24 +143,29 @@ def _schedule_rows(config: TpuScheduleConfig, chip: str) -> Iterator[Row]:
             block=config.block,
         )
         tiled = [dense._replace(program="splash", tiles=tiles) for tiles in config.tiles]
+        tiled = tiled if program == "forward" else []
         lists = dense._replace(length=config.sparse_length, capacity=max(config.blocks, default=0))
         cases = [dense, *tiled, *([lists] if lists.capacity else [])]
         for case, report in zip(cases, compile_cases(cases, schedules=True)):
             row = _row(chip, "schedule", case, report)
+            kernels = report.get("schedule", {})
             if case.program == "splash":
                 row |= {"peer": "splash", "program": "forward", "tiles": list(case.tiles)}
-                yield _counted(row, report, splash_counts(case))
+                yield _counted(row, next(iter(kernels.values()), None), splash_counts(case))
                 continue
             for blocks in config.blocks if case is lists else (0,):
                 if blocks >= case.length // config.block:
                     continue
-                counts = row_counts(case, blocks, config.seed)
                 of, every = (
                     attention_cases.listed_blocks(_listing(case, x), config.seed)
                     for x in (blocks, 0)
                 )
-                listed = {"blocks": blocks, "density": of / every}
-                yield _counted(row | listed, report, counts)
+                row |= {"blocks": blocks, "density": of / every}
+                for name, counts in _KERNELS[program].items():
+                    kernel = kernels.get(f"block_sparse_{name}")
+                    yield _counted(
+                        row | {"program": name}, kernel, counts(case, blocks, config.seed)
+                    )
 
 
 def _memory_rows(config: TpuScheduleConfig, chip: str) -> Iterator[Row]:
@@ -144,7 +179,7 @@ def _memory_rows(config: TpuScheduleConfig, chip: str) -> Iterator[Row]:
             block=config.block,
             capacity=capacity,
         )
-        for program in _PASSES
+        for program in config.passes
         for head_dim in config.memory_head_dims
         for length in config.memory_lengths
         for capacity in (0, config.memory_blocks)

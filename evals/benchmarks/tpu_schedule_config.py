@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from routing_jax.evals.benchmarks.tpu_programs import CHIPS
 
 Part = Literal["schedule", "memory"]
+Pass = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class TpuScheduleConfig:
     Attributes:
       parts: 'schedule' counts the bundles of ours and of splash attention; 'memory' compiles a
         grid of calls, whose rows all are dense or all list blocks, and records what they need.
+      passes: what is compiled of ours; the forward pass has splash's beside it.
       chips: TPU generations.
       length: T of part 'schedule', a multiple of block and of every tile.
       sparse_length: T at which ours is also counted with lists.
@@ -32,6 +34,7 @@ class TpuScheduleConfig:
     """
 
     parts: tuple[Part, ...] = ("schedule",)
+    passes: tuple[Pass, ...] = get_args(Pass)
     chips: tuple[str, ...] = tuple(CHIPS)
     length: int = 32768
     sparse_length: int = 131072
@@ -54,10 +57,11 @@ class TpuScheduleConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("parts", "chips", "head_dims", "tiles"):
+        for name in ("parts", "passes", "chips", "head_dims", "tiles"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one.")
-        for name, accepted in (("parts", get_args(Part)), ("chips", tuple(CHIPS))):
+        choices = {"parts": get_args(Part), "passes": get_args(Pass), "chips": tuple(CHIPS)}
+        for name, accepted in choices.items():
             for value in getattr(self, name):
                 if value not in accepted:
                     raise ValueError(f"{name} holds {value!r}; accepted: {', '.join(accepted)}.")

@@ -12,12 +12,13 @@ from routing_jax.evals.plots import COLORS, FAINT, INK, MARKERS
 def plot(rows: Sequence[Row], path: PathLike) -> Figure | None:
     """Ours ÷ splash on a dense table, a bar a chip; and work by share of blocks listed.
 
-    Drawn at the first head dim; None, and no file, without a schedule of ours.
+    Drawn for the first kernel and head dim; None, and no file, without a schedule of ours.
     """
     ours = [row for row in rows if row["peer"] == "block_sparse" and row.get("bundles")]
     if not ours:
         return None
-    ours = [row for row in ours if row["head_dim"] == ours[0]["head_dim"]]
+    first = ours[0]["program"], ours[0]["head_dim"]
+    ours = [row for row in ours if (row["program"], row["head_dim"]) == first]
     figure = Figure(figsize=(8.0, 3.6), dpi=200, layout="constrained", facecolor="white")
     beside, listed = figure.subplots(1, 2)
     chips = list(dict.fromkeys(row["chip"] for row in ours))

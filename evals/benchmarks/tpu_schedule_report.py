@@ -12,11 +12,11 @@ BLIND = (
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["chip"], row["head_dim"], row["length"]
+    return row["chip"], row["program"], row["head_dim"], row["length"]
 
 
 def best_splash(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
-    """(chip, head dim, length) → the row of the tiles at which splash needs the fewest bundles."""
+    """(chip, kernel, head dim, length) → the row of the tiles with which splash needs least."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         if row["peer"] == "splash" and row.get("bundles"):
@@ -27,12 +27,13 @@ def best_splash(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Our rows with what each is beside others of the same chip, head dim and length.
+    """Our rows with what each is beside others of the same chip, kernel, head dim and length.
 
     `of_splash` is its bundles ÷ those of splash at its best tiles, for a dense table; `per_block`
     its bundles a listed block ÷ those of the dense table: 1 if work is proportional.
 
     >>> sizes = {"part": "schedule", "chip": "v5e", "head_dim": 64, "length": 256}
+    >>> sizes["program"] = "forward"
     >>> splash = sizes | {"peer": "splash", "bundles": 80}
     >>> dense = sizes | {"peer": "block_sparse", "blocks": 0, "bundles": 100, "density": 1.0}
     >>> row = with_ratios([splash, dense, dense | {"blocks": 1, "bundles": 30, "density": 0.25}])[2]
@@ -55,6 +56,9 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
 def _gibibytes(row: Row, name: str = "peak_bytes") -> str:
     return "failed" if row.get(name) is None else f"{row[name] / 2**30:.3g}"
+
+
+_NAMES = {"forward": "forward", "query_gradients": "dq", "key_gradients": "dk, dv"}
 
 
 def _percent(share: float) -> str:
@@ -104,7 +108,7 @@ def _beside_splash(rows: Sequence[Row]) -> list[str]:
             f"| {'×'.join(map(str, best['tiles']))} | {ratio} | {_gibibytes(row)} "
             f"| {_gibibytes(best)} |"
         )
-    length = next((key[2] for key in splash), None)
+    length = next((key[-1] for key in splash), None)
     title = f"**Dense causal attention over {length} tokens, forward**, beside splash attention"
     return ["\n".join([title, "", *lines, *found])] if found else []
 
@@ -121,17 +125,14 @@ def _by_density(rows: Sequence[Row]) -> list[str]:
     lines = [
         f"**Bundles a listed block over {max(lengths)} tokens** ÷ those where all are listed",
         "",
-        f"| chip | head dim | {head} |",
-        "| ---: | ---: |" + " ---: |" * len(blocks),
+        f"| chip | kernel | head dim | {head} |",
+        "| ---: | ---: | ---: |" + " ---: |" * len(blocks),
     ]
-    for chip, head_dim in dict.fromkeys((row["chip"], row["head_dim"]) for row in listed):
-        mine = {
-            row["blocks"]: row["per_block"]
-            for row in listed
-            if (row["chip"], row["head_dim"]) == (chip, head_dim)
-        }
+    for key in dict.fromkeys(_key(row) for row in listed):
+        mine = {row["blocks"]: row["per_block"] for row in listed if _key(row) == key}
         cells = (f"{mine[b]:.3f}" if mine.get(b) else "" for b in blocks)
-        lines.append(f"| {chip} | {head_dim} | {' | '.join(cells)} |")
+        chip, kernel, head_dim, _ = key
+        lines.append(f"| {chip} | {_NAMES[kernel]} | {head_dim} | {' | '.join(cells)} |")
     return ["\n".join(lines)]
 
 

@@ -36,6 +36,7 @@ from routing_jax.routers.layer import (
     LayerRouterConfig,
     LayerRouting,
     cooled_temperature,
+    end_tokens,
     pool_queries,
 )
 from routing_jax.routers.losses import balance_loss
@@ -86,6 +87,7 @@ __all__ = [
     "competing_blocks",
     "cooled_temperature",
     "dot_scores",
+    "end_tokens",
     "init_multipliers",
     "layer_table",
     "mean_key_scores",

@@ -94,6 +94,32 @@ def pool_queries(queries: jax.Array, lengths: jax.Array, pool: int) -> jax.Array
     return jnp.sum(ends, axis=1) / jnp.maximum(2 * count, 1)
 
 
+def end_tokens(x: jax.Array, lengths: jax.Array, pool: int) -> tuple[jax.Array, jax.Array]:
+    """The tokens that a layer router reads, as sequences of their own.
+
+    `pool_queries` of them is that of the whole, so only their queries need to be computed.
+
+    Args:
+      x: [B,T,D].
+      lengths: [B] int32, valid tokens of each sequence; they come first.
+      pool: tokens of each end.
+
+    Returns:
+      ([B,min(T,2·pool),D], [B] int32 how many of them are valid).
+
+    >>> x = jnp.arange(8.0).reshape(1, 8, 1)
+    >>> ends, counts = end_tokens(x, jnp.array([6]), 2)
+    >>> ends.ravel().tolist(), counts.tolist()
+    ([0.0, 1.0, 4.0, 5.0], [4])
+    """
+    chex.assert_rank([x, lengths], [3, 1])
+    place = jnp.arange(min(2 * pool, x.shape[1]), dtype=jnp.int32)[None]
+    skipped = jnp.maximum(lengths - 2 * pool, 0)[:, None]
+    place = jnp.where(place < pool, place, place + skipped)
+    ends = jnp.take_along_axis(x, place[:, :, None], axis=1)
+    return ends, jnp.minimum(lengths, place.shape[1])
+
+
 def cooled_temperature(
     step: jax.Array | int, steps: int, start: float = 1.5, end: float = 1.0, share: float = 0.6
 ) -> jax.Array:

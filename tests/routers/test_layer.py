@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from routing_jax.routers import LayerRouter, LayerRouterConfig, cooled_temperature, pool_queries
+from routing_jax.routers import (
+    LayerRouter,
+    LayerRouterConfig,
+    cooled_temperature,
+    end_tokens,
+    pool_queries,
+)
 
 B, T, N, H, POOL = 6, 12, 2, 4, 3
 LENGTHS = np.array([12, 7, 6, 4, 2, 0], np.int32)  # ends apart, adjoining, overlapping, the same
@@ -53,6 +59,17 @@ def test_pooling_more_tokens_than_there_are_takes_them_all():
     queries, lengths = queries_of(), np.full(B, T)
     np.testing.assert_allclose(
         pool_queries(queries, lengths, 100), queries.mean((1, 2)), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_ends_alone_are_pooled_to_the_same():
+    queries = queries_of()
+    ends, counts = end_tokens(queries.reshape(B, T, N * H), LENGTHS, POOL)
+    assert ends.shape[1] == 2 * POOL
+    np.testing.assert_allclose(
+        pool_queries(ends.reshape(B, -1, N, H), counts, POOL),
+        pool_queries(queries, LENGTHS, POOL),
+        rtol=1e-6,
     )
 
 

@@ -61,6 +61,21 @@ class Run(NamedTuple):
         return f"{self.task}_{self.variant}_s{self.seed}"
 
 
+def train_run(experiment: str, one: Run, workdir: epath.Path) -> Result:
+    """Trains a run, or what an interruption left of it, and evaluates it.
+
+    Raises:
+      ValueError: the workdir holds an unfinished run with another configuration.
+    """
+    if (workdir / "config.json").exists() and read_config(workdir) != one.config:
+        raise ValueError(
+            f"{workdir} holds an unfinished run with another configuration; remove it, or give "
+            "another --scratch."
+        )
+    labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
+    return run(one.config, workdir, resume=True, labels=labels)
+
+
 def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
     """The planned runs that `only` names.
 
@@ -87,24 +102,12 @@ def _as_it_is(run: Run, result: Result, workdir: epath.Path) -> Result:
     return result
 
 
-def train_run(experiment: str, one: Run, workdir: epath.Path) -> Result:
-    """Trains a run, or what an interruption left of it, and evaluates it.
-
-    Args:
-      experiment: the folder of the results.
-      one: the run.
-      workdir: where it stands.
-    """
-    labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
-    return run(one.config, workdir, resume=True, labels=labels)
-
-
 def make_missing(
     experiment: str,
     args: ReproduceArgs,
     planned: Iterable[Run],
     finish: Callable[[Run, Result, epath.Path], Result] = _as_it_is,
-    make_one: Callable[[str, Run, epath.Path], Result] = train_run,
+    make: Callable[[str, Run, epath.Path], Result] = train_run,
 ) -> list[Result]:
     """Makes every missing run that `only` names.
 
@@ -114,13 +117,13 @@ def make_missing(
       planned: all runs of the experiment.
       finish: (run, its result, its workdir) -> the result to write, with what only this experiment
         measures; can be pickled.
-      make_one: (experiment, run, its workdir) -> its result; can be pickled.
+      make: (experiment, run, its workdir) -> its result; can be pickled.
 
     Returns:
       All results there are, to be rendered; none when the runs were only to be listed.
 
     Raises:
-      ValueError: as `wanted_runs`, or a workdir holds an unfinished run with another configuration.
+      ValueError: as `wanted_runs` and `train_run`.
       RuntimeError: with several jobs, some of them failed; they and their logs are named.
     """
     wanted = wanted_runs(args, planned)
@@ -131,30 +134,23 @@ def make_missing(
         return []
     missing = [r for r, path in zip(wanted, paths) if not path.exists()]
     folder = epath.Path(args.scratch) / experiment
-    for r in missing:
-        workdir = folder / r.name
-        if (workdir / "config.json").exists() and read_config(workdir) != r.config:
-            raise ValueError(
-                f"{workdir} holds an unfinished run with another configuration; remove it, or give "
-                "another --scratch."
-            )
-    make = functools.partial(_make, experiment, args.out, folder, finish, make_one)
-    (_make_side_by_side if args.jobs > 1 else _make_in_turn)(missing, make, args, folder)
+    one = functools.partial(_make_one, experiment, args.out, folder, make, finish)
+    (_make_side_by_side if args.jobs > 1 else _make_in_turn)(missing, one, args, folder)
     return load_results(args.out, experiment)
 
 
-def _make(
+def _make_one(
     experiment: str,
     out: str,
     folder: epath.Path,
+    make: Callable[[str, Run, epath.Path], Result],
     finish: Callable[[Run, Result, epath.Path], Result],
-    make_one: Callable[[str, Run, epath.Path], Result],
     r: Run,
 ) -> None:
     """Makes a run, or the rest of it, and writes its result."""
     print(f"== {r.name}", flush=True)
     workdir = folder / r.name
-    result = finish(r, make_one(experiment, r, workdir), workdir)
+    result = finish(r, make(experiment, r, workdir), workdir)
     write_result(result, result_path(out, experiment, r.task, r.variant, r.seed))
     print(
         f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "
@@ -165,7 +161,7 @@ def _make(
 
 
 def _make_in_turn(
-    missing: Sequence[Run], make: Callable[[Run], None], args: ReproduceArgs, folder: epath.Path
+    missing: Sequence[Run], one: Callable[[Run], None], args: ReproduceArgs, folder: epath.Path
 ) -> None:
     del folder
     started = time.time()
@@ -173,11 +169,11 @@ def _make_in_turn(
         if args.max_minutes and time.time() - started > 60 * args.max_minutes:
             print(f"stopped before {r.name}: {args.max_minutes} minutes are over")
             break
-        make(r)
+        one(r)
 
 
 def _make_side_by_side(
-    missing: Sequence[Run], make: Callable[[Run], None], args: ReproduceArgs, folder: epath.Path
+    missing: Sequence[Run], one: Callable[[Run], None], args: ReproduceArgs, folder: epath.Path
 ) -> None:
     logs, failed = Path(folder / "logs"), []
 
@@ -188,7 +184,7 @@ def _make_side_by_side(
             failed.append(name)
 
     tasks = [
-        Task(r.name, functools.partial(make, r), epath.Path(r.config.start_from).name)
+        Task(r.name, functools.partial(one, r), epath.Path(r.config.start_from).name)
         for r in missing
     ]
     left = side_by_side(tasks, args.jobs, logs, told=told, seconds=60 * args.max_minutes)

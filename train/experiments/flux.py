@@ -217,7 +217,7 @@ def make(experiment: str, one: Run, workdir: epath.Path) -> Result:
 
 def reproduce(args: FluxArgs) -> int:
     """Makes every missing run that `only` names, then renders; returns the exit code."""
-    results = make_missing(EXPERIMENT, args, runs(args), make_one=make)
+    results = make_missing(EXPERIMENT, args, runs(args), make=make)
     if results:
         folder = epath.Path(args.out) / EXPERIMENT
         (folder / "table.md").write_text(flux_table(results) + "\n")

@@ -11,6 +11,7 @@ from routing_jax.kernels.block_sparse.implementation import (
     softmax_cotangents,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
+    LOG2_E,
     Geometry,
     from_query_tiles,
     prepare,
@@ -32,7 +33,7 @@ def backward(
     geometry, arrays = prepare(options, inputs)
     d_lse, delta = softmax_cotangents(outputs, d_out, d_lse)
     lse = jnp.where(outputs.lse == -jnp.inf, jnp.inf, outputs.lse)
-    lse = query_tiles(geometry, lse, fill=jnp.inf)
+    lse = query_tiles(geometry, lse * LOG2_E, fill=jnp.inf)
     stats = jnp.stack([lse, *(query_tiles(geometry, x) for x in (delta, d_lse))], axis=2)
     d_tiles = query_tiles(geometry, widen(geometry, d_out.astype(inputs.q.dtype)))
     dq, d_bias = query_gradients(geometry, inputs, arrays, d_tiles, stats)

@@ -1,15 +1,17 @@
 """One call of block-sparse attention as the TPU kernels see it: tiles, and plain rows of blocks."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
-from routing_jax.kernels.block_table import ceil_div, row_lengths, whole_blocks
+from routing_jax.kernels.block_sparse.mosaic_tpu.tiles import Tiles, ring_stages, tiles_for, turns
+from routing_jax.kernels.block_table import ceil_div, row_lengths
 from routing_jax.kernels.padding import pad_axis
 from routing_jax.kernels.segments import query_segments
-from routing_jax.kernels.tpu import LANES, tpu_refusal
+from routing_jax.kernels.tpu import LANES, device_kind, tpu_refusal
 
 _HEAD_DIM = 256
 # Head dims are padded to this. Padded to whole tiles of 128 lanes, head dim 64 takes the schedule
@@ -19,7 +21,9 @@ _HEAD_DIMS = 64
 _BLOCKS = (64, 128, 256, 512)
 _CAPACITY = 16384  # a row's list stands in scalar memory twice, and so does its bias
 _VMEM = 40 * 2**20  # of the 64 MiB that the smallest of the current chips has
-HEADER = 3  # entries before a row's blocks
+HEADER = 2  # entries before a row's blocks
+# Logits are kept in powers of two, the chip's own: a multiplication less for each.
+LOG2_E = math.log2(math.e)
 
 
 class Arrays(NamedTuple):
@@ -27,18 +31,17 @@ class Arrays(NamedTuple):
 
     Attributes:
       q: [X,M,R,H], the G heads of a tile below each other, R their rows and padding.
-      k: [X·J,block_kv,H].
-      v: [X·J,block_kv,H].
-      rows: [X,M,1,3+C] int32: blocks to visit; 1 if that is block i in step i (a dense row); how
-        many of them, the first ones, every query sees whole; the listed blocks.
-      queries: [B or 1,M,1 or 2,R] int32: positions, −1 for a query that sees nothing; segments.
+      kv: [X·J,2,block_kv,H], the keys and the values of a block, for one copy to bring.
+      rows: [X,M,1,2+C] int32: blocks to visit; 1 if that is block i in step i (a dense row); the
+        listed blocks.
+      queries: [B or 1,M,1 or 2,R] int32: the last key that a query sees by its position, −1 for
+        none; segments.
       k_segments: [B·J,1,block_kv] int32, to whole lanes, or None.
-      bias: [X,M,1,C] float32 or None.
+      bias: [X,M,1,C] float32, times log2 e, or None.
     """
 
     q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    kv: jax.Array
     rows: jax.Array
     queries: jax.Array
     k_segments: jax.Array | None
@@ -61,8 +64,8 @@ class Geometry(NamedTuple):
       C: slots of a table row.
       block_q: queries a tile.
       block_kv: keys a block.
-      causal: whether later keys are hidden.
       scale: what logits are multiplied by.
+      tiles: how much is taken at once.
     """
 
     B: int
@@ -77,8 +80,8 @@ class Geometry(NamedTuple):
     C: int
     block_q: int
     block_kv: int
-    causal: bool
     scale: float
+    tiles: Tiles
 
     @property
     def X(self) -> int:  # noqa: N802
@@ -121,26 +124,25 @@ def vector_memory(geometry: Geometry, inputs: AttentionInputs) -> int:
     """
     width = 2 if inputs.q.dtype == jnp.bfloat16 else 4
     R, H, block_kv = geometry.R, ceil_div(geometry.H, LANES) * LANES, geometry.block_kv
-    together = blocks_together(geometry)
-    stages = max(STAGES, 2 * together)
-    tiles = 2 * (STAGES * R + stages * block_kv) * H * width
+    blocks, tiles = blocks_together(geometry)[0], tiles_together(geometry)[0]
+    rings = 2 * (ring_stages(tiles) * R + ring_stages(blocks) * block_kv) * H * width
     sums = 2 * (R + 2 * block_kv) * H * 4
-    logits = 5 * R * together * block_kv * 4
+    logits = 5 * R * max(blocks, tiles) * block_kv * 4
     slots = 0 if inputs.block_bias is None else 2 * (geometry.C + 8) * R * 4
-    return tiles + sums + logits + slots
+    return rings + sums + logits + slots
 
 
-STAGES = 3  # of a ring: copies of two steps are under way during a third
-_KEYS_TOGETHER, _LOGITS_TOGETHER = 1024, 512 * 1024
+def blocks_together(geometry: Geometry) -> list[int]:
+    """How many blocks the kernels of rows take in one turn, largest first."""
+    tiles = geometry.tiles
+    keys = min(tiles.keys, tiles.logits // geometry.R)
+    return turns(max(1, keys // geometry.block_kv))
 
 
-def blocks_together(geometry: Geometry) -> int:
-    """How many blocks the kernels of rows take in one step, where they need no mask.
-
-    A larger step leaves the compiler more to do while it waits, and rescales the sums less often.
-    """
-    keys = min(_KEYS_TOGETHER, _LOGITS_TOGETHER // geometry.R)
-    return max(1, keys // geometry.block_kv)
+def tiles_together(geometry: Geometry) -> list[int]:
+    """How many query tiles the kernel of key blocks takes in one turn, largest first."""
+    most = geometry.tiles.block_logits // (geometry.R * geometry.block_kv)
+    return turns(max(1, min(geometry.tiles.query_tiles, most)))
 
 
 def sizes_of(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
@@ -151,7 +153,7 @@ def sizes_of(options: AttentionOptions, inputs: AttentionInputs) -> Geometry:
         B, T, S, K, G,
         ceil_div(H, _HEAD_DIMS) * _HEAD_DIMS, ceil_div(G * table.block_q, LANES) * LANES,
         table.num_tiles, ceil_div(S, table.block_kv), table.capacity,
-        table.block_q, table.block_kv, options.causal, options.scale,
+        table.block_q, table.block_kv, options.scale, tiles_for(device_kind()),
     )  # fmt: skip
 
 
@@ -174,7 +176,7 @@ def from_query_tiles(geometry: Geometry, x: jax.Array) -> jax.Array:
 
 
 def _key_blocks(geometry: Geometry, x: jax.Array) -> jax.Array:
-    x = pad_axis(x, 1, geometry.J * geometry.block_kv)
+    x = pad_axis(widen(geometry, x), 1, geometry.J * geometry.block_kv)
     x = x.reshape(geometry.B, geometry.J, geometry.block_kv, geometry.K, -1)
     return x.transpose(0, 3, 1, 2, 4).reshape(-1, geometry.block_kv, x.shape[4])
 
@@ -198,32 +200,29 @@ def prepare(options: AttentionOptions, inputs: AttentionInputs) -> tuple[Geometr
     T, S, J, M = geometry.T, geometry.S, geometry.J, geometry.M
     lengths = row_lengths(table, T, S, q_positions=positions, causal=options.causal)
     places = jnp.arange(T, dtype=jnp.int32)[None] if positions is None else positions
-    of_queries = [places]
-    k_segments = None
+    k_segments = own = None
     if segments is not None:
         places, own = query_segments(jnp.broadcast_to(places, (geometry.B, T)), segments)
-        of_queries = [places, own.astype(jnp.int32)]
         k_segments = pad_axis(segments.astype(jnp.int32), 1, J * geometry.block_kv)
         k_segments = k_segments.reshape(-1, 1, geometry.block_kv)
         k_segments = pad_axis(k_segments, 2, ceil_div(geometry.block_kv, LANES) * LANES)
+
+    last = jnp.where(places < 0, -1, jnp.minimum(places, S - 1) if options.causal else S - 1)
+    of_queries = [last] if own is None else [last, own.astype(jnp.int32)]
 
     def to_rows(x):  # [B or 1,T] -> [B or 1,M,R]
         x = pad_axis(x, 1, M * geometry.block_q, -1).reshape(-1, M, 1, geometry.block_q)
         x = jnp.broadcast_to(x, (x.shape[0], M, geometry.G, geometry.block_q))
         return pad_axis(x.reshape(x.shape[0], M, -1), 2, geometry.R, -1)
 
-    whole = whole_blocks(table, T, S, q_positions=positions, causal=options.causal)
-    if segments is not None:
-        whole = jnp.zeros_like(whole)
-    header = jnp.stack(jnp.broadcast_arrays(lengths, table.dense.astype(jnp.int32), whole), -1)
+    header = jnp.stack(jnp.broadcast_arrays(lengths, table.dense.astype(jnp.int32)), -1)
     rows = jnp.concatenate([per_head(geometry, header), per_head(geometry, table.indices)], -1)
     arrays = Arrays(
         query_tiles(geometry, widen(geometry, q)),
-        _key_blocks(geometry, widen(geometry, k)),
-        _key_blocks(geometry, widen(geometry, v)),
+        jnp.stack([_key_blocks(geometry, x) for x in (k, v)], axis=1),
         rows[:, :, None],
         jnp.stack([to_rows(x) for x in of_queries], axis=2),
         k_segments,
-        None if bias is None else per_head(geometry, bias.astype(jnp.float32))[:, :, None],
+        None if bias is None else per_head(geometry, bias.astype(jnp.float32) * LOG2_E)[:, :, None],
     )
     return geometry, arrays

@@ -23,6 +23,7 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionOutputs,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
+    LOG2_E,
     Geometry,
     from_query_tiles,
     prepare,
@@ -70,19 +71,19 @@ def _program(geometry: Geometry, inputs, q_ref, out_ref, lse_ref, sums, ring):
         largest, total = state
         new = jnp.maximum(largest, logits.max(axis=0, keepdims=True))
         shift = jnp.where(new == -jnp.inf, 0.0, new)
-        weights = jnp.exp(logits - jnp.broadcast_to(shift, logits.shape))
-        shrink = jnp.exp(largest - shift)
+        weights = jnp.exp2(logits - jnp.broadcast_to(shift, logits.shape))
+        shrink = jnp.exp2(largest - shift)
         piece = multiply(v, weights.astype(v.dtype), (0, 0))
         sums[...] = sums[...] * jnp.broadcast_to(shrink, sums.shape) + piece
         return new, total * shrink + weights.sum(axis=0, keepdims=True)
 
     line = (1, geometry.R)
+    piece = max(1, geometry.tiles.piece // geometry.block_kv)
     start = jnp.full(line, -jnp.inf, jnp.float32), jnp.zeros(line, jnp.float32)
-    largest, total = for_each_block(geometry, inputs, ring, q_ref[...], add_blocks, start)
-    # Unused queries saw what every other query of their tile saw.
-    some = (total > 0) & (inputs["queries"][0:1] >= 0)
+    largest, total = for_each_block(geometry, inputs, ring, q_ref[...], add_blocks, start, piece)
+    some = total > 0
     safe = jnp.where(some, total, 1.0)
     share = jnp.where(some, 1.0 / safe, 0.0)
     out = sums[...] * jnp.broadcast_to(share, sums.shape)
-    out_ref[...] = out.T.astype(out_ref.dtype)
-    lse_ref[...] = jnp.where(some, largest + jnp.log(safe), -jnp.inf)
+    out_ref[...] = out.astype(out_ref.dtype).T
+    lse_ref[...] = jnp.where(some, largest / LOG2_E + jnp.log(safe), -jnp.inf)

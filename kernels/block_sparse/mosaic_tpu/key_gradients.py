@@ -18,15 +18,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
-    STAGES,
+    LOG2_E,
     Arrays,
     Geometry,
     per_head,
+    tiles_together,
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
 from routing_jax.kernels.block_sparse.mosaic_tpu.ring import Span, for_each_step, ring_shapes
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import compiler_params, cost_estimate
-from routing_jax.kernels.block_table import ceil_div, first_positions
+from routing_jax.kernels.block_sparse.mosaic_tpu.tiles import ring_stages
+from routing_jax.kernels.block_table import ceil_div
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
 from routing_jax.kernels.padding import pad_axis
 from routing_jax.kernels.tpu_arrays import in_main_memory, multiply
@@ -38,8 +40,8 @@ class Columns(NamedTuple):
     """The table by columns.
 
     Attributes:
-      runs: [X,J,1,5] int32: where the block's entries start in the list, how many they are, where
-        its dense tiles start, how many they are, and the first tile that sees the block whole.
+      runs: [X,J,1,4] int32: where the block's entries start in the list, how many they are, where
+        its dense tiles start, and how many they are.
       tiles: [X·pages,1,1024] int32, the list, X times as many pages as one takes.
       bias: like tiles, float32: the bias of each entry; None without one.
     """
@@ -64,8 +66,7 @@ def columns(
         causal=options.causal,
     )
     starts = transposed.offsets[..., :-1]
-    whole = _first_whole(geometry, inputs)
-    parts = starts, jnp.diff(transposed.offsets), M * C + first_dense, dense, whole
+    parts = starts, jnp.diff(transposed.offsets), M * C + first_dense, dense
     runs = jnp.stack([per_head(geometry, x) for x in parts], axis=-1)
 
     def pages(entries, dense):
@@ -83,22 +84,6 @@ def columns(
     return Columns(runs.reshape(geometry.X, J, 1, -1), pages(entries // C, dense_tiles), bias)
 
 
-def _first_whole(geometry: Geometry, inputs: AttentionInputs) -> jax.Array:
-    """[B or 1,1,J] int32, the first tile none of whose queries need a mask for the block.
-
-    Keys that pad the last block need none: their gradients are dropped.
-    """
-    if inputs.segment_ids is not None:
-        return jnp.full((1, 1, geometry.J), geometry.M, jnp.int32)
-    if not geometry.causal:
-        return jnp.zeros((1, 1, geometry.J), jnp.int32)
-    first = first_positions(inputs.table, inputs.q_positions)
-    first = jnp.where(first < 0, jnp.iinfo(jnp.int32).max, first)
-    last_keys = (jnp.arange(geometry.J, dtype=jnp.int32) + 1) * geometry.block_kv - 1
-    search = jax.vmap(lambda first: jnp.searchsorted(first, last_keys))
-    return search(first).astype(jnp.int32)[:, None]
-
-
 def key_gradients(
     geometry: Geometry,
     inputs: AttentionInputs,
@@ -110,11 +95,13 @@ def key_gradients(
     """The gradients dk and dv, [X·J,block_kv,H] each; arguments as of `query_gradients`."""
     X, M, J, R, H = geometry.X, geometry.M, geometry.J, geometry.R, geometry.H
     block = pl.BlockSpec((None, geometry.block_kv, H), lambda x, j: (x * J + j, 0, 0))
-    operands = {"k": arrays.k, "v": arrays.v, "runs": listed.runs}
-    specs = {"k": block, "v": block}
-    specs["runs"] = pl.BlockSpec(
-        (None, None, 1, 5), lambda x, j: (x, j, 0, 0), memory_space=pltpu.SMEM
-    )
+    operands = {"kv": arrays.kv, "runs": listed.runs}
+    specs = {
+        "kv": pl.BlockSpec((None, 2, geometry.block_kv, H), lambda x, j: (x * J + j, 0, 0, 0)),
+        "runs": pl.BlockSpec(
+            (None, None, 1, 4), lambda x, j: (x, j, 0, 0), memory_space=pltpu.SMEM
+        ),
+    }
     if arrays.k_segments is not None:
         operands["k_segments"] = arrays.k_segments
         specs["k_segments"] = pl.BlockSpec(
@@ -131,16 +118,17 @@ def key_gradients(
     copied = {name: in_main_memory(x) for name, x in (paged | streamed).items()}
     operands |= copied
     specs |= dict.fromkeys(copied, pl.BlockSpec(memory_space=pltpu.HBM))
+    stages = ring_stages(tiles_together(geometry)[0])
     return pl.pallas_call(
         functools.partial(_program, geometry),
         grid=(X, J),
         in_specs=[specs],
         out_specs=(block, block),
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (arrays.k, arrays.v)),
+        out_shape=(jax.ShapeDtypeStruct((X * J, geometry.block_kv, H), arrays.kv.dtype),) * 2,
         scratch_shapes=[
             pltpu.VMEM((geometry.block_kv, H), jnp.float32),
             pltpu.VMEM((geometry.block_kv, H), jnp.float32),
-            ring_shapes(STAGES, *((x.shape[1:], x.dtype) for x in streamed.values())),
+            ring_shapes(stages, *((x.shape[1:], x.dtype) for x in streamed.values())),
             [pltpu.SMEM((1, _PAGE), x.dtype) for x in paged.values()],
             pltpu.SMEM((1,), jnp.int32),
         ],
@@ -154,7 +142,7 @@ def _program(geometry: Geometry, inputs, dk_ref, dv_ref, dk, dv, ring, pages, lo
     """One program: see the module."""
     x, block = pl.program_id(0), pl.program_id(1)
     run = inputs["runs"]
-    start, count, dense_start, dense_count, whole = (run[0, i] for i in range(5))
+    start, count, dense_start, dense_count = (run[0, i] for i in range(4))
     num_pages = inputs["tiles"].shape[0] // geometry.X
     one_batch = inputs["queries"].shape[0] == geometry.M
     dk[...] = jnp.zeros(dk.shape, jnp.float32)
@@ -181,27 +169,32 @@ def _program(geometry: Geometry, inputs, dk_ref, dv_ref, dk, dv, ring, pages, lo
         rows = {"q": row, "d_out": row, "stats": row, "queries": queries}
         return [inputs[name].at[where] for name, where in rows.items()]
 
-    def add_tile(step, buffers, state):
-        q_ref, d_out_ref, stats_ref, queries_ref = (buffer.at[0] for buffer in buffers)
-        q, d_out, k = q_ref[...], d_out_ref[...], inputs["k"][...]
-        logits = multiply(k, q, (1, 1)) * geometry.scale
-        if len(pages) > 1:
-            logits += entry(step, pages[1])
+    def add_tiles(count, step, buffers, state):
+        q, d_out = (buffer[...].reshape(-1, geometry.H) for buffer in buffers[:2])
+        logits = multiply(inputs["kv"][0], q, (1, 1)) * (geometry.scale * LOG2_E)
         k_segments = inputs["k_segments"][...] if "k_segments" in inputs else None
-        logits = lax.cond(
-            entry(step, pages[0]) < whole,
-            lambda logits: hide(geometry, logits, queries_ref[...], block, k_segments),
-            lambda logits: logits,
-            logits,
-        )
-        lse, delta = (jnp.broadcast_to(stats_ref[i : i + 1], logits.shape) for i in range(2))
-        weights = jnp.exp(logits - lse)
-        d_weights = multiply(inputs["v"][...], d_out, (1, 1))
-        ds = weights * (d_weights - delta)
+
+        def finish(i, logits):
+            if len(pages) > 1:
+                logits += entry(step + i, pages[1])
+            return hide(geometry, logits, buffers[3][i], block, k_segments)
+
+        def stat(i):
+            lines = [buffers[2][tile, i : i + 1] for tile in range(count)]
+            return jnp.broadcast_to(jnp.concatenate(lines, axis=1), logits.shape)
+
+        pieces = enumerate(jnp.split(logits, count, axis=1))
+        logits = jnp.concatenate([finish(i, x) for i, x in pieces], axis=1)
+        weights = jnp.exp2(logits - stat(0))
+        ds = weights * (multiply(inputs["kv"][1], d_out, (1, 1)) - stat(1))
         dk[...] += multiply(ds.astype(q.dtype), q, (1, 0))
         dv[...] += multiply(weights.astype(q.dtype), d_out, (1, 0))
         return state
 
-    for_each_step([Span(count + dense_count, 1, add_tile)], sources, ring, 0, STAGES - 1)
+    spans = [
+        Span(count + dense_count, at_once, functools.partial(add_tiles, at_once))
+        for at_once in tiles_together(geometry)
+    ]
+    for_each_step(spans, sources, ring, 0)
     dk_ref[...] = (dk[...] * geometry.scale).astype(dk_ref.dtype)
     dv_ref[...] = dv[...].astype(dv_ref.dtype)

@@ -19,14 +19,13 @@ def hide(
     Args:
       geometry: the call's sizes.
       logits: [block_kv,R].
-      queries: [1 or 2,R], the rows' positions and segments.
+      queries: [1 or 2,R], the last key that each row sees, and its segment.
       block: which key block.
       k_segments: [1,block_kv] to whole lanes, or None.
     """
-    key = lax.broadcasted_iota(jnp.int32, logits.shape, 0) + block * geometry.block_kv
-    seen = key < geometry.S
-    if geometry.causal:
-        seen &= jnp.broadcast_to(queries[0:1], logits.shape) >= key
+    key = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    last = queries[0:1] - block * geometry.block_kv
+    seen = key <= jnp.broadcast_to(last, logits.shape)
     if k_segments is not None:
         # A row of lanes turned into a column: only whole squares transpose.
         column = jnp.broadcast_to(k_segments, (128, k_segments.shape[1])).T

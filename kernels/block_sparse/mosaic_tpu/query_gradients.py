@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs
-from routing_jax.kernels.block_sparse.mosaic_tpu.call import Arrays, Geometry
+from routing_jax.kernels.block_sparse.mosaic_tpu.call import Arrays, Geometry, blocks_together
 from routing_jax.kernels.block_sparse.mosaic_tpu.rows import (
     compiler_params,
     cost_estimate,
@@ -35,7 +35,8 @@ def query_gradients(
       inputs: the call, for the memory it needs.
       arrays: the call's arrays.
       d_out: [X,M,R,H].
-      stats: [X,M,3,R] float32: lse (+inf where nothing was seen, so that P = 0), δ and dLSE.
+      stats: [X,M,3,R] float32: lse times log2 e (+inf where nothing was seen, so that P = 0), δ and
+        dLSE.
     """
     R, H, C = geometry.R, geometry.H, geometry.C
     specs, operands, ring = row_operands(geometry, arrays)
@@ -74,7 +75,7 @@ def _program(geometry: Geometry, inputs, q_ref, d_out_ref, stats_ref, dq_ref, *r
     lse, delta, d_lse = (stats_ref[i : i + 1] for i in range(3))
 
     def add_blocks(step, count, listed, logits, k, v, miss):
-        weights = jnp.exp(logits - jnp.broadcast_to(lse, logits.shape))
+        weights = jnp.exp2(logits - jnp.broadcast_to(lse, logits.shape))
         d_weights = multiply(v, d_out_ref[...], (1, 1))
         ds = weights * (d_weights - jnp.broadcast_to(delta, logits.shape))
         sums[...] += multiply(k, ds.astype(k.dtype), (0, 0))
@@ -92,7 +93,8 @@ def _program(geometry: Geometry, inputs, q_ref, d_out_ref, stats_ref, dq_ref, *r
                 miss += of_block[0]
         return miss
 
-    miss = for_each_block(geometry, inputs, ring, q_ref[...], add_blocks, -d_lse)
+    undivided = blocks_together(geometry)[0]
+    miss = for_each_block(geometry, inputs, ring, q_ref[...], add_blocks, -d_lse, undivided)
     dq_ref[...] = (sums[...] * geometry.scale).T.astype(dq_ref.dtype)
     if d_bias_ref is not None:
         # A query's dS sum to its dLSE over all blocks. The computed ones miss that by what

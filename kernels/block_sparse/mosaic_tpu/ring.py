@@ -21,7 +21,7 @@ class Span(NamedTuple):
 
     Attributes:
       end: before which step it ends; what does not fill a whole turn is left to the next span.
-      at_once: how many at a time; 1, or for the first span as many as are copied ahead.
+      at_once: how many at a time; a divisor of the span's before, and 1 for the last.
       body: (first step, buffers [at_once,…], state) to the next state.
     """
 
@@ -35,25 +35,24 @@ def for_each_step(
     sources: Callable[[jax.Array], list[Any]],
     ring: tuple[Any, ...],
     state: Any,
-    ahead: int,
 ) -> Any:
     """Runs through steps 0, 1, …, while the blocks of the next steps are copied.
 
-    The copies of `ahead` steps are under way while others are worked on: a TPU takes about as long
-    to begin a copy as to multiply a small block.
+    The copies of other steps are under way while some are worked on: a TPU takes about as long to
+    begin a copy as to multiply a small block.
 
     Args:
       spans: see `Span`; the last one takes one step at a time.
       sources: a step to the references in main memory that it reads, one a buffer.
-      ring: what `ring_shapes` asked for, with stages for `ahead` and for what is worked on.
+      ring: what `ring_shapes` asked for, with `ring_stages`.
       state: the first state.
-      ahead: how many steps.
 
     Returns:
       The last state.
     """
     *buffers, semaphores = ring
     stages, steps = buffers[0].shape[0], spans[-1].end
+    ahead = stages - spans[0].at_once
 
     def copies(step):
         stage = lax.rem(step, stages)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs
 from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
     HEADER,
-    STAGES,
+    LOG2_E,
     Arrays,
     Geometry,
     blocks_together,
@@ -19,6 +19,7 @@ from routing_jax.kernels.block_sparse.mosaic_tpu.call import (
 )
 from routing_jax.kernels.block_sparse.mosaic_tpu.masks import hide
 from routing_jax.kernels.block_sparse.mosaic_tpu.ring import Span, for_each_step, ring_shapes
+from routing_jax.kernels.block_sparse.mosaic_tpu.tiles import ring_stages
 from routing_jax.kernels.tpu_arrays import in_main_memory, multiply
 
 
@@ -43,7 +44,7 @@ def cost_estimate(geometry: Geometry, arrays: Arrays, products: int) -> pl.CostE
     """
     steps = geometry.X * geometry.M * min(geometry.C, geometry.J)
     logits = geometry.R * geometry.block_kv
-    width = arrays.k.dtype.itemsize
+    width = arrays.kv.dtype.itemsize
     return pl.CostEstimate(
         flops=2 * products * steps * logits * geometry.H,
         transcendentals=steps * logits,
@@ -67,25 +68,26 @@ def row_operands(geometry: Geometry, arrays: Arrays) -> tuple[dict[str, Any], di
         (None, None, parts, geometry.R),
         lambda x, m: (0 if one else lax.div(x, geometry.K), m, 0, 0),
     )
-    streamed = {"k": arrays.k, "v": arrays.v}
+    streamed = {"kv": arrays.kv}
     if arrays.k_segments is not None:
         streamed["k_segments"] = arrays.k_segments
     streamed = {name: in_main_memory(x) for name, x in streamed.items()}
     specs |= {name: pl.BlockSpec(memory_space=pltpu.HBM) for name in streamed}
-    stages = max(STAGES, 2 * blocks_together(geometry))
+    stages = ring_stages(blocks_together(geometry)[0])
     ring = ring_shapes(stages, *((x.shape[1:], x.dtype) for x in streamed.values()))
     return specs, of_row | {"queries": arrays.queries} | streamed, ring
 
 
-def for_each_block(geometry: Geometry, inputs, ring, q, add_blocks, state) -> Any:
+def for_each_block(geometry: Geometry, inputs, ring, q, add_blocks, state, smallest: int) -> Any:
     """Calls add_blocks(first step, count, slots are listed, logits, k, v, state) for this row.
 
     It takes `count` blocks at a time: the logits [count·block_kv,R] come scaled, with their bias,
-    and −inf where hidden; k and v are [count·block_kv,H].
+    in powers of two, and −inf where hidden; k and v are [count·block_kv,H]. A turn is taken in two
+    pieces if they have `smallest` blocks at least.
     """
     x = pl.program_id(0)
-    row = inputs["rows"]
-    length, dense, whole = row[0, 0], row[0, 1] > 0, row[0, 2]
+    row, queries = inputs["rows"], inputs["queries"]
+    length, dense = row[0, 0], row[0, 1] > 0
 
     def block_of(step):
         slot = jnp.minimum(step, geometry.C - 1)
@@ -93,32 +95,35 @@ def for_each_block(geometry: Geometry, inputs, ring, q, add_blocks, state) -> An
 
     def sources(step):
         block = block_of(step)
-        blocks = [inputs[name].at[x * geometry.J + block] for name in ("k", "v")]
+        blocks = [inputs["kv"].at[x * geometry.J + block]]
         if "k_segments" in inputs:
             blocks.append(inputs["k_segments"].at[lax.div(x, geometry.K) * geometry.J + block])
         return blocks
 
-    def with_bias(step, logits):
-        if "bias" not in inputs:
-            return logits
-        slot = jnp.minimum(step, geometry.C - 1)
-        return logits + jnp.where(dense, 0.0, inputs["bias"][0, slot])
+    def logits_of(first, count, step, buffers):
+        def finish(i, logits):
+            if "bias" in inputs:
+                slot = jnp.minimum(step + i, geometry.C - 1)
+                logits += jnp.where(dense, 0.0, inputs["bias"][0, slot])
+            k_segments = buffers[1][first + i] if "k_segments" in inputs else None
+            return hide(geometry, logits, queries[...], block_of(step + i), k_segments)
 
-    def take(count, masked, step, buffers, state):
-        k, v, *segments = (buffer[...].reshape(-1, buffer.shape[-1]) for buffer in buffers)
-        logits = multiply(k, q, (1, 1)) * geometry.scale
-        pieces = jnp.split(logits, count)
-        logits = jnp.concatenate([with_bias(step + i, x) for i, x in enumerate(pieces)])
-        if masked:
-            k_segments = segments[0] if segments else None
-            logits = hide(geometry, logits, inputs["queries"][...], block_of(step), k_segments)
-        return add_blocks(step, count, jnp.logical_not(dense), logits, k, v, state)
+        k = buffers[0][first : first + count, 0].reshape(-1, geometry.H)
+        logits = multiply(k, q, (1, 1)) * (geometry.scale * LOG2_E)
+        return jnp.concatenate([finish(i, x) for i, x in enumerate(jnp.split(logits, count))])
 
-    # Masks have a loop of their own: a branch would end what the compiler schedules together.
-    together = blocks_together(geometry)
-    spans = [
-        Span(whole, count, functools.partial(take, count, False))
-        for count in sorted({together, min(together, 2)}, reverse=True)
-    ]
-    spans.append(Span(length, 1, functools.partial(take, 1, True)))
-    return for_each_step(spans, sources, ring, state, max(STAGES - 1, together))
+    def take(count, step, buffers, state):
+        size = max(min(count, smallest), count // 2)
+        following = logits_of(0, size, step, buffers)
+        for first in range(0, count, size):
+            # The matrix units work on the next piece's logits while this one's become weights.
+            logits = following
+            if first + size < count:
+                following = logits_of(first + size, size, step + first + size, buffers)
+            k, v = (buffers[0][first : first + size, i].reshape(-1, geometry.H) for i in range(2))
+            state = add_blocks(step + first, size, jnp.logical_not(dense), logits, k, v, state)
+        return state
+
+    counts = blocks_together(geometry)
+    spans = [Span(length, count, functools.partial(take, count)) for count in counts]
+    return for_each_step(spans, sources, ring, state)

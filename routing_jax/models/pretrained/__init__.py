@@ -9,7 +9,7 @@ from routing_jax.models.pretrained.router_file import (
     load_router,
     save_router,
 )
-from routing_jax.models.pretrained.tokenizer import load_tokenizer
+from routing_jax.models.pretrained.tokenizer import load_tokenizer, stop_tokens
 
 __all__ = [
     "Checkpoint",
@@ -23,4 +23,5 @@ __all__ = [
     "open_checkpoint",
     "save_router",
     "save_routers",
+    "stop_tokens",
 ]

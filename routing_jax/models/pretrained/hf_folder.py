@@ -50,7 +50,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / _WEIGHTS).is_file():
             raise ValueError(f"{folder} holds neither {_WEIGHTS} nor {_INDEX}.")
         return [folder / _WEIGHTS]
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no 'weight_map', which says where each tensor lies.")
     names = sorted({str(name) for name in places.values()})
@@ -60,7 +60,18 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+      ValueError: it holds something else.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "a.json")
+    >>> _ = file.write_text('{"layers": 2}')
+    >>> read_json(file)
+    {'layers': 2}
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:  # JSON and UTF-8 both
@@ -121,7 +132,7 @@ class _Fields:
 def _config(path: Path) -> DecoderConfig:
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no config.json; a Hugging Face model has one.")
-    fields = _Fields(path, _read_json(path))
+    fields = _Fields(path, read_json(path))
     kind = fields.get("model_type", str)
     fields.refuse_unless("model_type", *MODEL_TYPES)
     fields.refuse_unless("hidden_act", "silu")

@@ -10,6 +10,7 @@ from tokenizers import pre_tokenizers as pre
 from tokenizers.models import BPE
 
 from routing_jax.models.pretrained.gguf_file import GGUF
+from routing_jax.models.pretrained.hf_folder import read_json
 
 # How text is cut into words before merging. GGUF files only name it; these are the published rules.
 _WORDS = (
@@ -56,6 +57,38 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises nothing narrower
         raise ValueError(f"{file} is no tokenizer: {e}.") from e
+
+
+def stop_tokens(path: str | os.PathLike[str]) -> frozenset[int]:
+    """The tokens with which a checkpoint's model ends a text, as its files name them; maybe none.
+
+    Args:
+      path: a Hugging Face folder or a GGUF file.
+
+    Raises:
+      ValueError: a file is damaged, or names something else than tokens.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "config.json").write_text('{"eos_token_id": [2, 5]}')
+    >>> sorted(stop_tokens(folder))
+    [2, 5]
+    """
+    path = Path(path)
+    if path.is_file():
+        file = GGUF(path)
+        names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        return frozenset(token for name in names if (token := file.get(name, int, -1)) >= 0)
+    for name in ("generation_config.json", "config.json"):
+        if not (path / name).is_file():
+            continue
+        found = read_json(path / name).get("eos_token_id")
+        tokens = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(type(token) is int for token in tokens):
+            raise ValueError(f"{path / name}: eos_token_id is {found!r}; it must hold tokens.")
+        if tokens:
+            return frozenset(tokens)
+    return frozenset()
 
 
 def _from_gguf(file: GGUF) -> Tokenizer:

@@ -8,7 +8,7 @@ from routing_jax.evals.benchmarks.tpu_bundles import (
     row_parts,
 )
 
-# Programs at depth 1; in the first, steps at depth 2 with a mask behind a branch, an empty bundle,
+# Programs at depth 1; in the first, steps at depth 2 with branches, an empty bundle,
 # which shows no depth, and a branch around the whole loop. Comments may run over lines.
 ROWS = """
      0   :  { %1 = a }
@@ -53,15 +53,15 @@ MXU, XLU, VALU
 
 def test_the_parts_of_a_kernel_with_a_loop_over_blocks():
     found = bundles(row_parts(read_regions(ROWS)))
-    assert found == {"program": 4, "step": 8, "mask": 2}
+    assert found == {"program": 4, "turn_1": 10}
 
 
-def test_the_parts_of_a_kernel_that_takes_whole_blocks_together():
+def test_the_parts_of_a_kernel_that_takes_several_blocks_in_a_turn():
     second = """   0xd LB: >> { %13 = h } /* Start region 12 */
    0xe   : >> { %13 = sbr.rel (!%p5_p0) target = $region12 }
    0xf PF:"""
     two = ROWS.replace("   0xd PF:", second).replace("   0xe   : > {", "  0x10   : > {")
-    assert bundles(row_parts(read_regions(two))) == {"turn": 10, "step": 2, "program": 4}
+    assert bundles(row_parts(read_regions(two))) == {"turn_2": 10, "turn_1": 2, "program": 4}
 
 
 def test_the_parts_of_a_kernel_with_a_grid_over_blocks():
@@ -70,7 +70,7 @@ def test_the_parts_of_a_kernel_with_a_grid_over_blocks():
 
 
 def test_a_schedule_of_another_form_is_not_summed():
-    with pytest.raises(ValueError, match="0 loops over blocks; 1 was"):
+    with pytest.raises(ValueError, match="no loop over blocks"):
         row_parts(read_regions(GRID))
     with pytest.raises(ValueError, match="1 loops within a program; 0 was"):
         grid_parts(read_regions(ROWS))

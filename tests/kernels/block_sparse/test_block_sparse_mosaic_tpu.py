@@ -7,6 +7,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from routing_jax.kernels import block_sparse_attention
 from routing_jax.kernels.block_sparse.mosaic_tpu import call
+from routing_jax.kernels.block_sparse.mosaic_tpu.tiles import Tiles
 from routing_jax.kernels.block_sparse.reference import reference_attention
 
 from .attention_suite import AttentionSuite, Case, make_inputs, outputs_and_gradients
@@ -18,7 +19,9 @@ SMALL = Case(B=1, T=100, K=1, capacity=2, dense=0.0)
 def interpreted(monkeypatch):
     """Kernels run on the CPU; what they read out of bounds or unwritten is an error or nan."""
     monkeypatch.setattr(call, "tpu_refusal", lambda: None)
-    monkeypatch.setattr(call, "_KEYS_TOGETHER", 256)  # four blocks at once: the rows here are short
+    # Four blocks in a turn, in two pieces, and two tiles: rows and columns are short here.
+    tiles = Tiles(keys=256, piece=64, query_tiles=2)
+    monkeypatch.setattr(call, "tiles_for", lambda device_kind: tiles)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         yield
 
@@ -40,7 +43,8 @@ class TestMosaicTpu(AttentionSuite):
     ],
     ids=["listed", "dense, compacted, in segments", "many blocks at once"],
 )
-def test_equals_masked_dense_attention_in_brief(case):
+def test_equals_masked_dense_attention_in_brief(case, capfd):
+    """On two cores, whose races the interpreter prints."""
     arguments, cotangents = make_inputs(case)
     bias = arguments["block_bias"]
     arguments["block_bias"] = jnp.where(bias < -1, -jnp.inf, bias)
@@ -48,10 +52,13 @@ def test_equals_masked_dense_attention_in_brief(case):
     def attend(**arguments):
         return block_sparse_attention(**arguments, implementation="mosaic_tpu", return_lse=True)
 
-    got = outputs_and_gradients(attend, arguments, cotangents)
+    parameters = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(parameters):
+        got = outputs_and_gradients(attend, arguments, cotangents)
     expected = outputs_and_gradients(reference_attention, arguments, cotangents)
     for name, value in got.items():
         np.testing.assert_allclose(value, expected[name], atol=2e-5, err_msg=name)
+    assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -68,3 +75,8 @@ def test_refuses_what_it_cannot_run(changes, sentence):
     arguments, _ = make_inputs(dataclasses.replace(SMALL, **changes))
     with pytest.raises(NotImplementedError, match=sentence):
         block_sparse_attention(**arguments, implementation="mosaic_tpu")
+
+
+def test_sizes_are_positive():
+    with pytest.raises(ValueError, match="piece is 0; it must be at least 1"):
+        Tiles(piece=0)

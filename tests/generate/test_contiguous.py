@@ -9,7 +9,7 @@ import pytest
 from routing_jax.generate import generate, prefill
 from routing_jax.models import Decoder
 
-from .small_model import MIXED, make_params
+from ..small_model import MIXED, make_params
 
 SIMPLE = MIXED.replace(layers="conv", mlp_width=0)
 STEPS = 6

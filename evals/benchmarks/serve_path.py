@@ -1,0 +1,268 @@
+"""A routed model's prefill and decode beside the same model dense with cuDNN's attention.
+
+Layers are routed in a fixed pattern, with the routers' work in the times; weights are random.
+Prefill is the whole path from tokens to logits: host loop, routers, tables, pages. A sample of
+decoding is several steps, the choice of each token included. The router's own time stands by
+itself, per layer.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from routing_jax.evals.benchmarks.environment import environment
+from routing_jax.evals.benchmarks.running import Clock, error_text, record
+from routing_jax.evals.benchmarks.serve_path_cases import (
+    Size,
+    decisions,
+    dense_decode,
+    dense_prefill,
+    filled_cache,
+    filled_memory,
+    greedy,
+    held_bytes,
+    kv_bytes,
+    random_model,
+    serving,
+    unrouted,
+)
+from routing_jax.evals.benchmarks.serve_path_config import (
+    Part,
+    ServePathConfig,
+    Who,
+    default_config,
+)
+from routing_jax.evals.benchmarks.serve_path_report import Row, describe, table
+from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
+from routing_jax.generate.layer import Params, layer_params, route_prompts
+from routing_jax.generate.paged_decode import decode_tokens
+from routing_jax.generate.paged_prefill import empty_memory, forget, prefill_prompts
+from routing_jax.kernels import default_implementation
+
+__all__ = ["ServePathConfig", "default_config", "main", "run"]
+
+_ROUTER_CALLS = 32  # chained in one program
+_ROUTER_LAYERS = 4  # whose queries' weights together exceed a GPU's cache
+# Of the device's memory, what a case may want; the rest is for what the estimate leaves out.
+_SHARE_OF_MEMORY = 0.97
+
+
+def _timing(samples: list[float], calls: int) -> Timing:
+    low, median, high = (1000 / calls * np.percentile(samples, [25, 50, 75])).tolist()
+    return Timing(round(median, 6), round(high - low, 6))
+
+
+def _tokens(config: ServePathConfig, batch: int, length: int) -> jax.Array:
+    key = jax.random.key(config.seed)
+    return jax.random.randint(key, (batch, length), 0, config.decoder.vocab_size)
+
+
+def _time_router(config: ServePathConfig, size: Size, params: Params) -> tuple[Timing, int]:
+    """One layer's router, from the layer's input to its decision; calls take layers in turn."""
+    decoder = config.decoder
+    lengths = jnp.full(size.batch, size.length, jnp.int32)
+
+    def step(state: State) -> State:
+        return state | {"y": route_prompts(decoder, state["weights"], state["x"], lengths)}
+
+    def state(layer: int) -> State:
+        own = layer_params(params, layer)
+        return {
+            "x": jnp.ones((size.batch, size.length, decoder.width), decoder.dtype),
+            # Copies, since a state is given away.
+            "weights": jax.tree.map(
+                jnp.copy, {name: own[name] for name in ("mixer_norm", "mixer")}
+            ),
+            "y": jnp.zeros(size.batch, bool),
+        }
+
+    states = [state(layer) for layer in range(min(_ROUTER_LAYERS, len(decoder.mixers)))]
+    program = chained(step, _ROUTER_CALLS).lower(states).compile()
+    timing, _ = time_program(program, states, _ROUTER_CALLS, config.repeats, target_ms=20.0)
+    return timing, 0
+
+
+def _time_prefill(
+    config: ServePathConfig, size: Size, params: Params, who: Who
+) -> tuple[Timing, int]:
+    """Prompts from tokens to logits; and the bytes of keys and values that they leave."""
+    batch, length = size.batch, size.length
+    decoder = config.decoder if who == "routed" else unrouted(config)
+    sizes = serving(config, size)
+    padded = sizes.bucket(batch, length)
+    tokens = _tokens(config, batch, padded)
+    samples: list[float] = []
+    if who == "dense":
+        chunk = sizes.chunk_of(batch, length)
+        tokens = tokens[:, :length]
+        if length % chunk:
+            raise ValueError(f"length {length} is not a multiple of {chunk}, a chunk of prefill.")
+        held = 0
+        for _ in range(config.repeats + 1):
+            start = time.perf_counter()
+            logits, cache = dense_prefill(decoder, params, tokens, chunk)
+            jax.block_until_ready((logits, cache))
+            samples.append(time.perf_counter() - start)
+            held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+            del cache
+        return _timing(samples[1:], 1), held
+
+    memory = empty_memory(decoder, sizes)
+    limits, rows = jnp.full(batch, sizes.length, jnp.int32), jnp.arange(batch, dtype=jnp.int32)
+    lengths, held = jnp.full(batch, length, jnp.int32), 0
+    for _ in range(config.repeats + 1):  # the first compiles
+        start = time.perf_counter()
+        logits, memory = prefill_prompts(
+            decoder,
+            sizes,
+            params,
+            decisions(config, size),
+            tokens,
+            lengths,
+            limits,
+            rows,
+            memory,
+        )
+        jax.block_until_ready((logits, memory))
+        samples.append(time.perf_counter() - start)
+        held = held_bytes(memory)
+        memory = forget(memory, jnp.ones(batch, bool))
+    return _timing(samples[1:], 1), held
+
+
+def _time_decode(
+    config: ServePathConfig, size: Size, params: Params, who: Who
+) -> tuple[Timing, int]:
+    """A step of decoding; and the bytes of keys and values that are held."""
+    decoder = config.decoder if who == "routed" else unrouted(config)
+    tokens = _tokens(config, size.batch, 1)[:, 0]
+    samples: list[float] = []
+    if who == "dense":
+        cache = filled_cache(config, size)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
+        for _ in range(config.repeats + 1):
+            start = time.perf_counter()
+            for _ in range(config.steps):
+                tokens, cache = dense_decode(decoder, params, tokens, cache)
+            jax.block_until_ready((tokens, cache))
+            samples.append(time.perf_counter() - start)
+        return _timing(samples[1:], config.steps), held
+
+    sizes, memory, how = serving(config, size), filled_memory(config, size), greedy(size.batch)
+    held = held_bytes(memory)
+    for _ in range(config.repeats + 1):
+        start = time.perf_counter()
+        for _ in range(config.steps):
+            tokens, memory = decode_tokens(decoder, sizes, params, tokens, how, memory)
+        jax.block_until_ready((tokens, memory))
+        samples.append(time.perf_counter() - start)
+    return _timing(samples[1:], config.steps), held
+
+
+def _peak_bytes() -> int | None:
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, params: Params) -> None:
+    """Refuses what the device has no memory for, before it is tried."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if not limit:
+        return
+    decoder = config.decoder
+    width = 2 * decoder.width + 2 * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
+    wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    wanted += kv_bytes(config, size, who != "dense")
+    if part == "prefill":
+        wanted += size.batch * size.length * width * jnp.dtype(decoder.dtype).itemsize
+    if wanted > _SHARE_OF_MEMORY * limit:
+        raise MemoryError(
+            f"skipped: it needs {wanted / 2**30:.1f} GiB, and there are {limit / 2**30:.1f}."
+        )
+
+
+def _cases(config: ServePathConfig, part: Part) -> Iterator[tuple[Size, Who]]:
+    batches = config.decode_batches if part == "decode" else config.prefill_batches
+    for length in config.lengths:
+        for batch in batches:
+            if part == "router":
+                yield Size(batch, length, 0.0), "routed"
+                continue
+            for who in config.who:
+                shares = config.sparse_shares if who == "routed" else (0.0,)
+                yield from ((Size(batch, length, share), who) for share in shares)
+
+
+def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None = None) -> dict:
+    """Measures everything the config asks for.
+
+    Args:
+      config: the model's shape, sizes and timing.
+      report: called with the result so far after each row.
+
+    Returns:
+      A JSON-ready dict: device, driver, versions, date, attention (the dense backend), config,
+      seconds taken, and rows. A row holds part, who, length, batch, sparse_share, milliseconds and
+      spread (interquartile range) of a prefill, of a step of decoding or of a layer's router, and
+      kv_bytes, of keys and values held; a row that failed holds `error`, and None for the rest.
+      peak_bytes is the most that the device has held since the process began, weights included,
+      and None where an earlier row's was as much or the device does not say.
+    """
+    start, clock = time.monotonic(), Clock(config.seconds)
+    result: dict[str, Any] = {
+        **environment(),
+        "attention": default_implementation(jnp.dtype(config.decoder.dtype)),
+        "config": dataclasses.asdict(config),
+        "seconds": 0.0,
+        "rows": [],
+    }
+    params = random_model(config)
+    for part in config.parts:
+        for size, who in _cases(config, part):
+            row: Row = {"part": part, "who": who, **size._asdict()}
+            before = _peak_bytes()
+            try:
+                clock.check()
+                _check_room(config, part, size, who, params)
+                if part == "router":
+                    timing, held = _time_router(config, size, params)
+                elif part == "prefill":
+                    timing, held = _time_prefill(config, size, params, who)
+                else:
+                    timing, held = _time_decode(config, size, params, who)
+                peak = _peak_bytes()
+                raised = peak if peak is not None and peak != before else None
+                row |= {**timing._asdict(), "kv_bytes": held, "peak_bytes": raised}
+            except Exception as error:  # one size that fails must not cost the others
+                row |= dict.fromkeys(("milliseconds", "spread", "kv_bytes", "peak_bytes"))
+                row["error"] = error_text(error)
+            result["rows"].append(row)
+            result["seconds"] = round(time.monotonic() - start, 1)
+            if report is not None:
+                report(result)
+    return result
+
+
+def main(config: ServePathConfig, out: Path) -> dict[str, Any]:
+    """Runs the benchmark, prints each row as it comes and the tables last, and writes JSON.
+
+    Args:
+      config: see `run`.
+      out: the JSON file to write; its folder is made.
+
+    Returns:
+      The result of `run`.
+    """
+
+    def heading(result: dict[str, Any]) -> str:
+        return f"{result['device']}: {config.model}, dense attention by {result['attention']}"
+
+    return record(
+        lambda report: run(config, report), out, describe=describe, table=table, heading=heading
+    )

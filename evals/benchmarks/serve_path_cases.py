@@ -1,0 +1,246 @@
+"""What the serving benchmark runs: a model of random weights, in pages or as it was published."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from routing_jax.attention.page_pool import NO_PAGE, pages_needed, take_pages
+from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, dense_layers
+from routing_jax.generate.config import ServingConfig
+from routing_jax.generate.layer import (
+    Params,
+    embed_tokens,
+    finish,
+    finish_prompts,
+    layer_params,
+    project,
+    project_prompts,
+    read_out,
+)
+from routing_jax.generate.paged_prefill import DENSE, SPARSE, PagedMemory, empty_memory
+from routing_jax.generate.sampling import Sampling
+from routing_jax.kernels import default_implementation, dense_attention
+from routing_jax.models import DecoderConfig, init_params
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: jax.Array, scale: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
+
+
+def _random(shapes: Any, seed: int, compute: str) -> Any:
+    """Arrays of those shapes, of a size that keeps activations near 1; norms are 1."""
+
+    def fill(number: int, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name, dtype = path[-1].key, "float32" if "router" in jax.tree_util.keystr(path) else compute
+        if name in ("scale", "query_norm", "key_norm"):
+            return jnp.ones(leaf.shape, dtype)
+        fan_in = leaf.size // leaf.shape[-1] if name == "out" else leaf.shape[0]
+        scale = jnp.asarray(1.0 if name == "embedding" else fan_in**-0.5, dtype)
+        return _normal(jax.random.fold_in(jax.random.key(seed), number), scale, leaf.shape, dtype)
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    return jax.tree.unflatten(tree, [fill(i, *leaf) for i, leaf in enumerate(leaves)])
+
+
+def random_model(config: ServePathConfig) -> Params:
+    """Weights of the model in its compute dtype, those of its routers in float32."""
+    shapes = jax.eval_shape(lambda: init_params(config.decoder, jax.random.key(0)))
+    return _random(shapes, config.seed, config.decoder.dtype)
+
+
+def unrouted(config: ServePathConfig) -> DecoderConfig:
+    """The model without its routers, whose parameters are then ignored.
+
+    >>> unrouted(ServePathConfig()).layers
+    'full*32'
+    """
+    return config.decoder.replace(layers=config.decoder.layers.replace("layer", "full"))
+
+
+def _depth(model: DecoderConfig) -> int:
+    return len(model.mixers)
+
+
+class Size(NamedTuple):
+    """How much is served.
+
+    Attributes:
+      batch: sequences.
+      length: tokens of each.
+      sparse_share: of the layers; 0 for all dense.
+    """
+
+    batch: int
+    length: int
+    sparse_share: float
+
+
+def decisions(config: ServePathConfig, size: Size) -> list[int]:
+    """What is decided for each layer, whatever its router says."""
+    pattern = dense_layers(_depth(config.decoder), size.sparse_share)
+    return [DENSE if dense else SPARSE for dense in pattern]
+
+
+def serving(config: ServePathConfig, size: Size) -> ServingConfig:
+    """Paged memory with just the pages that these sequences hold."""
+    limit = size.length + _made(config)
+    whole = jnp.array([decision == DENSE for decision in decisions(config, size)])
+    pages = int(pages_needed(jnp.full(whole.shape, limit), whole, config.decoder.sparse).sum())
+    return ServingConfig(
+        pages=pages * size.batch,
+        sequences=size.batch,
+        length=limit,
+        page_size=config.block,
+        chunk=config.chunk,
+    )
+
+
+def _made(config: ServePathConfig) -> int:
+    """Tokens that all samples of decoding make, the one that warms up too."""
+    return config.steps * (config.repeats + 1)
+
+
+def kv_bytes(config: ServePathConfig, size: Size, paged: bool) -> int:
+    """Bytes of keys and values, before any is made."""
+    model = config.decoder
+    tokens = size.batch * (size.length + _made(config)) * _depth(model)
+    if paged:
+        sizes = serving(config, size)
+        tokens = sizes.pages * sizes.page_size
+    return 2 * tokens * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+
+
+def filled_memory(config: ServePathConfig, size: Size) -> PagedMemory:
+    """Memory as a prefill leaves it, of random keys and values: a page repeated."""
+    sizes = serving(config, size)
+    memory = empty_memory(config.decoder, sizes)
+    limits = jnp.full(size.batch, sizes.length, jnp.int32)
+    pool, tables, wholes = memory.pool, [], []
+    for decision in decisions(config, size):
+        whole = jnp.full(size.batch, decision == DENSE)
+        pool, pages = take_pages(
+            pool, pages_needed(limits, whole, config.decoder.sparse), sizes.slots
+        )
+        tables.append(pages)
+        wholes.append(whole)
+    page = jax.random.normal(jax.random.key(config.seed), memory.keys.shape[1:], memory.keys.dtype)
+    fill = jax.jit(lambda held: held + page[None], donate_argnums=0)
+    return PagedMemory(
+        fill(memory.keys),
+        fill(memory.values),
+        pool,
+        jnp.stack(tables),
+        jnp.stack(wholes),
+        jnp.full(size.batch, size.length, jnp.int32),
+    )
+
+
+def held_bytes(memory: PagedMemory) -> int:
+    """Bytes of the pages that the tables list."""
+    page = memory.keys.nbytes // memory.keys.shape[0]
+    return 2 * page * int((memory.tables != NO_PAGE).sum())
+
+
+def greedy(batch: int) -> Sampling:
+    """The most likely tokens."""
+    zeros = jnp.zeros(batch, jnp.int32)
+    return Sampling(jnp.zeros(batch), zeros, jnp.ones(batch), zeros)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames=("x",))
+def _dense_layer(
+    config: DecoderConfig, chunk: int, params: Params, x: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v = project_prompts(config, params, x, lengths, chunk)
+    attended = dense_attention(q, k, v)
+    return finish_prompts(config, params, x, attended, lengths, chunk), k, v
+
+
+_embed = jax.jit(embed_tokens, static_argnums=0)
+_read_out = jax.jit(read_out, static_argnums=0)
+
+
+def dense_prefill(
+    config: DecoderConfig, params: Params, tokens: jax.Array, chunk: int
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    """The model as it was published: prompts of one length, every layer dense.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokens: [B,T] int32; `chunk` divides T.
+      chunk: tokens that pass a projection or an MLP together.
+
+    Returns:
+      ([B,V] logits, keys and values [B,T,K,H] of each layer).
+    """
+    lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    whole = {name: part for name, part in params.items() if "layers" not in name}
+    x = _embed(config, whole, tokens)
+    cache = []
+    for layer in range(_depth(config)):
+        x, k, v = _dense_layer(config, chunk, layer_params(params, layer), x, lengths)
+        cache.append((k, v))
+    return _read_out(config, whole, x[:, -1]), cache
+
+
+class DenseCache(NamedTuple):
+    """Contiguous keys and values.
+
+    Attributes:
+      layers: keys and values [B,S,K,H] of each layer.
+      lengths: [B] int32.
+    """
+
+    layers: Sequence[tuple[jax.Array, jax.Array]]
+    lengths: jax.Array
+
+
+def filled_cache(config: ServePathConfig, size: Size) -> DenseCache:
+    """A cache as a prefill leaves it, of random keys and values."""
+    model = config.decoder
+    shape = (model.num_kv_heads, model.head_dim)
+    token = jax.random.normal(jax.random.key(config.seed), shape, model.dtype)
+    whole = (size.batch, size.length + _made(config), *shape)
+    make = jax.jit(
+        lambda: jnp.broadcast_to(token[None, None], whole) + jnp.zeros(whole, model.dtype)
+    )
+    layers = [(make(), make()) for _ in range(_depth(model))]
+    return DenseCache(layers, jnp.full(size.batch, size.length, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def dense_decode(
+    config: DecoderConfig, params: Params, tokens: jax.Array, cache: DenseCache
+) -> tuple[jax.Array, DenseCache]:
+    """One greedy token a sequence from a contiguous cache, by the backend's own attention.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokens: [B] int32.
+      cache: is donated.
+
+    Returns:
+      ([B] int32, the cache).
+    """
+    implementation = default_implementation(jnp.dtype(config.dtype))
+    rows, lengths = jnp.arange(tokens.shape[0]), cache.lengths + 1
+    x = embed_tokens(config, params, tokens[:, None])
+    layers = []
+    for layer, (keys, values) in enumerate(cache.layers):
+        own = layer_params(params, layer)
+        q, k, v = project(config, own, x, cache.lengths[:, None])
+        keys = keys.at[rows, cache.lengths].set(k[:, 0], mode="drop")
+        values = values.at[rows, cache.lengths].set(v[:, 0], mode="drop")
+        attended = jax.nn.dot_product_attention(
+            q, keys, values, key_value_seq_lengths=lengths, implementation=implementation
+        )
+        x = finish(config, own, x, attended)
+        layers.append((keys, values))
+    best = jnp.argmax(read_out(config, params, x[:, 0]), axis=-1).astype(jnp.int32)
+    return best, DenseCache(layers, lengths)

@@ -1,0 +1,136 @@
+"""What the rows of the serving benchmark say together: speed-ups, memory, tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+_NAMES = {"routed": "routed", "kernels": "all dense, our kernels", "dense": "dense"}
+_TITLES = {
+    "prefill": "**Prefill**, milliseconds from tokens to logits",
+    "decode": "**Decode**, milliseconds a step",
+}
+
+
+def _size(row: Mapping[str, Any]) -> tuple[int, int]:
+    return row["length"], row["batch"]
+
+
+def _column(row: Mapping[str, Any]) -> str:
+    share = f", {100 * row['sparse_share']:.3g} % sparse" if row["who"] == "routed" else ""
+    return _NAMES[row["who"]] + share
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _cell(row: Row | None, dense: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["milliseconds"] is None:
+        return "skipped" if "skipped" in row["error"] else "failed"
+    text = _number(row["milliseconds"])
+    if row["who"] != "dense" and dense is not None and dense["milliseconds"]:
+        text += f" ({dense['milliseconds'] / row['milliseconds']:.2f}×)"
+    return text
+
+
+def _memory(row: Row | None, dense: Row | None) -> str:
+    if row is None or not row["kv_bytes"]:
+        return ""
+    text = f"{row['kv_bytes'] / 2**30:.3g}"
+    if row["who"] != "dense" and dense is not None and dense["kv_bytes"]:
+        text += f" ({row['kv_bytes'] / dense['kv_bytes']:.2f}×)"
+    return text
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: for prefill and decode a line a size, then the routers' own time.
+
+    Ratios of times are speed-ups over dense; those of memory are shares of it. Tokens a second
+    are of all sequences of the batch.
+
+    >>> size = {"part": "decode", "length": 8, "batch": 2, "sparse_share": 0.5, "spread": 0.0}
+    >>> dense = size | {"who": "dense", "milliseconds": 4.0, "kv_bytes": 2**31}
+    >>> fast = size | {"who": "routed", "milliseconds": 2.0, "kv_bytes": 2**30}
+    >>> print(table([fast, dense]))
+    **Decode**, milliseconds a step
+    <BLANKLINE>
+    | tokens | batch | dense | routed, 50 % sparse | tokens/s, dense | tokens/s, routed | KV GiB, \
+dense | KV GiB, routed |
+    | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+    | 8 | 2 | 4 | 2 (2.00×) | 500 | 1,000 | 2 | 1 (0.50×) |
+    """
+    blocks = []
+    for part, title in _TITLES.items():
+        mine = [row for row in rows if row["part"] == part]
+        if not mine:
+            continue
+        found = {(_size(row), _column(row)): row for row in mine}
+        columns = sorted({_column(row) for row in mine})
+        routed = next((c for c in columns if c.startswith("routed")), None)
+        shown = [c for c in ("dense", routed) if c is not None]
+        short = [c.split(",")[0] for c in shown]
+        rate = "tokens/s, "
+        heads = ["tokens", "batch", *columns]
+        heads += [rate + name for name in short] if part == "decode" else []
+        heads += [f"KV GiB, {name}" for name in short]
+        lines = [title, "", f"| {' | '.join(heads)} |", "|" + " ---: |" * len(heads)]
+        for size in dict.fromkeys(map(_size, mine)):
+            dense = found.get((size, "dense"))
+            here = [found.get((size, column)) for column in columns]
+            cells = [str(size[0]), str(size[1]), *(_cell(row, dense) for row in here)]
+            picked = [found.get((size, column)) for column in shown]
+            if part == "decode":
+                cells += [
+                    _number(1000 * size[1] / row["milliseconds"])
+                    if row is not None and row["milliseconds"]
+                    else ""
+                    for row in picked
+                ]
+            cells += [_memory(row, dense) for row in picked]
+            lines.append(f"| {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    routers = [row for row in rows if row["part"] == "router" and row["milliseconds"]]
+    if routers:
+        said = ", ".join(
+            f"{row['milliseconds']:.3g} at {row['length']}"
+            + (f" × {row['batch']}" if row["batch"] > 1 else "")
+            for row in routers
+        )
+        blocks.append(f"**Router**, milliseconds a layer, contained above: {said}.")
+    return "\n\n".join(blocks)
+
+
+def describe(row: Row) -> str:
+    """A row in one line, for the terminal.
+
+    >>> describe({"part": "decode", "who": "dense", "length": 8, "batch": 2, "sparse_share": 0.0,
+    ...           "milliseconds": 2.0, "spread": 0.1, "kv_bytes": 2**30, "peak_bytes": 2**31})
+    'decode 2×8 dense: 2 ms ± 0.1, KV 1 GiB, peak 2.0 GiB'
+    """
+    name = f"{row['part']} {row['batch']}×{row['length']} {_column(row)}"
+    if row["milliseconds"] is None:
+        return f"{name}: {row['error']}"
+    held = f", KV {row['kv_bytes'] / 2**30:.3g} GiB" if row["kv_bytes"] else ""
+    peak = f", peak {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
+    return f"{name}: {row['milliseconds']:.4g} ms ± {row['spread']:.2g}{held}{peak}"
+
+
+def caption(result: Mapping[str, Any]) -> str:
+    """What a serving benchmark ran on, from its result file.
+
+    Args:
+      result: of `serve_path.run`.
+    """
+    config = result["config"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    driver = f", driver {result['driver']}" if result.get("driver") else ""
+    return (
+        f"{result['device']}{driver}: the shape of {config['model']} with random weights; dense "
+        f"layers attend by {result['attention']}; sparse ones see {config['sink']} first tokens "
+        f"and a window of {config['window']}, in a fixed pattern, the routers computed. Median of "
+        f"{config['repeats']}, a decode sample being {config['steps']} tokens. "
+        f"{result['date'][:10]}. Versions: {versions}."
+    )

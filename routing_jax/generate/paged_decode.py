@@ -1,0 +1,120 @@
+"""Decoding from paged memory: one compiled step for all layers and whatever they decided.
+
+Scanned layers (config.scan) compile once for all. Unrolled ones take longer to compile, but each
+layer's weights are arrays of their own: cut out of stacked ones, they are copied wherever a product
+can't read them in place, and decoding is bound by the bytes of weights, keys and values.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from routing_jax.attention.page_pool import NO_PAGE, held_pages, slot_of_block
+from routing_jax.generate.config import ServingConfig
+from routing_jax.generate.layer import (
+    Params,
+    embed_tokens,
+    finish,
+    layer_params,
+    project,
+    read_out,
+)
+from routing_jax.generate.paged_prefill import PagedMemory
+from routing_jax.generate.sampling import Sampling, choose_tokens
+from routing_jax.kernels import PageList, block_sparse_decode
+from routing_jax.models import DecoderConfig
+
+
+def read_tokens(
+    config: DecoderConfig,
+    serving: ServingConfig,
+    params: Params,
+    tokens: jax.Array,
+    memory: PagedMemory,
+) -> tuple[jax.Array, PagedMemory]:
+    """Reads one token of each sequence: its keys and values join the memory.
+
+    Args:
+      config: the model.
+      serving: the sizes.
+      params: the model's.
+      tokens: [B] int32; ignored where the memory holds no sequence.
+      memory: what came before.
+
+    Returns:
+      ([B,V] logits, the memory).
+    """
+    sparse = config.sparse
+    positions, used = memory.lengths, memory.lengths > 0
+    lengths = jnp.where(used, positions + 1, 0)
+    # Of all layers at once: many small computations a layer would take as long as the layer.
+    slots = slot_of_block((positions // sparse.block_kv)[None], memory.whole, sparse)
+    target = jnp.take_along_axis(memory.tables, slots[:, :, None], axis=2)[:, :, 0]
+    target = jnp.where(used[None] & (target != NO_PAGE), target, serving.pages)
+    lists = jax.vmap(lambda table, whole: held_pages(table, lengths, whole, sparse))(
+        memory.tables, memory.whole
+    )
+
+    def read(held: tuple, of_layer: tuple) -> tuple[tuple, None]:
+        own, page, pages = of_layer
+        return _read_layer(config, serving, own, lengths, page, pages, *held), None
+
+    held = embed_tokens(config, params, tokens[:, None]), memory.keys, memory.values
+    if config.scan:
+        held, _ = jax.lax.scan(read, held, (params["layers"]["block_0"], target, lists))
+    else:
+        for layer in range(len(config.mixers)):
+            pages = PageList(*(part[layer] for part in lists))
+            held, _ = read(held, (layer_params(params, layer), target[layer], pages))
+    x, keys, values = held
+    logits = read_out(config, params, x[:, 0])
+    return logits, memory._replace(keys=keys, values=values, lengths=lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "serving"))  # lowered once for all layers
+def _read_layer(
+    config: DecoderConfig,
+    serving: ServingConfig,
+    params: Params,
+    lengths: jax.Array,
+    target: jax.Array,
+    pages: PageList,
+    x: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    positions = jnp.maximum(lengths - 1, 0)
+    offset = positions % serving.page_size
+    q, k, v = project(config, params, x, positions[:, None])
+    keys = keys.at[target, offset].set(k[:, 0], mode="drop")
+    values = values.at[target, offset].set(v[:, 0], mode="drop")
+    attended = block_sparse_decode(q, keys, values, pages, lengths, implementation=serving.decoding)
+    assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
+    return finish(config, params, x, attended), keys, values
+
+
+@functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("memory",))
+def decode_tokens(
+    config: DecoderConfig,
+    serving: ServingConfig,
+    params: Params,
+    tokens: jax.Array,
+    sampling: Sampling,
+    memory: PagedMemory,
+) -> tuple[jax.Array, PagedMemory]:
+    """`read_tokens`, then the next token of each sequence: what is compiled once and called always.
+
+    Args:
+      config: the model.
+      serving: the sizes.
+      params: the model's.
+      tokens: [B] int32, the newest token of each sequence.
+      sampling: how the next ones are chosen.
+      memory: is donated.
+
+    Returns:
+      ([B] int32, the memory).
+    """
+    logits, memory = read_tokens(config, serving, params, tokens, memory)
+    return choose_tokens(logits, sampling, memory.lengths), memory

@@ -1,0 +1,120 @@
+"""The serving benchmark: both sides are one model, and every row says what was measured."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from routing_jax.cli import main
+from routing_jax.evals.benchmarks import serve_path
+from routing_jax.evals.benchmarks.serve_path_cases import (
+    DenseCache,
+    Size,
+    decisions,
+    dense_decode,
+    dense_prefill,
+    filled_memory,
+    greedy,
+    held_bytes,
+    kv_bytes,
+    random_model,
+    serving,
+    unrouted,
+)
+from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, dense_layers
+from routing_jax.evals.report import readme_blocks
+from routing_jax.generate.paged_decode import decode_tokens
+from routing_jax.generate.paged_prefill import empty_memory, prefill_prompts
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+CONFIG = ServePathConfig(
+    model="tiny", lengths=(64,), decode_batches=(1,), sink=8, window=8, block=8, pool=4, chunk=32,
+    steps=2, repeats=1, who=("routed", "dense"), sparse_shares=(0.0,),
+)  # fmt: skip
+
+
+def test_the_paged_and_the_published_model_are_one():
+    model, params = CONFIG.decoder, random_model(CONFIG)
+    size = Size(1, 64, 0.0)  # as in the rows below, whose programs are compiled then
+    sizes, tokens = serving(CONFIG, size), jax.random.randint(jax.random.key(1), (1, 64), 0, 64)
+    plain = unrouted(CONFIG)
+    logits, cache = dense_prefill(plain, params, tokens, 32)
+    lengths = jnp.full(1, 64, jnp.int32)
+    memory = empty_memory(model, sizes)
+    paged, memory = prefill_prompts(
+        model, sizes, params, decisions(CONFIG, size), tokens, lengths, lengths + 4,
+        jnp.arange(1), memory,
+    )  # fmt: skip
+    np.testing.assert_allclose(logits, paged, rtol=1e-4, atol=1e-4)
+    room = ((0, 0), (0, 4), (0, 0), (0, 0))
+    layers = [tuple(jnp.pad(part, room) for part in layer) for layer in cache]
+    made = own = jnp.argmax(logits, axis=-1)
+    dense, seen = DenseCache(layers, lengths), []
+    for _ in range(4):
+        made, dense = dense_decode(plain, params, made, dense)
+        own, memory = decode_tokens(model, sizes, params, own, greedy(1), memory)
+        np.testing.assert_array_equal(made, own)
+        seen += made.tolist()
+    assert len(set(seen)) > 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_memory_is_what_its_pattern_holds(share):
+    size = Size(2, 64, share)
+    blocks = (64 + 4) // 8 + 1
+    pages = sum(blocks if dense else 2 for dense in dense_layers(4, share))
+    memory = filled_memory(CONFIG, size)
+    assert held_bytes(memory) == kv_bytes(CONFIG, size, True) == 2 * pages * 2 * (8 * 2 * 8 * 4)
+    assert int(memory.pool.available) == 0
+    assert sorted(memory.tables[memory.tables >= 0].tolist()) == list(range(2 * pages))
+
+
+def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
+    out = tmp_path / "serve-path" / "cpu.json"
+    result = serve_path.main(CONFIG, out)
+    rows = [(row["part"], row["who"], row["batch"], row["sparse_share"]) for row in result["rows"]]
+    assert rows == [
+        ("router", "routed", 1, 0.0),
+        ("prefill", "routed", 1, 0.0),
+        ("prefill", "dense", 1, 0.0),
+        ("decode", "routed", 1, 0.0),
+        ("decode", "dense", 1, 0.0),
+    ]
+    assert all(row["milliseconds"] > 0 and "error" not in row for row in result["rows"])
+    assert all((row["kv_bytes"] > 0) == (row["part"] != "router") for row in result["rows"])
+    assert json.loads(out.read_text())["rows"] == result["rows"]
+    block = readme_blocks(tmp_path)["serve-path-cpu"]
+    assert "| 64 | 1 |" in block
+    assert "the shape of tiny with random weights" in block
+    assert "prefill 1×64 routed, 0 % sparse:" in capsys.readouterr().out
+
+
+def test_what_fails_costs_its_own_row_only(monkeypatch):
+    def fail(*_):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(serve_path, "_time_decode", fail)
+    config = dataclasses.replace(CONFIG, parts=("decode",), who=("dense",), seconds=1e-9)
+    (skipped,) = serve_path.run(config)["rows"]
+    (failed,) = serve_path.run(dataclasses.replace(config, seconds=0.0))["rows"]
+    assert "skipped" in skipped["error"]
+    assert failed["error"] == "MemoryError: out of memory"
+    assert (failed["milliseconds"], failed["kv_bytes"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--who", "routed", "dens"], "who"),
+        (["--lengths", "0"], "lengths holds 0; each must be at least 1"),
+        (["--sparse-shares", "1.5"], "sparse_shares holds 1.5; each must lie between 0 and 1"),
+        (["--repeats", "0"], "repeats is 0; it must be at least 1"),
+        (["--model", "gpt"], "model"),
+    ],
+)
+def test_bad_fields_are_named(flags, said, capsys):
+    assert main(["bench", "serve-path", *flags]) == 2
+    assert said in capsys.readouterr().err

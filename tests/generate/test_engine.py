@@ -1,0 +1,223 @@
+"""The engine: what it makes is what reading everything anew makes, whoever shares the batch."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from routing_jax.attention.page_pool import NO_PAGE
+from routing_jax.generate import (
+    DENSE,
+    ROUTED,
+    SPARSE,
+    Engine,
+    Request,
+    ServingConfig,
+    generate,
+)
+from routing_jax.generate.paged_decode import decode_tokens
+from routing_jax.generate.paged_prefill import empty_memory, prefill_layer, prefill_prompts
+from routing_jax.routers import LayerRouterConfig, SparseModeConfig
+
+from ..small_model import MIXED, make_params
+from .plain_decoder import forward, greedy
+
+LAYERS = 3
+MODEL = MIXED.replace(
+    layers=f"layer*{LAYERS}",
+    width=16,
+    num_heads=4,
+    num_kv_heads=2,
+    qk_norm=True,
+    rope_theta=50.0,
+    layer_router=LayerRouterConfig(pool=3),
+    sparse=SparseModeConfig(sink=4, window=8, block_q=4, block_kv=4),
+    scan=True,
+)
+UNROLLED = MODEL.replace(scan=False)
+FULL = MODEL.replace(layers=f"full*{LAYERS}")  # the same parameters, routers ignored
+SERVING = ServingConfig(pages=64, sequences=3, length=40, page_size=4, chunk=16)
+PATTERNS = ([DENSE] * 3, [SPARSE] * 3, [DENSE, SPARSE, SPARSE], [SPARSE, DENSE, SPARSE])
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+
+def prompt(length, seed=0):
+    return np.random.default_rng([seed, length]).integers(0, MODEL.vocab_size, length).tolist()
+
+
+def serve(requests, who=ROUTED, model=MODEL):
+    """What each request got, and the engine; `who` decides all layers, or each."""
+    decisions = [who] * LAYERS if isinstance(who, int) else who
+    engine = Engine(model, make_params(model), SERVING, decisions)
+    numbers = [engine.add(request) for request in requests]
+    made = {number: [] for number in numbers}
+    for one in engine.run():
+        made[one.request].append(one.token)
+        assert one.last == (len(made[one.request]) == requests[one.request].max_new_tokens)
+    return list(made.values()), engine
+
+
+def plain(request, decisions):
+    """The same from the decoder in NumPy, and what its layers decided."""
+    taken = [None if d == ROUTED else d == DENSE for d in decisions]
+    params = make_params(UNROLLED)
+    return greedy(UNROLLED, params, request.tokens, request.max_new_tokens, taken)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_tokens_are_those_of_a_decoder_with_the_same_masks(pattern):
+    requests = [Request(prompt(n), max_new_tokens=m) for n, m in [(23, 14), (5, 20), (8, 1)]]
+    made, _ = serve(requests, pattern)
+    assert made == [plain(request, pattern)[0] for request in requests]
+
+
+def test_unrolled_layers_make_the_same_tokens():
+    requests = [Request(prompt(n), 14) for n in (23, 20)]
+    made, _ = serve(requests, PATTERNS[2], UNROLLED)
+    assert made == [plain(request, PATTERNS[2])[0] for request in requests]
+
+
+def test_prompts_decide_each_for_itself_and_decoding_obeys():
+    requests = [Request(prompt(n, seed), 6) for seed in range(3) for n in (30, 17, 8, 7)]
+    expected = [plain(request, [ROUTED] * LAYERS) for request in requests]
+    decided = np.array([decisions for _, decisions in expected])
+    assert (decided.any(0) & ~decided.all(0)).any()  # some layer is dense for some prompts only
+    made, _ = serve(requests)
+    assert made == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.parametrize("mode", ["streaming", "triangle", "topk"])
+def test_prompts_are_read_by_the_rule_of_the_sparse_mode(mode):
+    sparse = dataclasses.replace(MODEL.sparse, mode=mode, last=4, blocks=2)
+    model, tokens = UNROLLED.replace(sparse=sparse), prompt(30)
+    padded = np.zeros((1, SERVING.bucket(1, 30)), np.int32)
+    padded[0, :30] = tokens
+    length, row = np.array([30]), np.array([1])
+    logits, memory = prefill_prompts(
+        model, SERVING, make_params(UNROLLED), [SPARSE] * LAYERS,
+        padded, length, length + 1, row, empty_memory(model, SERVING),
+    )  # fmt: skip
+
+    def expected(dense, model):
+        return forward(model, make_params(UNROLLED), tokens, [dense] * LAYERS, 30)[0][-1]
+
+    np.testing.assert_allclose(logits[0], expected(False, model), rtol=1e-3, atol=1e-3)
+    assert np.abs(logits[0] - expected(True, model)).max() > 0.02
+    if mode != "streaming":
+        assert np.abs(logits[0] - expected(False, UNROLLED)).max() > 0.02
+    assert (memory.whole[:, 1] == (mode != "streaming")).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "who"), [(FULL, DENSE), pytest.param(MODEL, ROUTED, marks=pytest.mark.slow)]
+)
+def test_pages_make_the_tokens_that_a_contiguous_cache_makes(model, who):
+    tokens, lengths = np.array([prompt(7), prompt(7, 1)], np.int32), np.array([7, 5])
+    ordinary = jax.jit(lambda p: generate(model, p, tokens, lengths, 5))(make_params(MODEL))
+    made, _ = serve([Request(t[:n].tolist(), 5) for t, n in zip(tokens, lengths)], who)
+    assert made == ordinary.tolist()
+
+
+def test_nothing_is_compiled_again_for_other_patterns_or_mixes():
+    serve([Request(prompt(n), 3) for n in (30, 8, 7, 6)])
+    compiled = prefill_layer._cache_size(), decode_tokens._cache_size()
+    for pattern in PATTERNS:
+        serve([Request(prompt(n), 4) for n in (7, 29, 6, 5, 32)], pattern)
+    serve([Request(prompt(6, 3), 2, temperature=1.0, top_k=3, top_p=0.5)])
+    assert compiled == (prefill_layer._cache_size(), decode_tokens._cache_size())
+
+
+def test_pages_are_held_by_tables_and_those_freed_let_more_in():
+    most = {}
+    for who in (SPARSE, DENSE):
+        decisions = [who] * LAYERS
+        engine = Engine(MODEL, make_params(MODEL), SERVING, decisions)
+        for seed in range(5):
+            engine.add(Request(prompt(30, seed), 10))
+        most[who] = 0
+        for _ in engine.run():
+            tables = np.asarray(engine.memory.tables)
+            pool = engine.memory.pool
+            free = np.asarray(pool.free)[: int(pool.available)]
+            held = tables[tables != NO_PAGE]
+            assert sorted([*free, *held]) == list(range(SERVING.pages))
+            assert len(free) == engine.free_pages
+            most[who] = max(most[who], engine.running)
+        assert engine.free_pages == SERVING.pages
+    # 64 pages: a dense sequence takes 30 of them, a sparse one 9; there are rows for three.
+    assert most == {DENSE: 2, SPARSE: 3}
+
+
+def test_progress_counts_the_layers_of_each_wave_of_prompts():
+    engine, seen = Engine(MODEL, make_params(MODEL), SERVING), []
+    for n in (7, 8, 30):  # the first two are read together
+        engine.add(Request(prompt(n), 2))
+    list(engine.run(lambda *done: seen.append(done)))
+    assert seen == [(done, LAYERS) for done in range(LAYERS + 1)] * 2
+
+
+def test_a_stop_token_ends_a_sequence_and_nothing_follows_it():
+    (whole,), _ = serve([Request(prompt(8), 12)])
+    stop = whole[4]
+    engine = Engine(MODEL, make_params(MODEL), SERVING)
+    engine.add(Request(prompt(8), 12, stop=frozenset([stop])))
+    made = list(engine.run())
+    assert [one.token for one in made] == whole[: whole.index(stop) + 1]
+    assert [one.last for one in made] == [False] * whole.index(stop) + [True]
+    assert engine.free_pages == SERVING.pages
+
+
+def test_what_is_drawn_depends_on_the_seed_and_not_on_the_neighbours():
+    drawn = [Request(prompt(8), 12, temperature=2.0, seed=seed) for seed in (1, 2)]
+    (alone,), _ = serve(drawn[:1])
+    (again, other, greedy_beside), _ = serve([*drawn, Request(prompt(8), 12)])
+    assert alone == again != other
+    assert greedy_beside == serve([Request(prompt(8), 12)])[0][0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (lambda: Request(prompt(39), 2), "39 tokens and 2 new ones are more than serving.length"),
+        (lambda: Request([]), "the prompt holds no token"),
+        (lambda: Request([3, 24]), "tokens from 3 to 24; the model has 0 to 23"),
+        (lambda: Request([-1]), "tokens from -1 to -1; the model has 0 to 23"),
+        (lambda: Request([1], seed=-1), "seed is -1; it must be from 0 to 2147483647"),
+        (lambda: Request([1], 0), "max_new_tokens is 0; it must be at least 1"),
+        (lambda: Request([1], temperature=-1.0), "temperature is -1.0; it must be at least 0"),
+        (lambda: Request([1], top_k=-1), "top_k is -1; it must be at least 0"),
+        (lambda: Request([1], top_p=0.0), "top_p is 0.0; it must lie above 0 and be at most 1"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused(request_, said):
+    with pytest.raises(ValueError, match=said):
+        Engine(MODEL, make_params(MODEL), SERVING).add(request_())
+
+
+@pytest.mark.parametrize(
+    ("model", "serving", "said"),
+    [
+        (MODEL.replace(context=10), SERVING, "are more than this model's context of 10 tokens"),
+        (MODEL, dataclasses.replace(SERVING, pages=9), "may need 12 pages; serving.pages is 9"),
+    ],
+)
+def test_a_prompt_that_will_never_fit_is_refused(model, serving, said):
+    engine = Engine(model, make_params(MODEL), serving)
+    with pytest.raises(ValueError, match=said):
+        engine.add(Request(prompt(8), 5))
+
+
+@pytest.mark.parametrize(
+    ("model", "serving", "decisions", "said"),
+    [
+        (MIXED, SERVING, None, "model.layers is 'conv,routed,full'; what is served has"),
+        (MODEL.replace(head_bias=True), SERVING, None, "has no learned positions and no head_bias"),
+        (MODEL, ServingConfig(pages=8), None, "page_size is 128; it must be model.sparse.block_kv"),
+        (MODEL, SERVING, [DENSE], "there are decisions for 1 layers; the model has 3"),
+        (FULL, SERVING, [ROUTED] * 3, "a layer is to be routed, and model.layers is 'full"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused(model, serving, decisions, said):
+    with pytest.raises(ValueError, match=said):
+        Engine(model, {}, serving, decisions)
