@@ -127,6 +127,12 @@ class _Row(NamedTuple):
         usage = [run.usage / floor for run in self.runs]
         return _with_worst(multiple_up(statistics.fmean(usage)), multiple_up(max(usage)))
 
+    def time(self, field: str) -> str:
+        """A mean of wall-clock, where all seeds ran on the same kind of device."""
+        return (
+            NOTHING if len({run.device for run in self.runs}) > 1 else self.mean(field, significant)
+        )
+
     def devices(self) -> str:
         return ", ".join(sorted({run.device for run in self.runs}))
 
@@ -169,8 +175,8 @@ def _spent(row: _Row) -> list[str]:
     return [
         row.mean("cost", significant),
         row.mean("kv_cost", significant),
-        row.mean("mixing_ms", significant),
-        row.mean("minutes", significant),
+        row.time("mixing_ms"),
+        row.time("minutes"),
         str(len(row.runs)),
     ]
 

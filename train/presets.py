@@ -266,8 +266,7 @@ def block_language_model() -> TrainConfig:
     """A byte-level language model of 20.8 M parameters at context 8192, six block-routed layers.
 
     Command: `routing-jax train block-lm --workdir runs/block-lm --data.source FOLDER` (long
-    documents; the default is Python's own library, which is small for this model). On a Hopper GPU
-    add `--model.blocks.implementation mosaic_gpu`, once its tests have passed there.
+    documents; the default is Python's own library, which is small for this model).
     Hardware and time: one H100, an estimated 10 to 30 minutes.
     Expect: not measured yet; at most 1 % more bits per byte than attention everywhere at a quarter
     of its cost is the target.
@@ -293,8 +292,7 @@ def layer_routing(*, curriculum: bool = False) -> TrainConfig:
 
     Command: `routing-jax train flux --workdir runs/flux --base MODEL --data.source FOLDER`, MODEL
     a folder of safetensors or a GGUF file. For another length than 8192 change data.length and
-    batch_tokens. On a Hopper GPU add `--model.sparse.implementation mosaic_gpu`, once its tests
-    have passed there. 'flux-curriculum' weighs cost by λ instead of budgets a task.
+    batch_tokens. 'flux-curriculum' weighs cost by λ instead of budgets a task.
     Hardware and time: one H100; at most 10 minutes is the target for SmolLM2-135M.
     Expect: not measured yet; at least 75 % sparse layers, retrieval within a point of dense
     attention and perplexity within 1 % are the target.

@@ -79,8 +79,8 @@ def _mixing(config: MixingBenchConfig, length: int) -> list[Case]:
 
     def routed(state: State) -> State:
         q, k, v, x = (state[name] for name in "qkvx")
-        valid = jnp.ones(x.shape[:2], bool)
-        choice = router.apply({"params": state["router"]}, x, valid).routing.choice
+        params = {"params": state["router"]}
+        choice = router.apply(params, x, _positions(length)).routing.choice
 
         def attend(q: jax.Array, positions: jax.Array) -> jax.Array:
             q = q.reshape(*q.shape[:2], N, H)

@@ -159,7 +159,7 @@ class RoutedConv(nn.Module):
         kernel = conv_kernel(self, self.conv_width, width, x.dtype)
         routing, gate, summary = TokenRouter(self.router, name="router")(
             x,
-            positions >= 0,
+            positions,
             rng if mode == "train" else None,
             None if cache is None else cache.summary,
             segment_ids,

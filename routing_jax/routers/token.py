@@ -24,7 +24,7 @@ class TokenRouterConfig:
     """How a token router decides.
 
     Attributes:
-      kind: 'learned', or the control 'random': a frozen random projection of the token.
+      kind: 'learned', or the control 'random': a frozen hash of the token and its position.
       hidden: width of the router's hidden layer.
       bias: initial logit; positive starts with attention nearly everywhere.
       temperature: of the soft gate behind the straight-through gradient.
@@ -126,12 +126,20 @@ def seen_before(
     return jnp.sum(assignment * earlier, axis=-1), total[:, -1]
 
 
+def _mix_bits(x: jax.Array) -> jax.Array:
+    """Neighbouring uint32 to unrelated ones: the finaliser of MurmurHash3 (Appleby 2011)."""
+    x *= jnp.uint32(0x9E3779B1)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
 class TokenRouter(nn.Module):
     """Scores each token and gates it; parameters `hidden`, `out` (and `summary`).
 
-    `__call__(x [B,T,D], valid [B,T], rng, summary [B,R] | None, segment_ids [B,T] | None)
-    -> TokenRouting`. With `rng` the gate is noisy, as in training; without, it is the threshold
-    of the probabilities.
+    `__call__(x [B,T,D], positions [B,T] int32, −1 for padding, rng, summary [B,R] | None,
+    segment_ids [B,T] | None) -> TokenRouting`. With `rng` the gate is noisy, as in training;
+    without, it is the threshold of the probabilities.
     """
 
     config: TokenRouterConfig
@@ -140,16 +148,16 @@ class TokenRouter(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        valid: jax.Array,
+        positions: jax.Array,
         rng: jax.Array | None = None,
         summary: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> TokenRouting:
         """Routes the tokens x [B,T,D]; see the class."""
-        cfg = self.config
+        cfg, valid = self.config, positions >= 0
         x = x.astype(jnp.float32)  # a gate near its threshold must not flip by rounding
         if cfg.kind == "random":
-            return self._random(x, valid)
+            return self._random(x, positions)
         D = x.shape[-1]
         init = nn.initializers.normal(0.02)
         features = x
@@ -172,12 +180,19 @@ class TokenRouter(nn.Module):
         value = jnp.where(valid, gate.value, 0)
         return TokenRouting(Routing(choice, gate.probs, logits), value, summary)
 
-    def _random(self, x: jax.Array, valid: jax.Array) -> TokenRouting:
-        """The control: a projection that is never trained, thresholded at its normal quantile."""
+    def _random(self, x: jax.Array, positions: jax.Array) -> TokenRouting:
+        """The control: a hash that is never trained, below `usage` for that share of its values.
+
+        A threshold of the projection itself would miss its share wherever tokens are few or alike.
+        """
         projection = self.param("projection", nn.initializers.normal(1.0), (x.shape[-1],))
-        scale = jax.lax.rsqrt(jnp.sum(x * x, axis=-1) + 1e-6)
-        score = (x @ jax.lax.stop_gradient(projection)) * scale
-        logits = jax.lax.stop_gradient(score) - jax.scipy.stats.norm.ppf(1 - self.config.usage)
-        choice = (logits > 0) & valid
+        projection, x = jax.lax.stop_gradient((projection, x))
+        scale = jax.lax.rsqrt(jnp.sum(x * x, axis=-1) * jnp.mean(projection**2) + 1e-6)
+        place = jax.scipy.special.ndtr((x @ projection) * scale)  # about uniform
+        kind = jnp.minimum((place * _HASH_BINS).astype(jnp.uint32), _HASH_BINS - 1)
+        seed = jax.lax.bitcast_convert_type(projection[0], jnp.uint32)
+        hashed = _mix_bits(positions.astype(jnp.uint32) * _HASH_BINS + kind + seed)
+        logits = self.config.usage - hashed.astype(jnp.float32) / 2.0**32
+        choice = (logits > 0) & (positions >= 0)
         probs = jnp.full(choice.shape, self.config.usage, jnp.float32)
         return TokenRouting(Routing(choice, probs, logits), choice.astype(jnp.float32), None)

@@ -57,7 +57,7 @@ def routing_most(params, x, positions, segment_ids, fullest):
         return with_bias(params, 1e4 if fullest else -1e4)
     router = with_bias(params, 0.0)["router"]
     valid = positions >= 0
-    scored = TokenRouter(ROUTER).apply({"params": router}, x, valid, segment_ids=segment_ids)
+    scored = TokenRouter(ROUTER).apply({"params": router}, x, positions, segment_ids=segment_ids)
     ranked = -np.sort(-np.where(valid, scored.routing.logits, -1e3), axis=1)
     return with_bias(params, -ranked[:, fullest - 1 : fullest + 1].max(0).mean())
 

@@ -2,8 +2,7 @@
 
 Command: `routing-jax reproduce flux --base MODEL --text FOLDER`; `--list` names the runs, `--only
 REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
-`--elsewhere OTHER` and `--lengths 1024` measure the same routers on other prompts. On a Hopper GPU
-add `--implementation mosaic_gpu`, once its tests have passed there.
+`--elsewhere OTHER` and `--lengths 1024` measure the same routers on other prompts.
 Hardware and time: one H100; SmolLM2-135M at 8192 tokens an estimated hour in all.
 Expect: not measured yet. A router that does not beat `static` at equal sparsity, where the same
 layers are sparse for every prompt, has learned nothing.
