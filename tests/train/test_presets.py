@@ -121,7 +121,7 @@ def text(tmp_path_factory):
     return str(folder)
 
 
-# Routers for a published model are trained in test_base.
+# Those of routers for a published model take theirs in test_base.
 WHOLE = [name for name in PRESETS if not isinstance(get_preset(name).data, PromptConfig)]
 
 
