@@ -161,7 +161,7 @@ def train(
     Raises:
       ValueError: a mesh, batch, task or corpus that does not fit.
       CheckpointError: a checkpoint that cannot be read or written.
-      TrainingDiverged: the loss was not finite; the last good state is saved.
+      TrainingDiverged: a step was not finite; the last good state is saved.
       Interrupted: SIGTERM; the state is saved.
     """
     mesh = train_mesh(config)
