@@ -35,10 +35,17 @@ _REASONS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 class CheckpointError(ValueError):
     """A checkpoint could not be written or read; the message is one sentence naming its path.
 
+    Attributes:
+      intact: the newest intact step before a damaged one, if that is what is wrong.
+
     >>> raise CheckpointError("step 3 in /runs/a is damaged")
     Traceback (most recent call last):
     routing_jax.checkpoint.CheckpointError: step 3 in /runs/a is damaged
     """
+
+    def __init__(self, message: str, intact: int | None = None):
+        super().__init__(message)
+        self.intact = intact
 
 
 class _Manifest(NamedTuple):
@@ -184,9 +191,9 @@ class Checkpointer:
         try:
             flat = ocp.load_checkpointables(self._path(step), {"state": abstract})["state"]
         except Exception as cause:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self._path(step)} holds the files that were "
-                f"written, yet it could not be read: {_reason(cause)}{self._offer(step)}"
+            raise self._damaged(
+                step,
+                "holds the files that were written, yet it could not be read: " + _reason(cause),
             ) from cause
         leaves = [
             flat[path]
@@ -258,10 +265,7 @@ class Checkpointer:
         # Reading every byte once is enough: one process does it for all.
         damage = self._damage(step) if jax.process_index() == 0 else None
         if damage is not None:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self._path(step)} is damaged: "
-                f"{damage}{self._offer(step)}"
-            )
+            raise self._damaged(step, f"is damaged: {damage}")
         manifest = _read_manifest(self._path(step))
         for path in [*template, *(path for path in manifest.leaves if path not in template)]:
             saved = tuple(manifest.leaves[path][0]) if path in manifest.leaves else "nothing"
@@ -290,12 +294,15 @@ class Checkpointer:
                 return f"the bytes of {name} have changed"
         return None
 
-    def _offer(self, step: int) -> str:
-        """End an error's sentence with the newest intact step before this one."""
-        for older in reversed(self.steps()):
-            if older < step and self._damage(older) is None:
-                return f"; the one of step {older} before it is intact: pass --resume-step {older}"
-        return "; there is no intact one before it"
+    def _damaged(self, step: int, harm: str) -> CheckpointError:
+        """The error of a damaged step, which names the newest intact one before it."""
+        older = (s for s in reversed(self.steps()) if s < step and self._damage(s) is None)
+        intact = next(older, None)
+        rest = "there is no intact one before it"
+        if intact is not None:
+            rest = f"the one of step {intact} before it is intact"
+        where = f"the checkpoint of step {step} in {self._path(step)}"
+        return CheckpointError(f"{where} {harm}; {rest}", intact)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

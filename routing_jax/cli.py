@@ -17,7 +17,7 @@ from routing_jax.evals.benchmarks.tpu_schedule import TpuScheduleConfig
 from routing_jax.generate import TextModel
 from routing_jax.generate.progress import PrefillBar
 from routing_jax.sharding import make_mesh
-from routing_jax.train.command import EXIT_BAD_INPUT, guarded, parse, train_command
+from routing_jax.train.command import EXIT_BAD_INPUT, guarded, parse, step_flag, train_command
 from routing_jax.train.config import MeshConfig
 from routing_jax.train.presets import PRESETS
 
@@ -46,7 +46,8 @@ def eval_command(args: Sequence[str]) -> int:
     from routing_jax.train.run import evaluate_run, load_run
 
     mesh = make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
-    config, params, step = load_run(parsed.workdir, parsed.step, mesh)
+    with step_flag("--step"):
+        config, params, step = load_run(parsed.workdir, parsed.step, mesh)
     if config.base:
         length = parsed.length or config.data.length
         config = config.replace(data__length=length, batch_tokens=max(length, config.batch_tokens))

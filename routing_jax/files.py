@@ -1,9 +1,32 @@
-"""Writing a file whole, in one place: a reader finds the old content or the new one."""
+"""Folders that may be out of reach, and files written whole: a reader finds the old or the new."""
 
 import contextlib
 import uuid
 
 from etils import epath
+
+
+def reached(path: epath.PathLike, field: str) -> epath.Path:
+    """The path of a folder that can be looked at, whether or not it is there.
+
+    Args:
+      path: on this machine, where nothing is asked, or of a bucket, such as gs://.
+      field: whose value it is.
+
+    Raises:
+      ValueError: a bucket out of reach.
+
+    >>> reached("runs/a", "workdir").name
+    'a'
+    """
+    found = epath.Path(path)
+    if "://" in str(path):
+        try:
+            found.exists()
+        except Exception as e:  # its client's own types
+            reason = f"{type(e).__name__}: {e}".splitlines()[0].rstrip(".")
+            raise ValueError(f"{field} is {str(path)!r}, which can't be reached: {reason}.") from e
+    return found
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:

@@ -215,9 +215,10 @@ def test_damage_to_any_file_is_named_and_the_step_before_offered(tmp_path, harm,
         said_here = r"the bytes of \S+ have changed" if path.name == "manifest.json" else said
         pattern = (
             rf"the checkpoint of step 400 in {re.escape(str(step_400))} is damaged: {said_here}; "
-            r"the one of step 300 before it is intact: pass --resume-step 300"
+            r"the one of step 300 before it is intact"
         )
         assert re.fullmatch(pattern, str(caught.value)), caught.value
+        assert caught.value.intact == 300
         assert str(name) in str(caught.value)
         path.write_bytes(before)
     restored, _ = Checkpointer(tmp_path).restore(400, states[400])
@@ -228,11 +229,13 @@ def test_the_step_offered_is_an_intact_one(tmp_path):
     states = saved(tmp_path, 1, 2, 3)
     for step in (2, 3):
         flip_one_bit(files_of(tmp_path / f"step_{step}" / "state")[-1])
-    with pytest.raises(CheckpointError, match=r"pass --resume-step 1$"):
+    with pytest.raises(CheckpointError, match=r"the one of step 1 before it is intact$") as caught:
         Checkpointer(tmp_path).restore(3, states[3])
+    assert caught.value.intact == 1
     flip_one_bit(files_of(tmp_path / "step_1" / "state")[-1])
-    with pytest.raises(CheckpointError, match=r"there is no intact one before it$"):
+    with pytest.raises(CheckpointError, match=r"there is no intact one before it$") as caught:
         Checkpointer(tmp_path).restore(3, states[3])
+    assert caught.value.intact is None
 
 
 def test_without_its_manifest_a_step_is_not_complete(tmp_path):

@@ -1,6 +1,7 @@
 """The command line, end to end in a temporary folder, and what it says to a mistake."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from routing_jax.checkpoint import Checkpointer
 from routing_jax.cli import COMMANDS, main
@@ -123,7 +125,17 @@ def test_damaged_checkpoints_are_named_and_the_one_before_them_works(copy, tiny_
             capsys.readouterr().err,
         )
     assert main(["eval", str(copy)]) == 2
-    assert "the checkpoint of step 24" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"error: the checkpoint of step 24 in {copy}/checkpoints/step_24 is damaged: " in error
+    assert error.endswith("; the one of step 15 before it is intact: pass --step 15\n")
+    assert main(["eval", str(copy), "--step", "15"]) == 0
+    capsys.readouterr()
+    second = ["train", "recall-128", "--workdir", f"{copy}/x", *tiny_flags]
+    # Not of this run's steps, so none to resume.
+    assert main([*second, "--start-from", str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: start_from is '{copy}': the checkpoint of step 24 in ")
+    assert error.endswith("; the one of step 15 before it is intact\n")
     assert contents(copy) == before
     assert main([*args, "--resume-step", "15"]) == 0
     assert (copy / "metrics.jsonl").read_text() == rows
@@ -148,6 +160,7 @@ TRAIN = ["train", "recall-128", *NEW]
             "model.layers is 'dense', where 'dense' is not ",
         ),
         ([*TRAIN, "--curriculum.weighs", "time"], "invalid choice 'time' .*--curriculum.weighs"),
+        ([*TRAIN, "--optimizer.learning-rate", "nan"], "optimizer.learning_rate is nan; it "),
         ([*TRAIN, "--resume", "yes"], "Unrecognized .* yes"),
         ([*TRAIN, "--mesh.data", "3"], "mesh is data=3, fsdp=1, tensor=1; the axes must multiply"),
         ([*TRAIN, "--batch-tokens", "64"], "batch_tokens is 64; it must hold at least one microb"),
@@ -183,6 +196,40 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(args, said, tmp_path, caps
         said = said.replace(f"{{{name}}}", re.escape(path))
     assert re.match(f"error: {said.replace('[]', re.escape('[]'))}", error), error
     assert re.fullmatch(r"error: [^\n]+\.\n", error), error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([*TRAIN[:-1], "gs://b/run"], "workdir is 'gs://b/run', which can't"),
+        (["eval", "gs://b/run"], "workdir is 'gs://b/run', which can't"),
+        ([*TRAIN, "--start-from", "gs://b/old"], "start_from is 'gs://b/old', which can't"),
+        (["train", "lm", *NEW, "--data.source", "gs://b/text"], "source='gs://b/text' cannot"),
+    ],
+)
+def test_a_bucket_out_of_reach_is_one_sentence_and_no_log(
+    args, said, tmp_path, monkeypatch, capsys, caplog
+):
+    def asking(local):
+        def ask(path):
+            if not str(path).startswith("gs://"):
+                return local(path)
+            try:
+                raise TimeoutError("no route to host")
+            except TimeoutError:  # as gcsfs does
+                logging.getLogger("gcsfs").exception("out of retries")
+                raise
+
+        return ask
+
+    kind = type(epath.Path("gs://b/x"))
+    for name in ("exists", "is_dir"):
+        monkeypatch.setattr(kind, name, asking(getattr(kind, name)))
+    assert main([arg.format(new=tmp_path / "new") for arg in args]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: {said} be re[^\n]*: TimeoutError: no route to host\.\n", error)
+    assert not caplog.records
     assert not (tmp_path / "new").exists()
 
 

@@ -42,6 +42,14 @@ def test_imports_point_only_downwards() -> None:
     assert " 0 broken" in run.stdout
 
 
+def test_contributing_tells_what_ci_makes() -> None:
+    made = re.findall(r"^make (\S+)", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    told = re.search(r"^`bash \.ci/run` is .*", text, re.MULTILINE)
+    assert told
+    assert re.findall(r"`make (\S+)`", told[0]) == made
+
+
 def test_linked_rooms_are_imported_as_subpackages() -> None:
     bare = []
     for path in tracked_files():

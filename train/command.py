@@ -2,10 +2,11 @@
 
 import contextlib
 import io
+import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ import jax
 import tyro
 
 import routing_jax
+from routing_jax.checkpoint import CheckpointError
 from routing_jax.evals.results import Result
 from routing_jax.train.config import TrainConfig
 from routing_jax.train.loop import Interrupted
@@ -117,16 +119,34 @@ def train_command(args: Sequence[str]) -> int:
         jax.distributed.initialize(
             parsed.coordinator_address, parsed.num_processes, parsed.process_id
         )
-    result = run(
-        parsed.config,
-        parsed.workdir,
-        resume=parsed.resume,
-        resume_step=parsed.resume_step,
-        labels={"experiment": "train", "task": preset, "variant": "run"},
-    )
+    with step_flag("--resume-step"):
+        result = run(
+            parsed.config,
+            parsed.workdir,
+            resume=parsed.resume,
+            resume_step=parsed.resume_step,
+            labels={"experiment": "train", "task": preset, "variant": "run"},
+        )
     if jax.process_index() == 0:
         print(result_table(result, parsed.workdir))
     return 0
+
+
+@contextlib.contextmanager
+def step_flag(flag: str) -> Iterator[None]:
+    """Says which of a command's flags takes the step that stands in for a damaged one.
+
+    >>> with step_flag("--step"):
+    ...     raise CheckpointError("step 20 is damaged; the one of step 15 is intact", 15)
+    Traceback (most recent call last):
+    routing_jax.checkpoint.CheckpointError: ...; the one of step 15 is intact: pass --step 15
+    """
+    try:
+        yield
+    except CheckpointError as e:
+        if e.intact is None:
+            raise
+        raise CheckpointError(f"{e}: pass {flag} {e.intact}", e.intact) from e
 
 
 def result_table(result: Result, workdir: str) -> str:
@@ -164,6 +184,8 @@ def guarded(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int
     An error raised by this package's own checks, or by the operating system, is the user's to
     mend; anything else is a bug and keeps its traceback.
     """
+    # A bucket's client logs, with its traceback, the error that it raises and that is told here.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         return command(args)
     except Interrupted as e:

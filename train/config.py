@@ -4,6 +4,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import numpy as np
+
 from routing_jax.models import DecoderConfig
 from routing_jax.train.curriculum import CurriculumConfig
 from routing_jax.train.data import (
@@ -159,6 +162,7 @@ class TrainConfig:
     start_from: str = ""
 
     def __post_init__(self):
+        _refuse_unbounded(self)
         for name in (
             "batch_tokens",
             "accumulation",
@@ -212,6 +216,17 @@ class TrainConfig:
         for part, fields in parts.items():
             flat[part] = dataclasses.replace(getattr(self, part), **fields)
         return dataclasses.replace(self, **flat)
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _refuse_unbounded(config: TrainConfig) -> None:
+    """Refuses, in every part of a run, numbers that float32 does not hold as finite ones."""
+    for path, value in jax.tree_util.tree_leaves_with_path(dataclasses.asdict(config)):
+        if isinstance(value, float) and not abs(value) <= _LARGEST:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"{name} is {value}; it must be finite, and at most {_LARGEST:.2g}.")
 
 
 _TASKS: dict[str, type[DataConfig]] = {

@@ -30,7 +30,7 @@ from routing_jax.train.step import TrainState, init_state, make_train_step
 
 
 class TrainingDiverged(ValueError):  # noqa: N818 - says what happened
-    """The loss or a gradient was not finite; the last good state is saved."""
+    """The loss, a gradient or a parameter was not finite; the last good state is saved."""
 
 
 class Interrupted(Exception):  # noqa: N818 - a request to stop, not an error
@@ -161,7 +161,7 @@ def train(
     Raises:
       ValueError: a mesh, batch, task or corpus that does not fit.
       CheckpointError: a checkpoint that cannot be read or written.
-      TrainingDiverged: the loss was not finite; the last good state is saved.
+      TrainingDiverged: a step was not finite; the last good state is saved.
       Interrupted: SIGTERM; the state is saved.
     """
     mesh = train_mesh(config)
@@ -245,9 +245,9 @@ def train(
                     last = save()
                     checkpoints.wait()
                     raise TrainingDiverged(
-                        f"the loss or a gradient of step {before} is not finite; the last finite "
-                        f"state is saved as step {last} in {checkpoints.directory}; resume with a "
-                        "lower optimizer.learning_rate."
+                        f"the loss, a gradient or a new parameter of step {before} is not finite; "
+                        f"the last finite state is saved as step {last} in "
+                        f"{checkpoints.directory}; resume with a lower optimizer.learning_rate."
                     )
                 log(before, before_length, late)
             pending = step, length, metrics

@@ -101,16 +101,31 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, Any]]:
-    """The rows of DIR/metrics.jsonl; none if there is no such file. A torn last line is dropped."""
+    """The rows of DIR/metrics.jsonl; none if there is no such file. A torn last line is dropped.
+
+    Raises:
+      ValueError: another line is damaged; it is numbered.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
+    if not path.exists():
+        return []
+    # The last part is empty, or was being written when the run was killed.
+    *lines, torn = path.read_bytes().split(b"\n")
+    rows = [_row(line) for line in lines]
+    if None in rows:
+        raise ValueError(
+            f"{path} is damaged in line {rows.index(None) + 1}, which is no row of a step; mend or "
+            "remove that line."
+        )
+    return [row for row in (*rows, _row(torn)) if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 class Progress:

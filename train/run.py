@@ -18,6 +18,7 @@ from routing_jax.evals.mixing_time import mixing_milliseconds
 from routing_jax.evals.plots import plot_heatmap, plot_history
 from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
+from routing_jax.files import reached
 from routing_jax.models import count_params, init_params
 from routing_jax.sharding import make_mesh, put_batch
 from routing_jax.train.base import finish_routers, with_base
@@ -118,7 +119,7 @@ def find_start(
         later steps of another configuration than this, which would be mixed with this one's.
       CheckpointError: resume_step is not there.
     """
-    workdir = epath.Path(workdir)
+    workdir = reached(workdir, "workdir")
     path = workdir / "config.json"
     held = path.read_bytes() if path.exists() else None
     same = held == json.dumps(config_to_dict(config), indent=2).encode()
@@ -162,7 +163,7 @@ def load_run(
     Raises:
       ValueError: the folder holds no run, or no checkpoint.
     """
-    workdir = epath.Path(workdir)
+    workdir = reached(workdir, "workdir")
     config = read_config(workdir)
     mesh = mesh or make_mesh()
     with Checkpointer(workdir / "checkpoints") as checkpoints, jax.set_mesh(mesh):
@@ -180,7 +181,11 @@ def starting_parameters(config: TrainConfig) -> Any:
       ValueError: there is no such run, or its parameters are not those of this model.
     """
     mesh = train_mesh(config)
-    _, params, _ = load_run(config.start_from, mesh=mesh)
+    reached(config.start_from, "start_from")
+    try:
+        _, params, _ = load_run(config.start_from, mesh=mesh)
+    except CheckpointError as e:  # whose intact step is no step of this run
+        raise CheckpointError(f"start_from is {config.start_from!r}: {e}") from e
     shapes = [jax.tree.map(jnp.shape, p) for p in (params, abstract_state(config, mesh).params)]
     if shapes[0] != shapes[1]:
         raise ValueError(

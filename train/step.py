@@ -106,8 +106,8 @@ def make_train_step(
     """Builds the step function (state, batch, frozen) -> (state, metrics); jit it, state donated.
 
     `frozen` holds the parameters that are not trained, and is left out where there are none. A step
-    whose loss or gradient is not finite changes nothing and says so in `finite`; so does one after
-    the curriculum's end, in `finished`.
+    whose loss, gradient or new parameters are not finite changes nothing and says so in `finite`;
+    so does one after the curriculum's end, in `finished`.
     """
     model = Decoder(config.model)
     optimizer = make_optimizer(config.optimizer)
@@ -198,7 +198,9 @@ def make_train_step(
             # Each task's mean; 0 where the batch does not have it.
             metrics["sparsity"] /= jnp.maximum(_by_task(batch).sum(axis=0), 1)
         new = TrainState(params, opt_state, curriculum, state.key, multipliers)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        # Of the new parameters as well: a finite gradient may be scaled out of range.
+        lengths = jnp.stack([metrics["loss"], norm, optax.tree.norm(params)])
+        finite = jnp.all(jnp.isfinite(lengths))
         # Metrics are read a step late, so one step may come after the end: it changes nothing.
         keep = finite & ~finished(config.curriculum, state.curriculum)
         new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, state)

@@ -115,6 +115,20 @@ def outputs(jaxpr):
                     yield from outputs(inner)
 
 
+def test_the_preset_that_weighs_cost_takes_a_step(config, compile_cache):
+    preset = get_preset("flux-curriculum")
+    names = ("curriculum", "optimizer", "budget")
+    config = with_base(config.replace(**{name: getattr(preset, name) for name in names}))
+    frozen = load_pretrained(config.base, dtype="float32").params
+    batch = next(batches(config.data, split="train", seed=0, batch_size=2))
+    before = init_state(config)
+    after, metrics = jax.jit(make_train_step(config))(before, batch, frozen)
+    assert metrics["finite"]
+    assert int(after.curriculum.step) == 1
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
+    assert any(jax.tree.leaves(moved))
+
+
 def test_a_run_leaves_routers_that_load_beside_an_unchanged_base(config, made):
     folder, result, before = made
     assert files(config) == before

@@ -3,6 +3,7 @@
 import json
 import struct
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from routing_jax.train import metrics
@@ -65,6 +66,18 @@ def test_a_torn_last_line_is_dropped(tmp_path):
         writer.write(6, {"loss": 1.0})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 6]
+
+
+@pytest.mark.parametrize("damaged", [b'{"step": 2, "lo', b"5", b'{"loss": 1}', b"\xff\xfe", b""])
+def test_a_damaged_line_before_the_last_is_named_and_nothing_is_lost(tmp_path, damaged):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"^{path} is damaged in line 2, .*; mend or remove that"):
+        MetricsWriter(tmp_path, resume_step=5)
+    assert path.read_bytes() == before
+    path.write_bytes(b'{"step": 1}\n{"step": 3}\n')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
 
 
 def test_a_folder_without_metrics_has_none(tmp_path):

@@ -1,5 +1,6 @@
 """Presets: each says what it is for, builds, and trains, in every variant of the experiment."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from routing_jax.models import DecoderConfig, repeating_pattern
+from routing_jax.models import repeating_pattern
 from routing_jax.train import presets
 from routing_jax.train.config import config_from_dict, config_to_dict
 from routing_jax.train.curriculum import init_curriculum
@@ -26,6 +27,7 @@ from routing_jax.train.presets import PRESETS, get_preset
 from routing_jax.train.step import init_state, make_train_step
 
 LENGTH = 32
+PHASES = ("learn_steps", "ramp_steps", "hold_steps")
 ROUTED = get_preset("recall-128")
 
 
@@ -36,7 +38,7 @@ def shrink(config):
     if is_recall(config):
         small |= {"num_values": 4, "num_keys": LENGTH // 2}  # of one size, so compiled once
     if isinstance(config.data, NeedleConfig):
-        small = {"num_values": 4, "num_keys": 4, "num_noise": 8}
+        small = {"num_values": 4, "num_keys": 4, "num_noise": 12}  # as many tokens as recall has
         small["num_needles"] = min(2, config.data.num_needles)
     blocks = {"block_q": 4, "block_kv": 8, "width": 2, "blocks": 3}
     blocks["fanout"] = min(2, model.blocks.fanout)
@@ -54,7 +56,10 @@ def shrink(config):
             kind=router.kind, hidden=2, usage=router.usage, summary=min(4, router.summary)
         ),
         model__blocks=dataclasses.replace(model.blocks, **blocks),
+        **{f"curriculum__{name}": min(2, getattr(config.curriculum, name)) for name in PHASES},
+        optimizer__warmup_steps=min(2, config.optimizer.warmup_steps),
         batch_tokens=2 * LENGTH,
+        eval_sequences=2,
     )
 
 
@@ -73,11 +78,22 @@ def filled_state(config):
     return zeros._replace(params=params, curriculum=init_curriculum(config.curriculum))
 
 
+def without_data(config):
+    """The run as its step may read it, which is given batches: runs equal in the rest share one."""
+    rest = copy.copy(config)
+    object.__setattr__(rest, "data", None)
+    return rest
+
+
 @functools.cache
+def first_state_and_step(rest):
+    return filled_state(rest), jax.jit(make_train_step(rest))
+
+
 def take_one_step(config):
     batch = next(batches(config.data, split="train", seed=0, batch_size=2))
-    before = filled_state(config)
-    return before, *jax.jit(make_train_step(config))(before, batch)
+    before, step = first_state_and_step(without_data(config))
+    return before, *step(before, batch)
 
 
 @functools.cache
@@ -105,7 +121,7 @@ def text(tmp_path_factory):
     return str(folder)
 
 
-# Routers for a published model are trained in test_base.
+# Those of routers for a published model take theirs in test_base.
 WHOLE = [name for name in PRESETS if not isinstance(get_preset(name).data, PromptConfig)]
 
 
@@ -118,28 +134,17 @@ def small_preset(name, text):
     return shrink(config)
 
 
-def first_of_each_model():
-    """The first preset of each shrunk model, whatever its data and curriculum are."""
-    first = {}
-    for name in WHOLE:
-        model = shrink(get_preset(name)).model
-        first.setdefault(model.replace(vocab_size=DecoderConfig().vocab_size), name)
-    return set(first.values())
+def by_step(names):
+    """The names, those in a row whose runs share a step: a worker keeps what it has compiled."""
+    groups = {}
+    for name in names:
+        groups.setdefault(without_data(shrink(get_preset(name))), []).append(name)
+    return [name for group in groups.values() for name in group]
 
 
-# The others can be traced, which all do, and are run with the slow tests.
-FIRST = first_of_each_model()
-EACH = [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in WHOLE]
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_every_model_of_a_preset_takes_a_step(name, text, compile_cache):
+@pytest.mark.parametrize("name", by_step(WHOLE))
+def test_every_preset_takes_a_step(name, text, compile_cache):
     assert_trains(small_preset(name, text))
-
-
-@pytest.mark.parametrize("name", WHOLE)
-def test_every_preset_can_be_traced(name, text):
-    trace(small_preset(name, text))
 
 
 PLANNED = list(dict.fromkeys((run.task, run.variant) for run in runs()))

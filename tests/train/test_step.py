@@ -91,15 +91,18 @@ def test_equal_seeds_take_equal_steps_and_others_other_ones():
     assert float(stepper(ROUTED)(later, some_batch())[1]["loss"]) != float(metrics["loss"])
 
 
-@pytest.mark.parametrize("what", ["loss", "parameters"])
+@pytest.mark.parametrize("what", ["loss", "parameters", "update"])
 def test_a_step_that_is_not_finite_changes_nothing_and_says_so(what):
-    state, batch = start(ROUTED), some_batch()
+    config, state, batch = ROUTED, start(ROUTED), some_batch()
     if what == "loss":
         batch = batch._replace(weights=np.where(batch.weights > 0, np.inf, batch.weights))
-    else:
+    elif what == "parameters":
         state = state._replace(params={**state.params, "head": state.params["head"] * np.nan})
-    new, metrics = stepper(ROUTED)(state, batch)
+    else:
+        config = ROUTED.replace(optimizer__learning_rate=1e3, optimizer__weight_decay=3e38)
+    new, metrics = stepper(config)(state, batch)
     assert not metrics["finite"]
+    assert np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all() == (what == "update")
     same(new, state)
     assert stepper(ROUTED)(start(ROUTED), some_batch())[1]["finite"]
 
