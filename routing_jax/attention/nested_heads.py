@@ -27,7 +27,7 @@ def head_basis(counts: Sequence[int]) -> np.ndarray:
       counts: key/value heads of each scheme; each divides the next larger.
 
     >>> np.round(head_basis((4, 2, 1)), 2).tolist()[:2]
-    [[1.0, 1.0, 1.0, 1.0], [0.5, 0.5, -0.5, -0.5]]
+    [[1.0, 1.0, 1.0, 1.0], [0.25, 0.25, -0.25, -0.25]]
     """
     K = max(counts)
     rows: list[np.ndarray] = []
@@ -52,7 +52,7 @@ def heads_from(x: jax.Array, basis: np.ndarray, count: int) -> jax.Array:
       count: heads, one of those the basis was made for.
 
     >>> heads_from(jnp.ones((1, 1, 4, 1)), head_basis((4, 2, 1)), 2).ravel().tolist()
-    [1.5, 0.5]
+    [1.25, 0.75]
     """
     each = basis[:count, :: len(basis) // count]
     return jnp.einsum("JK,BSJH->BSKH", jnp.asarray(each, x.dtype), x[:, :, :count])
