@@ -3,8 +3,9 @@
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -41,3 +42,22 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def dated_versions(result: Mapping[str, Any]) -> str:
+    """The end of a benchmark's caption: the day, and the versions that it ran with.
+
+    >>> dated_versions({"date": "2026-11-22T08:00:00+00:00", "versions": {"jax": "0.11.2"}})
+    '2026-11-22. Versions: jax 0.11.2.'
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['date'][:10]}. Versions: {versions}."
+
+
+def named_device(result: Mapping[str, Any]) -> str:
+    """The device of a benchmark's result, with the driver where there is one.
+
+    >>> named_device({"device": "NVIDIA H100", "driver": "580.1"})
+    'NVIDIA H100, driver 580.1'
+    """
+    return result["device"] + (f", driver {result['driver']}" if result.get("driver") else "")

@@ -17,6 +17,7 @@ from routing_jax.evals.benchmarks import (
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
 from routing_jax.evals.prompt_tables import flux_table
+from routing_jax.evals.provenance import dated_versions, named_device
 from routing_jax.evals.readme import update_blocks
 from routing_jax.evals.results import Result, load_results
 from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
@@ -37,13 +38,11 @@ SERVE_PATH = "serve-path"
 def benchmark_caption(result: Mapping[str, Any]) -> str:
     """What a mixing benchmark ran on, from its result file."""
     config = result["config"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    driver = f", driver {result['driver']}" if result.get("driver") else ""
     return (
-        f"{result['device']}{driver}, {config['dtype']}, batch 1, {config['num_heads']} query and "
+        f"{named_device(result)}, {config['dtype']}, batch 1, {config['num_heads']} query and "
         f"{config['num_kv_heads']} key/value heads of {config['head_dim']}, width "
         f"{config['width']}; attention everywhere by {result['attention']}. Median of "
-        f"{config['repeats']}, {result['date'][:10]}. Versions: {versions}."
+        f"{config['repeats']}, {dated_versions(result)}"
     )
 
 
@@ -63,25 +62,16 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         blocks[BLOCK_ROUTING] = block_routing_table(results)
     if results := load_results(folder, FLUX):
         blocks[FLUX] = flux_table(results)
-    for path in sorted((folder / MIXING).glob("*.json")):
-        bench = json.loads(path.read_text())
-        blocks[f"{MIXING}-{path.stem}"] = (
-            f"{mixing_table(bench['rows'])}\n\n{benchmark_caption(bench)}"
-        )
-    for path in sorted((folder / MOAS_TIMES).glob("*.json")):
-        times = json.loads(path.read_text())
-        blocks[f"{MOAS_TIMES}-{path.stem}"] = (
-            f"{times_table(times['rows'])}\n\n{times_caption(times)}"
-        )
-    for name, written in (
-        (ATTENTION, attention_report),
-        (TPU_SCHEDULE, tpu_schedule_report),
-        (SERVE_PATH, serve_path_report),
+    for name, table, caption in (
+        (MIXING, mixing_table, benchmark_caption),
+        (MOAS_TIMES, times_table, times_caption),
+        (ATTENTION, attention_report.table, attention_report.caption),
+        (TPU_SCHEDULE, tpu_schedule_report.table, tpu_schedule_report.caption),
+        (SERVE_PATH, serve_path_report.table, serve_path_report.caption),
     ):
         for path in sorted((folder / name).glob("*.json")):
             bench = json.loads(path.read_text())
-            text = f"{written.table(bench['rows'])}\n\n{written.caption(bench)}"
-            blocks[f"{name}-{path.stem}"] = text
+            blocks[f"{name}-{path.stem}"] = f"{table(bench['rows'])}\n\n{caption(bench)}"
     return blocks
 
 
@@ -97,10 +87,9 @@ def plot_results(folder: epath.PathLike) -> None:
         plot_routed_attention(results, folder / ROUTED_ATTENTION)
     if results := load_results(folder, MOAS):
         plot_moas(results, folder / MOAS)
-    if results := load_results(folder, BLOCK_ROUTING):
-        plot_block_routing(results, folder / BLOCK_ROUTING)
-    if results := load_results(folder, FLUX):
-        plot_flux(results, folder / FLUX)
+    for name in (BLOCK_ROUTING, FLUX):
+        if results := load_results(folder, name):
+            plot_routers(results, folder / name)
     for path in sorted((folder / MIXING).glob("*.json")):
         rows = json.loads(path.read_text())["rows"]
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
@@ -148,8 +137,8 @@ def plot_moas(results: list[Result], folder: epath.Path) -> None:
             plot_layer_use(mixed, folder / f"use_{task}.png")
 
 
-def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
-    """Quality against the share of blocks visited, a mark a router.
+def plot_routers(results: list[Result], folder: epath.Path) -> None:
+    """Quality against usage, of blocks or of layers: a mark a router, whatever its budget.
 
     Args:
       results: of the experiment.
@@ -157,17 +146,6 @@ def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
     """
     by_router = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
     plot_tradeoff(by_router, folder / "tradeoff.png")
-
-
-def plot_flux(results: list[Result], folder: epath.Path) -> None:
-    """Right answers against the share of layers that attend fully, a mark a way of routing.
-
-    Args:
-      results: of the experiment.
-      folder: where the plot goes.
-    """
-    by_kind = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
-    plot_tradeoff(by_kind, folder / "tradeoff.png")
 
 
 def report(folder: epath.PathLike, readme: epath.PathLike | None) -> None:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from routing_jax.evals.provenance import dated_versions, named_device
 from routing_jax.evals.results import Result
 from routing_jax.evals.tables import NOTHING, Column, markdown_table, significant
 
@@ -208,13 +209,10 @@ def times_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def times_caption(result: dict[str, Any]) -> str:
     """What the times were measured on, from their result file."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    driver = f", driver {result['driver']}" if result.get("driver") else ""
     return (
         "Models as initialised, one after another in one process; × beside MHA. Step: a whole "
         "training step; forward: a batch, each token computing what it takes; decode: one token of "
-        f"one sequence at the end of a context. {result['device']}{driver}, {result['date'][:10]}. "
-        f"Versions: {versions}."
+        f"one sequence at the end of a context. {named_device(result)}, {dated_versions(result)}"
     )
 
 

@@ -14,12 +14,12 @@ from routing_jax.evals.prompt_quality import Chooser, PromptScores, prompt_score
 from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.models import count_params, merge_routers, with_layer_routing
-from routing_jax.models.pretrained import load_pretrained, open_checkpoint, save_routers
+from routing_jax.models.pretrained import open_checkpoint, save_routers
 from routing_jax.sharding import put_batch
 from routing_jax.train.config import TrainConfig, config_to_dict
 from routing_jax.train.data import PROMPT_TASKS, PromptBatch, PromptConfig, batches
 from routing_jax.train.data.batch import Split
-from routing_jax.train.loop import Trained, train_mesh
+from routing_jax.train.loop import Trained, load_base, train_mesh
 from routing_jax.train.metrics import read_metrics
 
 ROUTER_FILE = "router.safetensors"
@@ -51,12 +51,6 @@ def with_base(config: TrainConfig) -> TrainConfig:
     return config.replace(
         model=model, data__tokenizer=config.base, data__vocab_size=model.vocab_size
     )
-
-
-def load_base(config: TrainConfig, mesh: Mesh) -> Any:
-    """The base's parameters on a mesh, in the run's dtype; they stay as they are."""
-    model = config.model
-    return load_pretrained(config.base, dtype=model.dtype, scan=model.scan, mesh=mesh).params
 
 
 def held_out_prompts(

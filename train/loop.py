@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from routing_jax.checkpoint import Checkpointer
 from routing_jax.files import write_whole
@@ -138,6 +139,12 @@ def _row(metrics: dict[str, Any], length: int) -> dict[str, Any]:
     return row | {"length": length}
 
 
+def load_base(config: TrainConfig, mesh: Mesh) -> Any:
+    """The base's parameters on a mesh, in the run's dtype; they stay as they are."""
+    model = config.model
+    return load_pretrained(config.base, dtype=model.dtype, scan=model.scan, mesh=mesh).params
+
+
 def train(
     config: TrainConfig,
     workdir: str | epath.Path,
@@ -189,12 +196,7 @@ def train(
         step_fn = jax.jit(
             make_train_step(config), donate_argnums=0, out_shardings=(shardings, None)
         )
-        frozen = None
-        if config.base:
-            wanted = config.model
-            frozen = load_pretrained(
-                config.base, dtype=wanted.dtype, scan=wanted.scan, mesh=mesh
-            ).params
+        frozen = load_base(config, mesh) if config.base else None
         feed = _Feed(config, mesh)
         writer = stack.enter_context(MetricsWriter(workdir, step)) if chief else None
         progress = stack.enter_context(

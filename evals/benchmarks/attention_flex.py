@@ -6,7 +6,6 @@ PyTorch is imported only when something here is called. What stands in a mask is
 
 import functools
 import importlib.util
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from routing_jax.evals.benchmarks.attention_cases import (
     random_pages,
 )
 from routing_jax.evals.benchmarks.attention_config import AttentionBenchConfig
+from routing_jax.evals.benchmarks.running import set_memory_fraction
 from routing_jax.evals.benchmarks.timing import State, Timing
 from routing_jax.kernels import BlockTable
 
@@ -102,9 +102,8 @@ def takes(config: AttentionBenchConfig, case: Case) -> bool:
 
 def leave_memory_for_torch() -> None:
     """Halves the GPU memory that jax takes at its start, where PyTorch will want some too."""
-    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-    if importlib.util.find_spec("torch") and not any(name in os.environ for name in names):
-        os.environ[names[0]] = "0.5"
+    if importlib.util.find_spec("torch"):
+        set_memory_fraction(0.5)
 
 
 @functools.cache

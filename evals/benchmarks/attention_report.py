@@ -4,6 +4,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from routing_jax.evals.benchmarks.running import missing_word
+from routing_jax.evals.provenance import dated_versions, named_device
+
 Row = dict[str, Any]
 
 _LISTS = ("blocks", "block", "variant", "peer")
@@ -95,7 +98,7 @@ def break_even(rows: Sequence[Row]) -> list[Row]:
 
 def _rate(row: Row) -> str:
     if not row.get("milliseconds"):
-        return "skipped" if "skipped" in row.get("error", "") else "failed"
+        return missing_word(row)
     return f"{row['rate']:.0f}" if row["rate"] and row["rate"] >= 10 else f"{row['rate']:.3g}"
 
 
@@ -149,14 +152,12 @@ def caption(result: Mapping[str, Any]) -> str:
       result: of `attention.run`.
     """
     config = result["config"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    tools = [f"driver {result['driver']}"] if result.get("driver") else []
-    tools += [f"ptxas {result['ptxas']}"] if result.get("ptxas") else []
+    ptxas = f", ptxas {result['ptxas']}" if result.get("ptxas") else ""
     flex = f"; no FlexAttention: {result['flex']}" if result.get("flex") else ""
     return (
-        f"{', '.join([result['device'], *tools])}, {config['dtype']}; dense by {result['dense']}"
+        f"{named_device(result)}{ptxas}, {config['dtype']}; dense by {result['dense']}"
         f"{flex}. Rates count listed blocks, and T²/2 pairs where every block is listed. Median of "
-        f"{config['repeats']}, {result['date'][:10]}. Versions: {versions}."
+        f"{config['repeats']}, {dated_versions(result)}"
     )
 
 

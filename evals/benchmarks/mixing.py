@@ -18,7 +18,7 @@ import jax
 from routing_jax.evals.benchmarks.environment import environment
 from routing_jax.evals.benchmarks.mixing_cases import Case, cases
 from routing_jax.evals.benchmarks.mixing_config import MixingBenchConfig, Part, default_config
-from routing_jax.evals.benchmarks.running import Clock, error_text, record
+from routing_jax.evals.benchmarks.running import Clock, error_text, missing_word, record
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.kernels import default_implementation
 
@@ -124,7 +124,7 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     if row["milliseconds"] is None:
-        return "skipped" if "skipped" in row["error"] else "failed"
+        return missing_word(row)
     ratio = f" ({row['speedup']:.3g}×)" if row["speedup"] else ""
     return f"{row['milliseconds']:.3g}{ratio}"
 

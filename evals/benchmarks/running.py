@@ -1,6 +1,7 @@
 """What every benchmark's run needs: a time limit, errors as text, results written whole."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,22 @@ def error_text(error: Exception) -> str:
     'MemoryError: too big'
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def missing_word(row: dict[str, Any]) -> str:
+    """What a table shows of a row without a measurement.
+
+    >>> missing_word({"error": "TimeoutError: skipped: the 5 s allowed were spent."})
+    'skipped'
+    """
+    return "skipped" if "skipped" in row.get("error", "") else "failed"
+
+
+def set_memory_fraction(fraction: float) -> None:
+    """The share of a GPU's memory that jax takes at its start, unless the user has said another."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = str(fraction)
 
 
 def write_json(result: dict[str, Any], out: Path) -> None:

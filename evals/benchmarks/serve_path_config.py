@@ -1,12 +1,12 @@
 """What the serving benchmark measures, and how long it may take."""
 
-import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax
 
 from routing_jax.attention import llama3_factors
+from routing_jax.evals.benchmarks.running import set_memory_fraction
 from routing_jax.models import DecoderConfig, with_layer_routing
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
@@ -149,9 +149,7 @@ def dense_layers(layers: int, sparse_share: float) -> tuple[bool, ...]:
 
 def take_all_memory() -> None:
     """Lets jax take nearly all of a GPU's memory at its start, for the largest sizes to fit."""
-    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-    if not any(name in os.environ for name in names):
-        os.environ[names[0]] = "0.94"
+    set_memory_fraction(0.94)
 
 
 def default_config() -> ServePathConfig:

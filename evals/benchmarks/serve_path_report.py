@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from routing_jax.evals.benchmarks.running import missing_word
+from routing_jax.evals.provenance import dated_versions, named_device
+
 Row = dict[str, Any]
 
 _NAMES = {"routed": "routed", "kernels": "all dense, our kernels", "dense": "dense"}
@@ -29,7 +32,7 @@ def _cell(row: Row | None, dense: Row | None) -> str:
     if row is None:
         return ""
     if row["milliseconds"] is None:
-        return "skipped" if "skipped" in row["error"] else "failed"
+        return missing_word(row)
     text = _number(row["milliseconds"])
     if row["who"] != "dense" and dense is not None and dense["milliseconds"]:
         text += f" ({dense['milliseconds'] / row['milliseconds']:.2f}×)"
@@ -125,12 +128,10 @@ def caption(result: Mapping[str, Any]) -> str:
       result: of `serve_path.run`.
     """
     config = result["config"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    driver = f", driver {result['driver']}" if result.get("driver") else ""
     return (
-        f"{result['device']}{driver}: the shape of {config['model']} with random weights; dense "
+        f"{named_device(result)}: the shape of {config['model']} with random weights; dense "
         f"layers attend by {result['attention']}; sparse ones see {config['sink']} first tokens "
         f"and a window of {config['window']}, in a fixed pattern, the routers computed. Median of "
         f"{config['repeats']}, a decode sample being {config['steps']} tokens. "
-        f"{result['date'][:10]}. Versions: {versions}."
+        f"{dated_versions(result)}"
     )

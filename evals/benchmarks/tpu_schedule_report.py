@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from routing_jax.evals.provenance import dated_versions
+
 Row = dict[str, Any]
 
 BLIND = (
@@ -179,7 +181,6 @@ def table(rows: Sequence[Row]) -> str:
 def caption(result: Mapping[str, Any]) -> str:
     """What was compiled and with what, from a result file."""
     config, parts = result["config"], {row["part"] for row in result["rows"]}
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     heads = []
     if "schedule" in parts:
         heads.append(f"{config['num_heads']} query and {config['num_kv_heads']} key/value heads")
@@ -190,5 +191,5 @@ def caption(result: Mapping[str, Any]) -> str:
         )
     return (
         f"Compiled, not run: bfloat16, batch 1, {'; '.join(heads)}; blocks of {config['block']}. "
-        f"{result['date'][:10]}. Versions: {versions}."
+        f"{dated_versions(result)}"
     )

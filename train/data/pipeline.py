@@ -95,9 +95,8 @@ def batches(
             config, split=split, seed=seed, step=step, batch_size=batch_size, length=length
         )
 
-    kind = type(
-        make(start_step)
-    )  # a length or corpus that will not do is refused here, not in a thread
+    # A length or corpus that will not do is refused here, not in a thread.
+    kind = type(make(start_step))
 
     rows = batch_size // process_count
     mine = slice(process_index * rows, (process_index + 1) * rows)

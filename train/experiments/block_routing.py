@@ -19,7 +19,7 @@ from etils import epath
 
 from routing_jax.evals.by_position import head_usage, loss_by_position, position_edges
 from routing_jax.evals.report import BLOCK_ROUTING as EXPERIMENT
-from routing_jax.evals.report import plot_block_routing
+from routing_jax.evals.report import plot_routers
 from routing_jax.evals.results import Result
 from routing_jax.evals.tables import block_routing_table
 from routing_jax.train.config import TrainConfig
@@ -174,5 +174,5 @@ def reproduce(args: BlockRoutingArgs) -> int:
     if results:
         folder = epath.Path(args.out) / EXPERIMENT
         (folder / "table.md").write_text(block_routing_table(results) + "\n")
-        plot_block_routing(results, folder)
+        plot_routers(results, folder)
     return 0

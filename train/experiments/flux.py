@@ -29,7 +29,7 @@ from routing_jax.evals.prompt_quality import (
 )
 from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.report import FLUX as EXPERIMENT
-from routing_jax.evals.report import plot_flux
+from routing_jax.evals.report import plot_routers
 from routing_jax.evals.results import Result
 from routing_jax.models import init_routers, merge_routers
 from routing_jax.routers import SparseMode
@@ -37,14 +37,13 @@ from routing_jax.routers.block_config import BlockImplementation
 from routing_jax.sharding import put_batch
 from routing_jax.train.base import (
     held_out_prompts,
-    load_base,
     routing_result,
     score_tasks,
     with_base,
 )
 from routing_jax.train.config import TrainConfig
 from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing, train_run
-from routing_jax.train.loop import train_mesh
+from routing_jax.train.loop import load_base, train_mesh
 from routing_jax.train.presets import get_preset
 from routing_jax.train.run import starting_parameters
 
@@ -186,7 +185,7 @@ def control(experiment: str, one: Run, workdir: epath.Path) -> Result:
         choose = random_layers(layers, sparse, one.seed)
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
     result = routing_result(one.config, score(routers, choose), labels)
-    return Result(**{**vars(result), "details": (result.details or {}) | found})
+    return dataclasses.replace(result, details=(result.details or {}) | found)
 
 
 def transferred(experiment: str, one: Run, workdir: epath.Path) -> Result:
@@ -220,5 +219,5 @@ def reproduce(args: FluxArgs) -> int:
     if results:
         folder = epath.Path(args.out) / EXPERIMENT
         (folder / "table.md").write_text(flux_table(results) + "\n")
-        plot_flux(results, folder)
+        plot_routers(results, folder)
     return 0

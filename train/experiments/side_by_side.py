@@ -52,12 +52,14 @@ def _environment(**changed: str) -> Iterator[None]:
     """Environment variables as a process started inside inherits them."""
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
-    yield
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """FlexAttention is given the very pairs of query and key that a table lets through."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,10 +97,10 @@ def test_torch_gets_half_of_the_memory(torch, given, left, monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(attention_flex.importlib.util, "find_spec", lambda name: torch or None)
     attention_flex.leave_memory_for_torch()
-    assert attention_flex.os.environ.get("XLA_CLIENT_MEM_FRACTION") == left
+    assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == left
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     attention_flex.leave_memory_for_torch()
-    assert attention_flex.os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.9"
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.9"
 
 
 @needs_torch
