@@ -1,5 +1,6 @@
 """Markdown tables rendered from result files."""
 
+import collections
 import functools
 import math
 import re
@@ -128,10 +129,18 @@ class _Row(NamedTuple):
         return _with_worst(multiple_up(statistics.fmean(usage)), multiple_up(max(usage)))
 
     def time(self, field: str) -> str:
-        """A mean of wall-clock, where all seeds ran on the same kind of device."""
-        return (
-            NOTHING if len({run.device for run in self.runs}) > 1 else self.mean(field, significant)
-        )
+        """A mean of wall-clock over the seeds that ran on the kind of device which most had."""
+        (device, seeds), *others = collections.Counter(
+            run.device for run in self.runs
+        ).most_common()
+        if not others:
+            return self.mean(field, significant)
+        if seeds == others[0][1]:
+            return NOTHING
+        on_it = self._replace(runs=[run for run in self.runs if run.device == device])
+        text = on_it.mean(field, significant)
+        of = f" [{seeds} of {len(self.runs)} seeds, {device}]"
+        return text if text == NOTHING else text + of
 
     def devices(self) -> str:
         return ", ".join(sorted({run.device for run in self.runs}))

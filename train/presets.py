@@ -67,6 +67,20 @@ def recall(length: int) -> TrainConfig:
     )
 
 
+def recall_steep() -> TrainConfig:
+    """Recall at length 128 with a λ so high that attention is given up, accuracy with it.
+
+    Command: `routing-jax train recall-128-steep --workdir runs/steep --curriculum.reaction back`.
+    Hardware and time: 2 CPU cores, about 2 minutes.
+    Expect: at chance without a reaction; with 'back', λ falls again whenever accuracy does, and
+    hovers where attention just pays.
+    """
+    # A sequence's one attending token costs λ/256, and a lost answer about four nats.
+    return recall(128).replace(
+        curriculum__peak=2000.0, curriculum__ramp_steps=600, curriculum__hold_steps=600
+    )
+
+
 def multi_query(length: int) -> TrainConfig:
     """Recall with several marked queries at the end: one in sixteen tokens is a query.
 
@@ -324,6 +338,7 @@ def layer_routing(*, curriculum: bool = False) -> TrainConfig:
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     **{f"recall-{n}": partial(recall, n) for n in (128, 256, 512, 1024, 2048, 4096, 8192)},
+    "recall-128-steep": recall_steep,
     **{f"multi-query-{n}": partial(multi_query, n) for n in (128, 256, 512)},
     "unmarked-128": lambda: unmarked(128),
     "unmarked-128-summary": lambda: unmarked(128, summary=256),

@@ -131,6 +131,14 @@ def test_a_figure_that_some_seeds_lack_says_so(make_result):
     assert row["mixing, ms"] == "–"
 
 
+def test_milliseconds_are_of_the_device_that_most_seeds_had(make_result):
+    runs = [make_result(seed=0, device="cpu"), make_result(seed=1), make_result(seed=2)]
+    (row,) = cells(recall_table(runs))
+    assert row["mixing, ms"] == "0.500 [2 of 3 seeds, NVIDIA H100 80GB HBM3]"
+    (row,) = cells(recall_table(runs[:2]))
+    assert row["mixing, ms"] == "–"
+
+
 def test_several_devices_are_named_in_each_row(make_result):
     runs = [make_result(), make_result(variant="full", device="cpu")]
     assert [row["device"] for row in cells(recall_table(runs))] == ["NVIDIA H100 80GB HBM3", "cpu"]

@@ -1,5 +1,6 @@
 """What all experiments share: runs by name, made once, in pieces if need be."""
 
+import dataclasses
 import functools
 import re
 import time
@@ -113,7 +114,7 @@ def make_missing(
 
     Args:
       experiment: the folder of the results.
-      args: which runs, and where they go.
+      args: which runs, and where they go; with several jobs their mixing is not timed.
       planned: all runs of the experiment.
       finish: (run, its result, its workdir) -> the result to write, with what only this experiment
         measures; can be pickled.
@@ -134,8 +135,9 @@ def make_missing(
         return []
     missing = [r for r, path in zip(wanted, paths) if not path.exists()]
     folder = epath.Path(args.scratch) / experiment
-    one = functools.partial(_make_one, experiment, args.out, folder, make, finish)
-    (_make_side_by_side if args.jobs > 1 else _make_in_turn)(missing, one, args, folder)
+    alone = args.jobs == 1
+    one = functools.partial(_make_one, experiment, args.out, folder, make, finish, alone)
+    (_make_in_turn if alone else _make_side_by_side)(missing, one, args, folder)
     return load_results(args.out, experiment)
 
 
@@ -145,12 +147,15 @@ def _make_one(
     folder: epath.Path,
     make: Callable[[str, Run, epath.Path], Result],
     finish: Callable[[Run, Result, epath.Path], Result],
+    alone: bool,
     r: Run,
 ) -> None:
     """Makes a run, or the rest of it, and writes its result."""
     print(f"== {r.name}", flush=True)
     workdir = folder / r.name
     result = finish(r, make(experiment, r, workdir), workdir)
+    if not alone:  # milliseconds of a device that others keep busy say nothing
+        result = dataclasses.replace(result, mixing_ms=None)
     write_result(result, result_path(out, experiment, r.task, r.variant, r.seed))
     print(
         f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "

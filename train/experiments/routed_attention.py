@@ -94,6 +94,7 @@ def runs(text: str = "stdlib") -> Iterator[Run]:
         ("recall-4096", ("routed", "conv"), (0,)),
         ("recall-8192", ("routed", "conv"), (0,)),
         ("recall-128", ("routed+pause", "routed+back", "routed+cost"), _THREE),
+        ("recall-128-steep", ("routed", "routed+pause", "routed+back"), _THREE),
         ("multi-query-256", ("routed", "full", "conv"), _THREE),
         ("unmarked-128", ("routed", "routed+summary", "full", "conv"), _THREE),
         ("mqar-256", ("routed", "routed+summary", "full", "conv"), _THREE),
