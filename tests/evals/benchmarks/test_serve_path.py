@@ -17,7 +17,6 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
     dense_decode,
     dense_prefill,
     filled_memory,
-    greedy,
     held_bytes,
     kv_bytes,
     random_model,
@@ -41,7 +40,7 @@ def test_the_paged_and_the_published_model_are_one():
     size = Size(1, 64, 0.0)  # as in the rows below, whose programs are compiled then
     sizes, tokens = serving(CONFIG, size), jax.random.randint(jax.random.key(1), (1, 64), 0, 64)
     plain = unrouted(CONFIG)
-    logits, cache = dense_prefill(plain, params, tokens, 32)
+    logits, cache = dense_prefill(plain, params, tokens, 32, 4)
     lengths = jnp.full(1, 64, jnp.int32)
     memory = empty_memory(model, sizes)
     paged, memory = prefill_prompts(
@@ -55,7 +54,7 @@ def test_the_paged_and_the_published_model_are_one():
     dense, seen = DenseCache(layers, lengths), []
     for _ in range(4):
         made, dense = dense_decode(plain, params, made, dense)
-        own, memory = decode_tokens(model, sizes, params, own, greedy(1), memory)
+        own, memory = decode_tokens(model, sizes, params, own, None, memory)
         np.testing.assert_array_equal(made, own)
         seen += made.tolist()
     assert len(set(seen)) > 2
