@@ -73,6 +73,11 @@ def _tokens(config: ServePathConfig, batch: int, length: int) -> jax.Array:
     return jax.random.randint(key, (batch, length), 0, config.decoder.vocab_size)
 
 
+def _memory(what: str) -> int | None:
+    """What the device says of its memory; None where it says nothing."""
+    return (jax.local_devices()[0].memory_stats() or {}).get(what)
+
+
 def _time_router(config: ServePathConfig, size: Size, params: Params) -> Row:
     """One layer's router, from the layer's input to its decision; calls take layers in turn."""
     decoder = config.decoder
@@ -146,6 +151,7 @@ def _time_decode(config: ServePathConfig, size: Size, params: Params, who: Who) 
     """A step of decoding; and the bytes of keys and values that are held."""
     decoder = config.decoder if who == "routed" else unrouted(config)
     tokens = _tokens(config, size.batch, 1)[:, 0]
+    before = _memory("bytes_in_use")
     past: Any
     if who == "dense":
         past = filled_cache(config, size)
@@ -167,17 +173,14 @@ def _time_decode(config: ServePathConfig, size: Size, params: Params, who: Who) 
         return tokens, past
 
     jax.block_until_ready(run())
-    return {**_time(config, run, config.steps), "kv_bytes": held}
-
-
-def _peak_bytes() -> int | None:
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    now = _memory("bytes_in_use")
+    taken = None if before is None or now is None else now - before
+    return {**_time(config, run, config.steps), "kv_bytes": held, "device_bytes": taken}
 
 
 def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, params: Params) -> None:
     """Refuses what the device has no memory for, before it is tried."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit = stats.get("bytes_limit")
+    limit = _memory("bytes_limit")
     if not limit:
         return
     decoder = config.decoder
@@ -219,9 +222,10 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
       seconds taken, and rows. A row holds part, who, length, batch, sparse_share, milliseconds and
       spread (interquartile range) of a prefill, of a step of decoding or of a layer's router,
       samples, how many were taken, and kv_bytes, of keys and values held; a row that failed holds
-      `error`, and None for the rest. peak_bytes is the most that the device has held since the
-      process began, weights included, and None where an earlier row's was as much or the device
-      does not say.
+      `error`, and None for the rest. device_bytes is by how much the device's memory in use grew
+      for a row of decoding; None where it does not say. peak_bytes is the most that the device has
+      held since the process began, weights included; None where an earlier row's was as much or
+      the device does not say.
     """
     start, clock = time.monotonic(), Clock(config.seconds)
     result: dict[str, Any] = {
@@ -234,8 +238,8 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
     params = random_model(config)
     for part, size, who in _cases(config):
         gc.collect()  # a failed row's traceback may hold its arrays
-        row: Row = {"part": part, "who": who, **size._asdict()}
-        before = _peak_bytes()
+        row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
+        before = _memory("peak_bytes_in_use")
         try:
             clock.check()
             _check_room(config, part, size, who, params)
@@ -245,7 +249,7 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
                 row |= _time_prefill(config, size, params, who)
             else:
                 row |= _time_decode(config, size, params, who)
-            peak = _peak_bytes()
+            peak = _memory("peak_bytes_in_use")
             row["peak_bytes"] = peak if peak is not None and peak != before else None
         except Exception as error:  # one size that fails must not cost the others
             row |= dict.fromkeys(("milliseconds", "spread", "samples", "kv_bytes", "peak_bytes"))

@@ -39,12 +39,17 @@ def _cell(row: Row | None, dense: Row | None) -> str:
     return text
 
 
+def _held(row: Row) -> int | None:
+    """Bytes that keys and values take: as the device counts, or else by what was asked of it."""
+    return row["device_bytes"] or row["kv_bytes"]
+
+
 def _memory(row: Row | None, dense: Row | None) -> str:
-    if row is None or not row["kv_bytes"]:
+    if row is None or not (held := _held(row)):
         return ""
-    text = f"{row['kv_bytes'] / 2**30:.3g}"
-    if row["who"] != "dense" and dense is not None and dense["kv_bytes"]:
-        text += f" ({row['kv_bytes'] / dense['kv_bytes']:.2f}×)"
+    text = f"{held / 2**30:.3g}"
+    if row["who"] != "dense" and dense is not None and (beside := _held(dense)):
+        text += f" ({held / beside:.2f}×)"
     return text
 
 
@@ -74,7 +79,8 @@ def table(rows: Sequence[Row]) -> str:
     Ratios of times are speed-ups over dense; those of memory are shares of it. Tokens a second
     are of all sequences of the batch.
 
-    >>> size = {"part": "decode", "length": 8, "batch": 2, "sparse_share": 0.5, "spread": 0.0}
+    >>> size = {"part": "decode", "length": 8, "batch": 2, "sparse_share": 0.5, "spread": 0.0,
+    ...         "device_bytes": None}
     >>> dense = size | {"who": "dense", "milliseconds": 4.0, "kv_bytes": 2**31}
     >>> fast = size | {"who": "routed", "milliseconds": 2.0, "kv_bytes": 2**30}
     >>> print(table([fast, dense]))
@@ -135,7 +141,7 @@ def describe(row: Row) -> str:
 
     >>> describe({"part": "decode", "who": "dense", "length": 8, "batch": 2, "sparse_share": 0.0,
     ...           "milliseconds": 2.0, "spread": 0.1, "samples": 3, "kv_bytes": 2**30,
-    ...           "peak_bytes": 2**31})
+    ...           "device_bytes": None, "peak_bytes": 2**31})
     'decode 2×8 dense: 2 ms ± 0.1, KV 1 GiB, peak 2.0 GiB'
     """
     name = f"{row['part']} {row['batch']}×{row['length']} {_column(row)}"
@@ -143,7 +149,7 @@ def describe(row: Row) -> str:
         return f"{name}: {row['error']}"
     count = row["samples"]
     times = f"{row['milliseconds']:.4g} ms" + (f" ± {row['spread']:.2g}" if count > 1 else "")
-    held = f", KV {row['kv_bytes'] / 2**30:.3g} GiB" if row["kv_bytes"] else ""
+    held = f", KV {size / 2**30:.3g} GiB" if (size := _held(row)) else ""
     peak = f", peak {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
     return f"{name}: {times}{held}{peak}"
 
