@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from routing_jax.evals.benchmarks.environment import environment
-from routing_jax.evals.benchmarks.running import Clock, error_text, record
+from routing_jax.evals.benchmarks.running import Clock, error_text, missing_word, record
 from routing_jax.evals.benchmarks.serve_path_cases import (
     Size,
     decisions,
@@ -237,7 +237,6 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
     }
     params = random_model(config)
     for part, size, who in _cases(config):
-        gc.collect()  # a failed row's traceback may hold its arrays
         row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
         before = _memory("peak_bytes_in_use")
         try:
@@ -254,6 +253,8 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
         except Exception as error:  # one size that fails must not cost the others
             row |= dict.fromkeys(("milliseconds", "spread", "samples", "kv_bytes", "peak_bytes"))
             row["error"] = error_text(error)
+        if "error" in row and missing_word(row) == "failed":
+            gc.collect()  # the traceback may hold the row's arrays in a cycle
         result["rows"].append(row)
         result["seconds"] = round(time.monotonic() - start, 1)
         if report is not None:
