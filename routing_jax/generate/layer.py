@@ -20,7 +20,7 @@ from routing_jax.models import DecoderConfig
 from routing_jax.models.decoder import SwiGLU, make_norm
 from routing_jax.models.embedding import embed
 from routing_jax.models.gpt import GeluMLP
-from routing_jax.routers import LayerRouter, end_tokens
+from routing_jax.routers import LayerRouter, end_tokens, pool_queries
 
 Params = Mapping[str, Any]
 QKV = tuple[jax.Array, jax.Array, jax.Array]
@@ -199,6 +199,10 @@ def route_prompts(
     """
     ends, counts = end_tokens(x, lengths, config.layer_router.pool)
     h = normalise(config, params, "mixer_norm", ends)
+    if not config.qk_norm:
+        # Queries without a norm are linear in h: the mean of h is projected, one row for them all.
+        mean = pool_queries(h[:, :, None], counts, config.layer_router.pool)
+        h, counts = mean[:, None].astype(h.dtype), jnp.minimum(counts, 1)
     queries = project_queries(h, None, _weights(config, params), config.heads)
     router = LayerRouter(config.layer_router)
     found: Any = router.apply({"params": params["mixer"]["router"]}, queries, counts)
