@@ -7,6 +7,8 @@ itself, per layer.
 """
 
 import dataclasses
+import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from routing_jax.evals.benchmarks.environment import environment
-from routing_jax.evals.benchmarks.running import Clock, error_text, record
+from routing_jax.evals.benchmarks.running import Clock, error_text, missing_word, record
 from routing_jax.evals.benchmarks.serve_path_cases import (
     Size,
     decisions,
@@ -25,7 +27,6 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
     dense_prefill,
     filled_cache,
     filled_memory,
-    greedy,
     held_bytes,
     kv_bytes,
     random_model,
@@ -53,9 +54,18 @@ _ROUTER_LAYERS = 4  # whose queries' weights together exceed a GPU's cache
 _SHARE_OF_MEMORY = 0.97
 
 
-def _timing(samples: list[float], calls: int) -> Timing:
+def _time(config: ServePathConfig, run: Callable[[], Any], calls: int = 1) -> Row:
+    """Wall-clock of what `run` computes, by each of its calls."""
+    begun, samples = time.monotonic(), list[float]()
+    while len(samples) < config.repeats:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        samples.append(time.perf_counter() - start)
+        if config.row_seconds and time.monotonic() - begun > config.row_seconds:
+            break
     low, median, high = (1000 / calls * np.percentile(samples, [25, 50, 75])).tolist()
-    return Timing(round(median, 6), round(high - low, 6))
+    timing = Timing(round(median, 6), round(high - low, 6))
+    return {**timing._asdict(), "samples": len(samples)}
 
 
 def _tokens(config: ServePathConfig, batch: int, length: int) -> jax.Array:
@@ -63,7 +73,12 @@ def _tokens(config: ServePathConfig, batch: int, length: int) -> jax.Array:
     return jax.random.randint(key, (batch, length), 0, config.decoder.vocab_size)
 
 
-def _time_router(config: ServePathConfig, size: Size, params: Params) -> tuple[Timing, int]:
+def _memory(what: str) -> int | None:
+    """What the device says of its memory; None where it says nothing."""
+    return (jax.local_devices()[0].memory_stats() or {}).get(what)
+
+
+def _time_router(config: ServePathConfig, size: Size, params: Params) -> Row:
     """One layer's router, from the layer's input to its decision; calls take layers in turn."""
     decoder = config.decoder
     lengths = jnp.full(size.batch, size.length, jnp.int32)
@@ -85,94 +100,87 @@ def _time_router(config: ServePathConfig, size: Size, params: Params) -> tuple[T
     states = [state(layer) for layer in range(min(_ROUTER_LAYERS, len(decoder.mixers)))]
     program = chained(step, _ROUTER_CALLS).lower(states).compile()
     timing, _ = time_program(program, states, _ROUTER_CALLS, config.repeats, target_ms=20.0)
-    return timing, 0
+    return {**timing._asdict(), "samples": config.repeats, "kv_bytes": 0}
 
 
-def _time_prefill(
-    config: ServePathConfig, size: Size, params: Params, who: Who
-) -> tuple[Timing, int]:
+def _time_prefill(config: ServePathConfig, size: Size, params: Params, who: Who) -> Row:
     """Prompts from tokens to logits; and the bytes of keys and values that they leave."""
     batch, length = size.batch, size.length
     decoder = config.decoder if who == "routed" else unrouted(config)
-    sizes = serving(config, size)
-    padded = sizes.bucket(batch, length)
-    tokens = _tokens(config, batch, padded)
-    samples: list[float] = []
+    sizes, decided = serving(config, size), decisions(config, size)
+    tokens = _tokens(config, batch, sizes.bucket(batch, length))
     if who == "dense":
         chunk = sizes.chunk_of(batch, length)
-        tokens = tokens[:, :length]
         if length % chunk:
             raise ValueError(f"length {length} is not a multiple of {chunk}, a chunk of prefill.")
-        held = 0
-        for _ in range(config.repeats + 1):
-            start = time.perf_counter()
-            logits, cache = dense_prefill(decoder, params, tokens, chunk)
-            jax.block_until_ready((logits, cache))
-            samples.append(time.perf_counter() - start)
+        tokens, held = tokens[:, :length], 0
+
+        def run(layers: int = len(decided)) -> Any:
+            nonlocal held
+            logits, cache = dense_prefill(decoder, params, tokens, chunk, layers)
             held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-            del cache
-        return _timing(samples[1:], 1), held
+            return logits
+
+        jax.block_until_ready(run(1))  # one layer has all that is compiled
+        return {**_time(config, run), "kv_bytes": held}
 
     memory = empty_memory(decoder, sizes)
     limits, rows = jnp.full(batch, sizes.length, jnp.int32), jnp.arange(batch, dtype=jnp.int32)
-    lengths, held = jnp.full(batch, length, jnp.int32), 0
-    for _ in range(config.repeats + 1):  # the first compiles
-        start = time.perf_counter()
+    lengths, everyone = jnp.full(batch, length, jnp.int32), jnp.ones(batch, bool)
+
+    def run_paged(layers: int = len(decided)) -> Any:
+        nonlocal memory
         logits, memory = prefill_prompts(
             decoder,
             sizes,
             params,
-            decisions(config, size),
+            decided[:layers],
             tokens,
             lengths,
             limits,
             rows,
-            memory,
+            forget(memory, everyone),
         )
-        jax.block_until_ready((logits, memory))
-        samples.append(time.perf_counter() - start)
-        held = held_bytes(memory)
-        memory = forget(memory, jnp.ones(batch, bool))
-    return _timing(samples[1:], 1), held
+        return logits, memory
+
+    jax.block_until_ready(run_paged(1))
+    return {**_time(config, run_paged), "kv_bytes": held_bytes(memory)}
 
 
-def _time_decode(
-    config: ServePathConfig, size: Size, params: Params, who: Who
-) -> tuple[Timing, int]:
+def _time_decode(config: ServePathConfig, size: Size, params: Params, who: Who) -> Row:
     """A step of decoding; and the bytes of keys and values that are held."""
     decoder = config.decoder if who == "routed" else unrouted(config)
     tokens = _tokens(config, size.batch, 1)[:, 0]
-    samples: list[float] = []
+    before = _memory("bytes_in_use")
+    past: Any
     if who == "dense":
-        cache = filled_cache(config, size)
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
-        for _ in range(config.repeats + 1):
-            start = time.perf_counter()
-            for _ in range(config.steps):
-                tokens, cache = dense_decode(decoder, params, tokens, cache)
-            jax.block_until_ready((tokens, cache))
-            samples.append(time.perf_counter() - start)
-        return _timing(samples[1:], config.steps), held
+        past = filled_cache(config, size)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(past.layers))
 
-    sizes, memory, how = serving(config, size), filled_memory(config, size), greedy(size.batch)
-    held = held_bytes(memory)
-    for _ in range(config.repeats + 1):
-        start = time.perf_counter()
+        def step() -> Any:
+            return dense_decode(decoder, params, tokens, past)
+    else:
+        sizes, past = serving(config, size), filled_memory(config, size)
+        held = held_bytes(past)
+
+        def step() -> Any:
+            return decode_tokens(decoder, sizes, params, tokens, None, past)
+
+    def run() -> Any:
+        nonlocal tokens, past
         for _ in range(config.steps):
-            tokens, memory = decode_tokens(decoder, sizes, params, tokens, how, memory)
-        jax.block_until_ready((tokens, memory))
-        samples.append(time.perf_counter() - start)
-    return _timing(samples[1:], config.steps), held
+            tokens, past = step()
+        return tokens, past
 
-
-def _peak_bytes() -> int | None:
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    jax.block_until_ready(run())
+    now = _memory("bytes_in_use")
+    taken = None if before is None or now is None else now - before
+    return {**_time(config, run, config.steps), "kv_bytes": held, "device_bytes": taken}
 
 
 def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, params: Params) -> None:
     """Refuses what the device has no memory for, before it is tried."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit = stats.get("bytes_limit")
+    limit = _memory("bytes_limit")
     if not limit:
         return
     decoder = config.decoder
@@ -187,16 +195,19 @@ def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, param
         )
 
 
-def _cases(config: ServePathConfig, part: Part) -> Iterator[tuple[Size, Who]]:
-    batches = config.decode_batches if part == "decode" else config.prefill_batches
-    for length in config.lengths:
-        for batch in batches:
-            if part == "router":
-                yield Size(batch, length, 0.0), "routed"
-                continue
-            for who in config.who:
-                shares = config.sparse_shares if who == "routed" else (0.0,)
-                yield from ((Size(batch, length, share), who) for share in shares)
+def _cases(config: ServePathConfig) -> Iterator[tuple[Part, Size, Who]]:
+    """All rows, those of a control last."""
+    for group in (("routed", "dense"), ("kernels",)):
+        peers = [who for who in config.who if who in group]
+        for length, part in itertools.product(config.lengths, config.parts):
+            batches = config.decode_batches if part == "decode" else config.prefill_batches
+            for batch, who in itertools.product(batches, peers):
+                shares: tuple[float, ...] = (0.0,)
+                if part == "router":
+                    shares *= who == "routed"
+                elif who == "routed":
+                    shares = config.sparse_shares
+                yield from ((part, Size(batch, length, share), who) for share in shares)
 
 
 def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None = None) -> dict:
@@ -209,10 +220,12 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
     Returns:
       A JSON-ready dict: device, driver, versions, date, attention (the dense backend), config,
       seconds taken, and rows. A row holds part, who, length, batch, sparse_share, milliseconds and
-      spread (interquartile range) of a prefill, of a step of decoding or of a layer's router, and
-      kv_bytes, of keys and values held; a row that failed holds `error`, and None for the rest.
-      peak_bytes is the most that the device has held since the process began, weights included,
-      and None where an earlier row's was as much or the device does not say.
+      spread (interquartile range) of a prefill, of a step of decoding or of a layer's router,
+      samples, how many were taken, and kv_bytes, of keys and values held; a row that failed holds
+      `error`, and None for the rest. device_bytes is by how much the device's memory in use grew
+      for a row of decoding; None where it does not say. peak_bytes is the most that the device has
+      held since the process began, weights included; None where an earlier row's was as much or
+      the device does not say.
     """
     start, clock = time.monotonic(), Clock(config.seconds)
     result: dict[str, Any] = {
@@ -223,29 +236,29 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
         "rows": [],
     }
     params = random_model(config)
-    for part in config.parts:
-        for size, who in _cases(config, part):
-            row: Row = {"part": part, "who": who, **size._asdict()}
-            before = _peak_bytes()
-            try:
-                clock.check()
-                _check_room(config, part, size, who, params)
-                if part == "router":
-                    timing, held = _time_router(config, size, params)
-                elif part == "prefill":
-                    timing, held = _time_prefill(config, size, params, who)
-                else:
-                    timing, held = _time_decode(config, size, params, who)
-                peak = _peak_bytes()
-                raised = peak if peak is not None and peak != before else None
-                row |= {**timing._asdict(), "kv_bytes": held, "peak_bytes": raised}
-            except Exception as error:  # one size that fails must not cost the others
-                row |= dict.fromkeys(("milliseconds", "spread", "kv_bytes", "peak_bytes"))
-                row["error"] = error_text(error)
-            result["rows"].append(row)
-            result["seconds"] = round(time.monotonic() - start, 1)
-            if report is not None:
-                report(result)
+    for part, size, who in _cases(config):
+        row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
+        before = _memory("peak_bytes_in_use")
+        try:
+            clock.check()
+            _check_room(config, part, size, who, params)
+            if part == "router":
+                row |= _time_router(config, size, params)
+            elif part == "prefill":
+                row |= _time_prefill(config, size, params, who)
+            else:
+                row |= _time_decode(config, size, params, who)
+            peak = _memory("peak_bytes_in_use")
+            row["peak_bytes"] = peak if peak is not None and peak != before else None
+        except Exception as error:  # one size that fails must not cost the others
+            row |= dict.fromkeys(("milliseconds", "spread", "samples", "kv_bytes", "peak_bytes"))
+            row["error"] = error_text(error)
+        if "error" in row and missing_word(row) == "failed":
+            gc.collect()  # the traceback may hold the row's arrays in a cycle
+        result["rows"].append(row)
+        result["seconds"] = round(time.monotonic() - start, 1)
+        if report is not None:
+            report(result)
     return result
 
 

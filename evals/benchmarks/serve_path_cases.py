@@ -21,7 +21,6 @@ from routing_jax.generate.layer import (
     read_out,
 )
 from routing_jax.generate.paged_prefill import DENSE, SPARSE, PagedMemory, empty_memory
-from routing_jax.generate.sampling import Sampling
 from routing_jax.kernels import default_implementation, dense_attention
 from routing_jax.models import DecoderConfig, init_params
 
@@ -96,6 +95,7 @@ def serving(config: ServePathConfig, size: Size) -> ServingConfig:
         length=limit,
         page_size=config.block,
         chunk=config.chunk,
+        decoding=config.attention,
     )
 
 
@@ -145,12 +145,6 @@ def held_bytes(memory: PagedMemory) -> int:
     return 2 * page * int((memory.tables != NO_PAGE).sum())
 
 
-def greedy(batch: int) -> Sampling:
-    """The most likely tokens."""
-    zeros = jnp.zeros(batch, jnp.int32)
-    return Sampling(jnp.zeros(batch), zeros, jnp.ones(batch), zeros)
-
-
 @functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames=("x",))
 def _dense_layer(
     config: DecoderConfig, chunk: int, params: Params, x: jax.Array, lengths: jax.Array
@@ -165,7 +159,7 @@ _read_out = jax.jit(read_out, static_argnums=0)
 
 
 def dense_prefill(
-    config: DecoderConfig, params: Params, tokens: jax.Array, chunk: int
+    config: DecoderConfig, params: Params, tokens: jax.Array, chunk: int, layers: int
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
     """The model as it was published: prompts of one length, every layer dense.
 
@@ -174,6 +168,7 @@ def dense_prefill(
       params: its parameters.
       tokens: [B,T] int32; `chunk` divides T.
       chunk: tokens that pass a projection or an MLP together.
+      layers: how many there are, or the first few to warm up.
 
     Returns:
       ([B,V] logits, keys and values [B,T,K,H] of each layer).
@@ -182,7 +177,7 @@ def dense_prefill(
     whole = {name: part for name, part in params.items() if "layers" not in name}
     x = _embed(config, whole, tokens)
     cache = []
-    for layer in range(_depth(config)):
+    for layer in range(layers):
         x, k, v = _dense_layer(config, chunk, layer_params(params, layer), x, lengths)
         cache.append((k, v))
     return _read_out(config, whole, x[:, -1]), cache

@@ -59,10 +59,10 @@ class ServePathConfig:
 
     Attributes:
       model: whose shape: llama-3.1-8b, qwen3-4b, or tiny for a CPU.
-      parts: what is measured, in this order.
-      who: what is measured beside each other: 'routed', 'kernels' (this library's, all layers
-        dense) and 'dense' (cuDNN's attention on a GPU, XLA's elsewhere).
-      lengths: tokens of the prompts, and of the sequences that are decoded.
+      parts: what is measured of each length, in this order.
+      who: what is measured beside each other: 'routed', 'dense' (cuDNN's attention on a GPU, XLA's
+        elsewhere) and, after all rows of these two, 'kernels' (this library's, all layers dense).
+      lengths: tokens of the prompts, and of the sequences that are decoded, in this order.
       prefill_batches: prompts that are read together.
       decode_batches: sequences that are decoded together; what does not fit is reported so.
       sparse_shares: of the layers, in a fixed pattern; the routers are computed all the same.
@@ -71,9 +71,10 @@ class ServePathConfig:
       block: keys a block, and tokens a page.
       pool: tokens of each end that the routers read.
       chunk: tokens that pass a projection or an MLP together in prefill.
-      attention: of routed and kernels in prefill: 'mosaic_gpu', 'xla', or None for its own choice.
+      attention: of routed and kernels: 'mosaic_gpu', 'xla', or None for its own choice.
       steps: tokens that a sample of decoding makes.
-      repeats: samples a measurement is the median of.
+      repeats: samples a row is the median of.
+      row_seconds: time after which a row takes no further sample. 0 for no limit.
       seconds: time for all; what is not begun by then is reported as skipped. 0 for no limit.
       seed: of weights and tokens.
     """
@@ -93,6 +94,7 @@ class ServePathConfig:
     attention: Literal["mosaic_gpu", "xla"] | None = None
     steps: int = 16
     repeats: int = 3
+    row_seconds: float = 0.0
     seconds: float = 0.0
     seed: int = 0
 

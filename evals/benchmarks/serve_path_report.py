@@ -39,13 +39,38 @@ def _cell(row: Row | None, dense: Row | None) -> str:
     return text
 
 
+def _held(row: Row) -> int | None:
+    """Bytes that keys and values take: as the device counts, or else by what was asked of it."""
+    return row["device_bytes"] or row["kv_bytes"]
+
+
 def _memory(row: Row | None, dense: Row | None) -> str:
-    if row is None or not row["kv_bytes"]:
+    if row is None or not (held := _held(row)):
         return ""
-    text = f"{row['kv_bytes'] / 2**30:.3g}"
-    if row["who"] != "dense" and dense is not None and dense["kv_bytes"]:
-        text += f" ({row['kv_bytes'] / dense['kv_bytes']:.2f}×)"
+    text = f"{held / 2**30:.3g}"
+    if row["who"] != "dense" and dense is not None and (beside := _held(dense)):
+        text += f" ({held / beside:.2f}×)"
     return text
+
+
+def _most_tokens(rows: Sequence[Row]) -> str:
+    """By length, the tokens a second of the batch in which each makes the most."""
+    said = []
+    for length in dict.fromkeys(row["length"] for row in rows):
+        best: dict[str, tuple[float, int]] = {}
+        for row in rows:
+            if row["length"] == length and row["milliseconds"]:
+                rate = 1000 * row["batch"] / row["milliseconds"], row["batch"]
+                best[_column(row)] = max(rate, best.get(_column(row), rate))
+        if len(best) > 1:
+            dense = best.get("dense")
+            parts = [
+                f"{column} {_number(rate)} (batch {batch}"
+                + (f", {rate / dense[0]:.2f}×)" if dense and column != "dense" else ")")
+                for column, (rate, batch) in sorted(best.items())
+            ]
+            said.append(f"of {length} tokens: {'; '.join(parts)}")
+    return f"Most tokens a second in all, for sequences {', '.join(said)}." if said else ""
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -54,7 +79,8 @@ def table(rows: Sequence[Row]) -> str:
     Ratios of times are speed-ups over dense; those of memory are shares of it. Tokens a second
     are of all sequences of the batch.
 
-    >>> size = {"part": "decode", "length": 8, "batch": 2, "sparse_share": 0.5, "spread": 0.0}
+    >>> size = {"part": "decode", "length": 8, "batch": 2, "sparse_share": 0.5, "spread": 0.0,
+    ...         "device_bytes": None}
     >>> dense = size | {"who": "dense", "milliseconds": 4.0, "kv_bytes": 2**31}
     >>> fast = size | {"who": "routed", "milliseconds": 2.0, "kv_bytes": 2**30}
     >>> print(table([fast, dense]))
@@ -64,6 +90,9 @@ def table(rows: Sequence[Row]) -> str:
 dense | KV GiB, routed |
     | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
     | 8 | 2 | 4 | 2 (2.00×) | 500 | 1,000 | 2 | 1 (0.50×) |
+    <BLANKLINE>
+    Most tokens a second in all, for sequences of 8 tokens: dense 500 (batch 2); routed, 50 % \
+sparse 1,000 (batch 2, 2.00×).
     """
     blocks = []
     for part, title in _TITLES.items():
@@ -95,6 +124,7 @@ dense | KV GiB, routed |
             cells += [_memory(row, dense) for row in picked]
             lines.append(f"| {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
+    blocks += filter(None, [_most_tokens([row for row in rows if row["part"] == "decode"])])
     routers = [row for row in rows if row["part"] == "router" and row["milliseconds"]]
     if routers:
         said = ", ".join(
@@ -110,15 +140,18 @@ def describe(row: Row) -> str:
     """A row in one line, for the terminal.
 
     >>> describe({"part": "decode", "who": "dense", "length": 8, "batch": 2, "sparse_share": 0.0,
-    ...           "milliseconds": 2.0, "spread": 0.1, "kv_bytes": 2**30, "peak_bytes": 2**31})
+    ...           "milliseconds": 2.0, "spread": 0.1, "samples": 3, "kv_bytes": 2**30,
+    ...           "device_bytes": None, "peak_bytes": 2**31})
     'decode 2×8 dense: 2 ms ± 0.1, KV 1 GiB, peak 2.0 GiB'
     """
     name = f"{row['part']} {row['batch']}×{row['length']} {_column(row)}"
     if row["milliseconds"] is None:
         return f"{name}: {row['error']}"
-    held = f", KV {row['kv_bytes'] / 2**30:.3g} GiB" if row["kv_bytes"] else ""
+    count = row["samples"]
+    times = f"{row['milliseconds']:.4g} ms" + (f" ± {row['spread']:.2g}" if count > 1 else "")
+    held = f", KV {size / 2**30:.3g} GiB" if (size := _held(row)) else ""
     peak = f", peak {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
-    return f"{name}: {row['milliseconds']:.4g} ms ± {row['spread']:.2g}{held}{peak}"
+    return f"{name}: {times}{held}{peak}"
 
 
 def caption(result: Mapping[str, Any]) -> str:
@@ -132,6 +165,6 @@ def caption(result: Mapping[str, Any]) -> str:
         f"{named_device(result)}: the shape of {config['model']} with random weights; dense "
         f"layers attend by {result['attention']}; sparse ones see {config['sink']} first tokens "
         f"and a window of {config['window']}, in a fixed pattern, the routers computed. Median of "
-        f"{config['repeats']}, a decode sample being {config['steps']} tokens. "
+        f"up to {config['repeats']} samples, a decode sample being {config['steps']} tokens. "
         f"{dated_versions(result)}"
     )

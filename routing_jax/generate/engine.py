@@ -234,8 +234,14 @@ class Engine:
             pass
         going = [seq for seq in self._rows if seq is not None]
         if going:
+            drawn = any(seq.request.temperature for seq in going)
             self._tokens, self.memory = decode_tokens(
-                self.config, self.serving, self.params, self._tokens, self._sampling, self.memory
+                self.config,
+                self.serving,
+                self.params,
+                self._tokens,
+                self._sampling if drawn else None,
+                self.memory,
             )
             self._unread.append((self._tokens, list(self._rows)))
             for seq in going:

@@ -20,7 +20,7 @@ from routing_jax.models import DecoderConfig
 from routing_jax.models.decoder import SwiGLU, make_norm
 from routing_jax.models.embedding import embed
 from routing_jax.models.gpt import GeluMLP
-from routing_jax.routers import LayerRouter, end_tokens
+from routing_jax.routers import LayerRouter, end_tokens, pool_queries
 
 Params = Mapping[str, Any]
 QKV = tuple[jax.Array, jax.Array, jax.Array]
@@ -143,7 +143,7 @@ def project_prompts(
         new = project(config, params, part, jnp.broadcast_to(place, (B, chunk)))
         return tuple(_put(old, piece, i * chunk) for old, piece in zip(held, new))
 
-    return jax.lax.fori_loop(0, _chunks(lengths, chunk), step, empty)
+    return jax.lax.fori_loop(0, _chunks(lengths, T, chunk), step, empty)
 
 
 def finish_prompts(
@@ -171,11 +171,12 @@ def finish_prompts(
         )
         return _put(x, finish(config, params, part, seen), i * chunk)
 
-    return jax.lax.fori_loop(0, _chunks(lengths, chunk), step, x)
+    return jax.lax.fori_loop(0, _chunks(lengths, x.shape[1], chunk), step, x)
 
 
-def _chunks(lengths: jax.Array, chunk: int) -> jax.Array:
-    return -(-jnp.max(lengths) // chunk)
+def _chunks(lengths: jax.Array, length: int, chunk: int) -> jax.Array | int:
+    # A single chunk is no loop; a GPU's host waits for the device to learn how often others run.
+    return 1 if chunk == length else -(-jnp.max(lengths) // chunk)
 
 
 def _put(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
@@ -198,6 +199,10 @@ def route_prompts(
     """
     ends, counts = end_tokens(x, lengths, config.layer_router.pool)
     h = normalise(config, params, "mixer_norm", ends)
+    if not config.qk_norm:
+        # Queries without a norm are linear in h: the mean of h is projected, one row for them all.
+        mean = pool_queries(h[:, :, None], counts, config.layer_router.pool)
+        h, counts = mean[:, None].astype(h.dtype), jnp.minimum(counts, 1)
     queries = project_queries(h, None, _weights(config, params), config.heads)
     router = LayerRouter(config.layer_router)
     found: Any = router.apply({"params": params["mixer"]["router"]}, queries, counts)

@@ -1,5 +1,7 @@
 """Decoding from paged memory: one compiled step for all layers and whatever they decided.
 
+Tokens are chosen by a program of their own, so that another way of choosing them compiles no layer.
+
 Scanned layers (config.scan) compile once for all. Unrolled ones take longer to compile, but each
 layer's weights are arrays of their own: cut out of stacked ones, they are copied wherever a product
 can't read them in place, and decoding is bound by the bytes of weights, keys and values.
@@ -26,6 +28,7 @@ from routing_jax.kernels import PageList, block_sparse_decode
 from routing_jax.models import DecoderConfig
 
 
+@functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("memory",))
 def read_tokens(
     config: DecoderConfig,
     serving: ServingConfig,
@@ -33,14 +36,14 @@ def read_tokens(
     tokens: jax.Array,
     memory: PagedMemory,
 ) -> tuple[jax.Array, PagedMemory]:
-    """Reads one token of each sequence: its keys and values join the memory.
+    """Reads one token of each sequence: its keys and values join the memory. Compiled once.
 
     Args:
       config: the model.
       serving: the sizes.
       params: the model's.
       tokens: [B] int32; ignored where the memory holds no sequence.
-      memory: what came before.
+      memory: what came before; is donated.
 
     Returns:
       ([B,V] logits, the memory).
@@ -94,23 +97,22 @@ def _read_layer(
     return finish(config, params, x, attended), keys, values
 
 
-@functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("memory",))
 def decode_tokens(
     config: DecoderConfig,
     serving: ServingConfig,
     params: Params,
     tokens: jax.Array,
-    sampling: Sampling,
+    sampling: Sampling | None,
     memory: PagedMemory,
 ) -> tuple[jax.Array, PagedMemory]:
-    """`read_tokens`, then the next token of each sequence: what is compiled once and called always.
+    """`read_tokens`, then the next token of each sequence.
 
     Args:
       config: the model.
       serving: the sizes.
       params: the model's.
       tokens: [B] int32, the newest token of each sequence.
-      sampling: how the next ones are chosen.
+      sampling: how the next ones are chosen; None takes the most likely.
       memory: is donated.
 
     Returns:

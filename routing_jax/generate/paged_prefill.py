@@ -185,7 +185,7 @@ def prefill_prompts(
       config: the model.
       serving: the sizes.
       params: the model's.
-      decisions: who decides each layer: ROUTED, SPARSE or DENSE.
+      decisions: who decides each layer: ROUTED, SPARSE or DENSE. Layers without one are left out.
       tokens: [B,T] int32, padded at the end to `serving.bucket`.
       lengths: [B] int32, valid tokens of each prompt, at least 1.
       limits: [B] int32, the most tokens that each sequence will have.
@@ -198,13 +198,13 @@ def prefill_prompts(
     """
     x = _begin(config, {"embedding": params["embedding"]}, tokens)
     before = None
-    for layer in range(len(config.mixers)):
+    for layer, decision in enumerate(decisions):
         x, memory = prefill_layer(
             config,
             serving,
             layer_params(params, layer),
             jnp.int32(layer),
-            jnp.int32(decisions[layer]),
+            jnp.int32(decision),
             x,
             lengths,
             limits,

@@ -16,7 +16,7 @@ from routing_jax.generate import (
     ServingConfig,
     generate,
 )
-from routing_jax.generate.paged_decode import decode_tokens
+from routing_jax.generate.paged_decode import read_tokens
 from routing_jax.generate.paged_prefill import empty_memory, prefill_layer, prefill_prompts
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
@@ -121,11 +121,11 @@ def test_pages_make_the_tokens_that_a_contiguous_cache_makes(model, who):
 
 def test_nothing_is_compiled_again_for_other_patterns_or_mixes():
     serve([Request(prompt(n), 3) for n in (30, 8, 7, 6)])
-    compiled = prefill_layer._cache_size(), decode_tokens._cache_size()
+    compiled = prefill_layer._cache_size(), read_tokens._cache_size()
     for pattern in PATTERNS:
         serve([Request(prompt(n), 4) for n in (7, 29, 6, 5, 32)], pattern)
     serve([Request(prompt(6, 3), 2, temperature=1.0, top_k=3, top_p=0.5)])
-    assert compiled == (prefill_layer._cache_size(), decode_tokens._cache_size())
+    assert compiled == (prefill_layer._cache_size(), read_tokens._cache_size())
 
 
 def test_pages_are_held_by_tables_and_those_freed_let_more_in():

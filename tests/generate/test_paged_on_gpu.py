@@ -1,6 +1,7 @@
 """Serving by the kernels for Hopper: the logits that XLA's give, prompt and tokens alike."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +9,38 @@ import numpy as np
 import pytest
 
 from routing_jax.generate import DENSE, SPARSE, ServingConfig
+from routing_jax.generate.layer import layer_params
 from routing_jax.generate.paged_decode import read_tokens
-from routing_jax.generate.paged_prefill import empty_memory, prefill_prompts
+from routing_jax.generate.paged_prefill import empty_memory, prefill_layer, prefill_prompts
 from routing_jax.kernels.hopper import hopper_refusal
 from routing_jax.models import DecoderConfig, init_params
 from routing_jax.routers import SparseModeConfig
+
+from ..kernels.cuda_lowering import lower_for_cuda
 
 MODEL = DecoderConfig(
     vocab_size=64, width=256, layers="full*4", num_heads=8, num_kv_heads=2, head_dim=64,
     mlp_width=512, sparse=SparseModeConfig(sink=64, window=128, block_q=64, block_kv=64),
 )  # fmt: skip
+SERVING = ServingConfig(pages=256, sequences=4, length=800, page_size=64, chunk=256)
+# Layers of Llama-3.1-8B, and the pool that 32 of them need for 128k tokens, a quarter dense.
+LLAMA = DecoderConfig(
+    vocab_size=64, width=4096, layers="layer*2", num_heads=32, num_kv_heads=8, head_dim=128,
+    mlp_width=14_336, rope_theta=500_000.0,
+)  # fmt: skip
+LONG = ServingConfig(pages=8416, sequences=1, length=131_136)
 LENGTHS, STEPS = np.array([700, 130, 64], np.int32), 70  # enough for windows to turn
 DECISIONS = [SPARSE, DENSE, SPARSE, SPARSE]
 
 
+def by(kernel, model, serving):
+    sparse = dataclasses.replace(model.sparse, implementation=kernel)
+    return model.replace(sparse=sparse), dataclasses.replace(serving, decoding=kernel)
+
+
 def logits(kernel):
     """[1+STEPS,B,V]: after the prompts, then after each of the same few tokens."""
-    model = MODEL.replace(sparse=dataclasses.replace(MODEL.sparse, implementation=kernel))
-    serving = ServingConfig(
-        pages=256, sequences=4, length=800, page_size=64, chunk=256, decoding=kernel
-    )
+    model, serving = by(kernel, MODEL, SERVING)
     params = init_params(MODEL, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 64, (3, serving.bucket(3, 700)), np.int32)
     rows = jnp.array([2, 0, 3])
@@ -35,10 +48,9 @@ def logits(kernel):
         model, serving, params, DECISIONS, jnp.asarray(tokens), jnp.asarray(LENGTHS),
         jnp.asarray(LENGTHS) + STEPS, rows, empty_memory(model, serving),
     )  # fmt: skip
-    step = jax.jit(lambda tokens, memory: read_tokens(model, serving, params, tokens, memory))
     seen = [first]
     for i in range(STEPS):
-        out, memory = step(jnp.full(4, i % 64), memory)
+        out, memory = read_tokens(model, serving, params, jnp.full(4, i % 64), memory)
         seen.append(out[rows])
     return np.stack(seen)
 
@@ -51,3 +63,34 @@ def test_hopper_kernels_serve_what_xla_serves():
     error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert error.max() < 0.05
     assert np.median(error) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("model", "serving", "length"), [(MODEL, SERVING, 832), (LLAMA, LONG, 131_072)]
+)
+def test_lowered_for_hopper_pages_are_written_in_place_and_read_by_kernels(
+    model, serving, length, monkeypatch
+):
+    for kernel in ("block_sparse.mosaic_gpu.call", "decode.mosaic_gpu"):
+        monkeypatch.setattr(f"routing_jax.kernels.{kernel}.hopper_refusal", lambda: None)
+    model, serving = by("mosaic_gpu", model, serving)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    memory = jax.eval_shape(lambda: empty_memory(model, serving))
+    B = serving.sequences
+
+    def whole(*shape):
+        return jax.ShapeDtypeStruct(shape, "int32")
+
+    x = jax.ShapeDtypeStruct((B, length, model.width), model.dtype)
+    layer, each = whole(), whole(B)
+    prefill = lower_for_cuda(
+        prefill_layer, model, serving, layer_params(params, 0), layer, layer, x, each, each, each,
+        memory,
+    )  # fmt: skip
+    decode = lower_for_cuda(read_tokens, model, serving, params, each, memory)
+    pool = "tensor<{}x{}x{}x{}xbf16>".format(*memory.keys.shape)
+    for text in (prefill, decode):
+        entry = text[text.index("@main") :].split("\n", 1)[0]
+        assert len(re.findall(rf"{pool} {{tf.aliasing_output", entry)) == 2
+        assert "custom_call @mosaic_gpu" in text
+        assert not [line for line in text.splitlines() if "gather" in line and pool in line]

@@ -1,6 +1,5 @@
 """Choosing tokens: top-k and top-p cut what can be drawn, and draws follow what is left."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from routing_jax.generate.sampling import Sampling, choose_tokens
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2], np.float32))
 DRAWS = 4096
-choose = jax.jit(choose_tokens)
 
 
 def shares(temperature=1.0, top_k=0, top_p=1.0):
@@ -20,7 +18,7 @@ def shares(temperature=1.0, top_k=0, top_p=1.0):
         jnp.full(DRAWS, top_p),
         jnp.arange(DRAWS) % 64,
     )
-    drawn = choose(jnp.tile(LOGITS[None], (DRAWS, 1)), sampling, jnp.arange(DRAWS) // 64)
+    drawn = choose_tokens(jnp.tile(LOGITS[None], (DRAWS, 1)), sampling, jnp.arange(DRAWS) // 64)
     return np.bincount(drawn, minlength=5) / DRAWS
 
 

@@ -17,7 +17,6 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
     dense_decode,
     dense_prefill,
     filled_memory,
-    greedy,
     held_bytes,
     kv_bytes,
     random_model,
@@ -32,7 +31,7 @@ from routing_jax.generate.paged_prefill import empty_memory, prefill_prompts
 pytestmark = pytest.mark.usefixtures("compile_cache")
 CONFIG = ServePathConfig(
     model="tiny", lengths=(64,), decode_batches=(1,), sink=8, window=8, block=8, pool=4, chunk=32,
-    steps=2, repeats=1, who=("routed", "dense"), sparse_shares=(0.0,),
+    steps=2, repeats=2, row_seconds=1e-9, who=("routed", "dense"), sparse_shares=(0.0,),
 )  # fmt: skip
 
 
@@ -41,21 +40,21 @@ def test_the_paged_and_the_published_model_are_one():
     size = Size(1, 64, 0.0)  # as in the rows below, whose programs are compiled then
     sizes, tokens = serving(CONFIG, size), jax.random.randint(jax.random.key(1), (1, 64), 0, 64)
     plain = unrouted(CONFIG)
-    logits, cache = dense_prefill(plain, params, tokens, 32)
+    logits, cache = dense_prefill(plain, params, tokens, 32, 4)
     lengths = jnp.full(1, 64, jnp.int32)
     memory = empty_memory(model, sizes)
     paged, memory = prefill_prompts(
-        model, sizes, params, decisions(CONFIG, size), tokens, lengths, lengths + 4,
+        model, sizes, params, decisions(CONFIG, size), tokens, lengths, lengths + 6,
         jnp.arange(1), memory,
     )  # fmt: skip
     np.testing.assert_allclose(logits, paged, rtol=1e-4, atol=1e-4)
-    room = ((0, 0), (0, 4), (0, 0), (0, 0))
+    room = ((0, 0), (0, 6), (0, 0), (0, 0))
     layers = [tuple(jnp.pad(part, room) for part in layer) for layer in cache]
     made = own = jnp.argmax(logits, axis=-1)
     dense, seen = DenseCache(layers, lengths), []
     for _ in range(4):
         made, dense = dense_decode(plain, params, made, dense)
-        own, memory = decode_tokens(model, sizes, params, own, greedy(1), memory)
+        own, memory = decode_tokens(model, sizes, params, own, None, memory)
         np.testing.assert_array_equal(made, own)
         seen += made.tolist()
     assert len(set(seen)) > 2
@@ -64,7 +63,7 @@ def test_the_paged_and_the_published_model_are_one():
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_memory_is_what_its_pattern_holds(share):
     size = Size(2, 64, share)
-    blocks = (64 + 4) // 8 + 1
+    blocks = (64 + 6) // 8 + 1
     pages = sum(blocks if dense else 2 for dense in dense_layers(4, share))
     memory = filled_memory(CONFIG, size)
     assert held_bytes(memory) == kv_bytes(CONFIG, size, True) == 2 * pages * 2 * (8 * 2 * 8 * 4)
@@ -84,12 +83,44 @@ def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
         ("decode", "dense", 1, 0.0),
     ]
     assert all(row["milliseconds"] > 0 and "error" not in row for row in result["rows"])
+    # A row whose time is spent takes no second sample; the router's has its own measure.
+    assert [row["samples"] for row in result["rows"]] == [2, 1, 1, 1, 1]
     assert all((row["kv_bytes"] > 0) == (row["part"] != "router") for row in result["rows"])
     assert json.loads(out.read_text())["rows"] == result["rows"]
     block = readme_blocks(tmp_path)["serve-path-cpu"]
     assert "| 64 | 1 |" in block
     assert "the shape of tiny with random weights" in block
     assert "prefill 1×64 routed, 0 % sparse:" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_measured(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    row = {"milliseconds": 2.0, "spread": 0.0, "samples": 1, "kv_bytes": 2**20}
+    monkeypatch.setattr(serve_path, "_time_prefill", lambda *_: row)
+    monkeypatch.setattr(serve_path, "_time_decode", stop)
+    config = dataclasses.replace(CONFIG, parts=("prefill", "decode"))
+    with pytest.raises(KeyboardInterrupt):
+        serve_path.main(config, tmp_path / "serve-path" / "cpu.json")
+    assert "| 64 | 1 | 2 | 2 (1.00×) |" in readme_blocks(tmp_path)["serve-path-cpu"]
+
+
+def test_lengths_come_in_the_order_given_and_the_control_last():
+    config = dataclasses.replace(
+        CONFIG, who=("kernels", "routed", "dense"), lengths=(128, 64), decode_batches=(1, 3),
+        seconds=1e-9,
+    )  # fmt: skip
+    rows = serve_path.run(config)["rows"]
+    assert all("skipped" in row["error"] for row in rows)
+    found = [(row["length"], row["part"], row["batch"], row["who"]) for row in rows]
+    sizes = [("prefill", 1), ("decode", 1), ("decode", 3)]
+    expected = []
+    for length in (128, 64):
+        expected.append((length, "router", 1, "routed"))
+        expected += [(length, *size, who) for size in sizes for who in ("routed", "dense")]
+    expected += [(length, *size, "kernels") for length in (128, 64) for size in sizes]
+    assert found == expected
 
 
 def test_what_fails_costs_its_own_row_only(monkeypatch):
