@@ -58,9 +58,12 @@ def describe(config: TrainConfig) -> str:
     tokens = config.batch_tokens // (config.accumulation * mesh.shape["data"] * mesh.shape["fsdp"])
     width_bytes = 2 if model.dtype == "bfloat16" else 4
     # Parameters, gradient and two moments in float32; of activations, what the backward pass
-    # keeps: a block's inputs and its projections, or only its input with remat; and the logits.
+    # keeps: a block's inputs and its projections, or with remat its input and what attention gave
+    # (of layer routing, in both branches); and the logits.
     heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    per_layer = model.width if model.remat else 8 * model.width + heads + 4 * model.mlp_width
+    per_layer = 8 * model.width + heads + 4 * model.mlp_width
+    if model.remat:
+        per_layer = model.width + 2 * model.head_dim * model.num_heads
     activations = tokens * len(model.mixers) * per_layer * width_bytes
     logits = tokens * 12 * model.vocab_size
     memory = 16 * params / split + activations

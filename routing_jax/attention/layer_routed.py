@@ -1,8 +1,8 @@
 """Layer routing: each sequence attends fully or sparsely in this layer, by what its prompt says.
 
-Flux Attention (arXiv 2604.07394). Training computes both and mixes them by a straight-through
-gate; evaluation and prefill run one call over one block table, in which a sequence's rows are
-dense or sparse. Prefill decides, decoding obeys.
+Flux Attention (arXiv 2604.07394). One call over one block table serves the batch: a sequence's rows
+are dense or sparse. Training makes a second one, of what was not chosen, for the gradient of its
+straight-through gate. Prefill decides, decoding obeys.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from routing_jax.attention.block_routed import block_routed_cost
 from routing_jax.attention.cache import LayerCache, write_kv
@@ -25,6 +26,7 @@ from routing_jax.attention.projections import (
     turn,
 )
 from routing_jax.kernels import (
+    ATTENTION,
     block_sparse_decode,
     contiguous_pages,
     decode_attention,
@@ -109,6 +111,32 @@ def layer_routed_cost(
     return report._replace(usage=jnp.mean(gate))
 
 
+def gated(taken: jax.Array, other: jax.Array, choice: jax.Array, gate: jax.Array) -> jax.Array:
+    """The branch that was taken, with the gradient of gate·full + (1 − gate)·sparse.
+
+    A gate is 0 or 1, so the other branch has no gradient of its own: that pass is not made. The
+    gate's is a small difference of two large sums, so it is formed from the branches' difference,
+    in float32: of two 16-bit sums little but rounding would be left.
+
+    Args:
+      taken: [B,T,N,H], full attention where `choice` says so.
+      other: [B,T,N,H], the other one; only its value is read.
+      choice: [B] bool.
+      gate: [B] float32, `choice` with the gradient of the router's probability.
+
+    >>> def y(gate, taken, other):
+    ...     return gated(taken, other, jnp.array([False]), gate).sum()
+    >>> ones = jnp.ones((1, 1, 1, 1))
+    >>> [g.item() for g in jax.grad(y, (0, 1, 2))(jnp.zeros(1), ones, 3 * ones)]
+    [2.0, 1.0, 0.0]
+    """
+    chosen = choice[:, None, None, None]
+    more = jnp.where(chosen, taken - other, other - taken)
+    more = checkpoint_name(jax.lax.stop_gradient(more), ATTENTION)
+    nothing = (gate - jax.lax.stop_gradient(gate))[:, None, None, None]
+    return taken + (nothing * more.astype(jnp.float32)).astype(taken.dtype)
+
+
 class LayerRouted(nn.Module):
     """Full or sparse attention, sequence by sequence.
 
@@ -179,11 +207,9 @@ class LayerRouted(nn.Module):
             means = (sums / jnp.maximum(sizes, 1)[..., None]).reshape(*sums.shape[:2], *k.shape[2:])
             scores = mean_key_scores(q[:, :: cfg.block_q], means)
 
-        def attend(dense):
+        def attend(dense, inputs=(q, k, v)):
             return block_attention_over_batch_and_heads(
-                q,
-                k,
-                v,
+                *inputs,
                 layer_table(cfg, dense, starts, lengths, scores),
                 None,
                 positions,
@@ -192,12 +218,13 @@ class LayerRouted(nn.Module):
             )
 
         choice, gate = routing.routing.choice, routing.gate
-        if mode in ("train", "masked"):
+        if mode == "masked":
             full = attend_everywhere(q, k, v, None, self.heads)
-            opened = gate[:, None, None, None].astype(q.dtype)
-            y = opened * full + (1 - opened) * attend(jnp.zeros_like(choice))
+            y = jnp.where(choice[:, None, None, None], full, attend(jnp.zeros_like(choice)))
         else:
             y = attend(choice)
+        if mode == "train":
+            y = gated(y, attend(~choice, jax.lax.stop_gradient((q, k, v))), choice, gate)
         table = layer_table(cfg, jnp.zeros_like(choice), starts, lengths, scores)
         report = layer_routed_cost(
             gate,
