@@ -298,7 +298,8 @@ def layer_routing(*, curriculum: bool = False) -> TrainConfig:
     attention and perplexity within 1 % are the target.
     """
     config = TrainConfig(
-        data=PromptConfig(),
+        # A thousand prompts of 8k tokens are a fair sample only of a text much longer than one.
+        data=PromptConfig(validation_fraction=0.1),
         model=DecoderConfig(layers="layer", scan=True, remat=True),
         curriculum=CurriculumConfig(
             peak=0.0, explore=0.0, weighs="cost", learn_steps=0, ramp_steps=0, hold_steps=300
