@@ -18,7 +18,6 @@ from routing_jax.attention.mixer import LayerReport, Mode, check_mode
 from routing_jax.attention.per_shard import block_attention_over_batch_and_heads
 from routing_jax.attention.projections import (
     HeadsConfig,
-    attend_everywhere,
     make_attention_weights,
     project_keys_values,
     project_out,
@@ -77,7 +76,8 @@ class LayerMemory(NamedTuple):
 
 def layer_routed_cost(
     gate: jax.Array,
-    listed: jax.Array,
+    full: jax.Array,
+    sparse: jax.Array,
     visible: jax.Array,
     router_work: jax.Array,
     heads: HeadsConfig,
@@ -87,9 +87,10 @@ def layer_routed_cost(
 
     Args:
       gate: [B] float32, 1 for full attention; its gradient is that of the costs.
-      listed: [B,K,M] int32, blocks that each row visits where the layer is sparse; B and K may be
-        1. 0 for a tile without queries.
-      visible: [B,M] int32, blocks that full attention visits.
+      full: [B,K,M] int32, blocks that each row visits where the gate is 1; B and K may be 1. 0 for
+        a tile without queries.
+      sparse: the same where the gate is 0.
+      visible: [B,M] int32, all blocks that a row could visit.
       router_work: scalar, the router's multiply-adds.
       heads: head counts and sizes.
       tile_pairs: query–key pairs of one tile and block.
@@ -97,13 +98,14 @@ def layer_routed_cost(
     Returns:
       The report without `choice`; usage is the share of sequences that attend fully.
 
-    >>> gate, listed, visible = jnp.array([1.0, 0.0]), jnp.array([[[1]]]), jnp.array([[2], [2]])
-    >>> report = layer_routed_cost(gate, listed, visible, 0.0, HeadsConfig(1, 1, 8), 64)
+    >>> gate, full, sparse = jnp.array([1.0, 0.0]), jnp.array([[[2]]]), jnp.array([[[1]]])
+    >>> visible, heads = jnp.array([[2], [2]]), HeadsConfig(1, 1, 8)
+    >>> report = layer_routed_cost(gate, full, sparse, visible, 0.0, heads, 64)
     >>> float(report.cost), float(report.usage)
     (0.75, 0.5)
     """
     open_ = gate[:, None, None]
-    visits = listed + open_ * (visible[:, None] - listed)
+    visits = sparse + open_ * (full - sparse)
     shape = len(gate), heads.num_kv_heads, visible.shape[1]
     report = block_routed_cost(
         jnp.broadcast_to(visits, shape), visible, router_work, heads, tile_pairs
@@ -202,14 +204,16 @@ class LayerRouted(nn.Module):
         cfg, T = self.sparse, positions.shape[1]
         starts = jnp.arange(0, T, cfg.block_q, dtype=jnp.int32)[None]
         scores = None
-        if cfg.mode == "topk":
+        if cfg.searches:
             sums, sizes = block_sums(k.reshape(*k.shape[:2], -1), positions >= 0, cfg.block_kv)
             means = (sums / jnp.maximum(sizes, 1)[..., None]).reshape(*sums.shape[:2], *k.shape[2:])
             scores = mean_key_scores(q[:, :: cfg.block_q], means)
 
-        def attend(dense, inputs=(q, k, v)):
+        def attend(dense, q, k, v):
             return block_attention_over_batch_and_heads(
-                *inputs,
+                q,
+                k,
+                v,
                 layer_table(cfg, dense, starts, lengths, scores),
                 None,
                 positions,
@@ -219,17 +223,23 @@ class LayerRouted(nn.Module):
 
         choice, gate = routing.routing.choice, routing.gate
         if mode == "masked":
-            full = attend_everywhere(q, k, v, None, self.heads)
-            y = jnp.where(choice[:, None, None, None], full, attend(jnp.zeros_like(choice)))
+            full, sparse = (
+                attend(jnp.full_like(choice, dense), q, k, v) for dense in (True, False)
+            )
+            y = jnp.where(choice[:, None, None, None], full, sparse)
         else:
-            y = attend(choice)
+            y = attend(choice, q, k, v)
         if mode == "train":
-            y = gated(y, attend(~choice, jax.lax.stop_gradient((q, k, v))), choice, gate)
-        table = layer_table(cfg, jnp.zeros_like(choice), starts, lengths, scores)
+            y = gated(y, attend(~choice, *jax.lax.stop_gradient((q, k, v))), choice, gate)
+        full, sparse = (
+            layer_table(cfg, jnp.full_like(choice, dense), starts, lengths, scores)
+            for dense in (True, False)
+        )
         report = layer_routed_cost(
             gate,
-            row_lengths(table, T, T, q_positions=positions),
-            visible_blocks(table, T, T, q_positions=positions),
+            row_lengths(full, T, T, q_positions=positions),
+            row_lengths(sparse, T, T, q_positions=positions),
+            visible_blocks(sparse, T, T, q_positions=positions),
             jnp.float32(len(gate) * self._work(T)),
             self.heads,
             cfg.block_q * cfg.block_kv,
@@ -243,7 +253,7 @@ class LayerRouted(nn.Module):
         """Multiply-adds of the decisions for one sequence: the router's, and those of topk."""
         cfg, heads = self.sparse, self.heads
         work = self.router.work(heads.num_heads, heads.head_dim)
-        if cfg.mode == "topk":
+        if cfg.searches:
             tiles, blocks = (-(-num_tokens // size) for size in (cfg.block_q, cfg.block_kv))
             work += (num_tokens + tiles * blocks) * heads.num_kv_heads * heads.head_dim
         return work
@@ -271,6 +281,12 @@ class LayerRouted(nn.Module):
             y = decode_attention(q, cache.keys, cache.values, place + 1)
             listed = visible[:, None]
         report = layer_routed_cost(
-            dense.astype(jnp.float32), listed, visible, jnp.float32(0), self.heads, cfg.block_kv
+            dense.astype(jnp.float32),
+            visible[:, None],
+            listed,
+            visible,
+            jnp.float32(0),
+            self.heads,
+            cfg.block_kv,
         )
         return y, report._replace(choice=dense[:, None] & (positions >= 0))

@@ -43,6 +43,7 @@ from routing_jax.routers.losses import balance_loss
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
 from routing_jax.routers.sparse_modes import (
+    Retrieval,
     SparseMode,
     SparseModeConfig,
     layer_table,
@@ -61,6 +62,7 @@ __all__ = [
     "LayerRouterConfig",
     "LayerRouting",
     "Multipliers",
+    "Retrieval",
     "Routing",
     "SchemeRouter",
     "SchemeRouting",
