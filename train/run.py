@@ -21,7 +21,7 @@ from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.files import reached
 from routing_jax.models import count_params, init_params
 from routing_jax.sharding import make_mesh, put_batch
-from routing_jax.train.base import finish_routers, with_base
+from routing_jax.train.base import calibrated_routers, finish_routers, with_base
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
 from routing_jax.train.data import (
     CharacterConfig,
@@ -353,7 +353,11 @@ def run(
     for length in config.lengths:
         batches(config.data, split="train", seed=config.seed, batch_size=1, length=length)
     start = find_start(config, workdir, resume=resume, resume_step=resume_step)
-    params = starting_parameters(config) if start is None and config.start_from else None
+    params = None
+    if start is None and config.start_from:
+        params = starting_parameters(config)
+    elif start is None and config.base:
+        params = calibrated_routers(config)
     trained = train(config, workdir, resume_step=start, params=params, quiet=quiet)
     finish = finish_routers if config.base else finish_run
     return finish(config, workdir, trained, labels=labels)

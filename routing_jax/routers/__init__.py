@@ -38,6 +38,7 @@ from routing_jax.routers.layer import (
     cooled_temperature,
     end_tokens,
     pool_queries,
+    standardised,
 )
 from routing_jax.routers.losses import balance_loss
 from routing_jax.routers.routing import Routing
@@ -100,6 +101,7 @@ __all__ = [
     "seen_before",
     "select_blocks",
     "select_candidates",
+    "standardised",
     "straight_through",
     "streaming_table",
 ]

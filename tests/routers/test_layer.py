@@ -13,6 +13,7 @@ from routing_jax.routers import (
     cooled_temperature,
     end_tokens,
     pool_queries,
+    standardised,
 )
 
 B, T, N, H, POOL = 6, 12, 2, 4, 3
@@ -157,3 +158,11 @@ def test_temperature_falls_as_a_half_cosine_and_stays():
 def test_a_bad_field_is_named_with_its_value(fields, named):
     with pytest.raises(ValueError, match=rf"^layer_router\.{named}; .*\.$"):
         LayerRouterConfig(**fields)
+
+
+def test_standardised_inputs_have_mean_0_and_deviation_1():
+    pooled = np.random.default_rng(0).normal(3, [0.1, 2, 5], (2, 50, 3)).astype(np.float32)
+    scale, shift = standardised(jnp.asarray(pooled))
+    made = pooled * scale[:, None] + shift[:, None]
+    np.testing.assert_allclose(made.mean(1), 0, atol=1e-4)
+    np.testing.assert_allclose(made.std(1), 1, rtol=1e-4)
