@@ -1,8 +1,8 @@
 """Layer routing: each layer decides, once a sequence, between full and sparse attention.
 
 The Layer Router of Flux Attention (arXiv 2604.07394): the queries of a prompt's first and last
-tokens, before RoPE, are pooled over tokens and heads and scored by a small MLP. Not as released, what is
-pooled is standardised first.
+tokens, before RoPE, are pooled over tokens and heads and scored by a small MLP. Not as released,
+what is pooled is standardised first.
 """
 
 import itertools
