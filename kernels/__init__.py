@@ -20,7 +20,7 @@ from routing_jax.kernels.block_selection import (
     table_from_scores,
     union_tables,
 )
-from routing_jax.kernels.block_sparse import block_sparse_attention
+from routing_jax.kernels.block_sparse import ATTENTION, block_sparse_attention
 from routing_jax.kernels.block_table import (
     BlockTable,
     check_table,
@@ -43,6 +43,7 @@ from routing_jax.kernels.dropout import dropout
 from routing_jax.kernels.segments import segment_starts
 
 __all__ = [
+    "ATTENTION",
     "AttentionImplementation",
     "BlockTable",
     "PageList",

@@ -5,17 +5,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 import routing_jax
+from routing_jax.attention import Prompts
 from routing_jax.evals.prompt_quality import Chooser, PromptScores, prompt_scorer
 from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
-from routing_jax.models import count_params, merge_routers, with_layer_routing
+from routing_jax.models import (
+    Decoder,
+    count_params,
+    init_routers,
+    merge_routers,
+    with_layer_routing,
+)
 from routing_jax.models.pretrained import open_checkpoint, save_routers
-from routing_jax.sharding import put_batch
+from routing_jax.routers import standardised
+from routing_jax.sharding import put_batch, tree_shardings
 from routing_jax.train.config import TrainConfig, config_to_dict
 from routing_jax.train.data import PROMPT_TASKS, PromptBatch, PromptConfig, batches
 from routing_jax.train.data.batch import Split
@@ -51,6 +61,47 @@ def with_base(config: TrainConfig) -> TrainConfig:
     return config.replace(
         model=model, data__tokenizer=config.base, data__vocab_size=model.vocab_size
     )
+
+
+def calibrated_routers(config: TrainConfig, prompts: int = 96) -> Any:
+    """Untrained routers whose inputs are standardised on prompts of the training text.
+
+    Args:
+      config: the run.
+      prompts: how many are read at least; all layers attend fully.
+
+    Returns:
+      The routers' parameters, on the run's mesh.
+    """
+    mesh = train_mesh(config)
+    routers = init_routers(config.model, jax.random.fold_in(jax.random.key(config.seed), 0))
+    params = merge_routers(load_base(config, mesh), routers)
+    size = config.batch_size(config.data.length)
+    stream = batches(config.data, split="train", seed=_EVAL_SEED, batch_size=size)
+    dense = jnp.ones((len(config.model.mixers), size), bool)
+
+    @jax.jit
+    def read(params, batch):
+        told = Prompts(batch.lengths, 1.0, dense)
+        _, sown = Decoder(config.model).apply(
+            {"params": params}, batch.tokens, batch.positions, prompts=told,
+            read=batch.places[:, :1], mutable=["intermediates"],
+        )  # fmt: skip
+        found = flatten_dict(sown["intermediates"])
+        return {path[:-1]: pooled[0] for path, pooled in found.items() if path[-1] == "pooled"}
+
+    with jax.set_mesh(mesh):
+        rows = [
+            read(params, put_batch(batch, mesh))
+            for batch in itertools.islice(stream, -(-prompts // size))
+        ]
+    flat = flatten_dict(routers)
+    for path, pooled in jax.device_get(
+        jax.tree.map(lambda *p: jnp.concatenate(p, -2), *rows)
+    ).items():
+        flat[(*path, "scale")], flat[(*path, "shift")] = standardised(pooled)
+    routers = unflatten_dict(flat)
+    return jax.device_put(routers, tree_shardings(jax.eval_shape(lambda: routers), mesh))
 
 
 def held_out_prompts(

@@ -21,7 +21,7 @@ from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.files import reached
 from routing_jax.models import count_params, init_params
 from routing_jax.sharding import make_mesh, put_batch
-from routing_jax.train.base import finish_routers, with_base
+from routing_jax.train.base import calibrated_routers, finish_routers, with_base
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
 from routing_jax.train.data import (
     CharacterConfig,
@@ -58,9 +58,12 @@ def describe(config: TrainConfig) -> str:
     tokens = config.batch_tokens // (config.accumulation * mesh.shape["data"] * mesh.shape["fsdp"])
     width_bytes = 2 if model.dtype == "bfloat16" else 4
     # Parameters, gradient and two moments in float32; of activations, what the backward pass
-    # keeps: a block's inputs and its projections, or only its input with remat; and the logits.
+    # keeps: a block's inputs and its projections, or with remat its input and what attention gave
+    # (of layer routing, in both branches); and the logits.
     heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    per_layer = model.width if model.remat else 8 * model.width + heads + 4 * model.mlp_width
+    per_layer = 8 * model.width + heads + 4 * model.mlp_width
+    if model.remat:
+        per_layer = model.width + 2 * model.head_dim * model.num_heads
     activations = tokens * len(model.mixers) * per_layer * width_bytes
     logits = tokens * 12 * model.vocab_size
     memory = 16 * params / split + activations
@@ -350,7 +353,11 @@ def run(
     for length in config.lengths:
         batches(config.data, split="train", seed=config.seed, batch_size=1, length=length)
     start = find_start(config, workdir, resume=resume, resume_step=resume_step)
-    params = starting_parameters(config) if start is None and config.start_from else None
+    params = None
+    if start is None and config.start_from:
+        params = starting_parameters(config)
+    elif start is None and config.base:
+        params = calibrated_routers(config)
     trained = train(config, workdir, resume_step=start, params=params, quiet=quiet)
     finish = finish_routers if config.base else finish_run
     return finish(config, workdir, trained, labels=labels)

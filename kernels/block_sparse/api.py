@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from routing_jax.kernels.block_sparse.implementation import (
     AttentionInputs,
@@ -31,6 +32,8 @@ from routing_jax.kernels.choice import choose
 # stands behind it runs only by name: nothing of Mosaic TPU has run on a TPU.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_GPU, XLA, MOSAIC_TPU)
 
+# What a rematerialised layer may keep of attention, by this name: its output and log-sum-exp.
+ATTENTION = "attention"
 _INTEGERS = ("int32", "int16", "int8", "uint32", "uint16", "uint8")
 
 
@@ -137,7 +140,7 @@ def _attend(implementation: Implementation, options: AttentionOptions, inputs: A
 
 
 def _attend_forward(implementation, options, inputs):
-    outputs = implementation.forward(options, inputs)
+    outputs = checkpoint_name(implementation.forward(options, inputs), ATTENTION)
     return outputs, (inputs, outputs)
 
 

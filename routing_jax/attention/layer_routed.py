@@ -1,8 +1,8 @@
 """Layer routing: each sequence attends fully or sparsely in this layer, by what its prompt says.
 
-Flux Attention (arXiv 2604.07394). Training computes both and mixes them by a straight-through
-gate; evaluation and prefill run one call over one block table, in which a sequence's rows are
-dense or sparse. Prefill decides, decoding obeys.
+Flux Attention (arXiv 2604.07394). One call over one block table serves the batch: a sequence's rows
+are dense or sparse. Training makes a second one, of what was not chosen, for the gradient of its
+straight-through gate. Prefill decides, decoding obeys.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from routing_jax.attention.block_routed import block_routed_cost
 from routing_jax.attention.cache import LayerCache, write_kv
@@ -17,7 +18,6 @@ from routing_jax.attention.mixer import LayerReport, Mode, check_mode
 from routing_jax.attention.per_shard import block_attention_over_batch_and_heads
 from routing_jax.attention.projections import (
     HeadsConfig,
-    attend_everywhere,
     make_attention_weights,
     project_keys_values,
     project_out,
@@ -25,6 +25,7 @@ from routing_jax.attention.projections import (
     turn,
 )
 from routing_jax.kernels import (
+    ATTENTION,
     block_sparse_decode,
     contiguous_pages,
     decode_attention,
@@ -75,7 +76,8 @@ class LayerMemory(NamedTuple):
 
 def layer_routed_cost(
     gate: jax.Array,
-    listed: jax.Array,
+    full: jax.Array,
+    sparse: jax.Array,
     visible: jax.Array,
     router_work: jax.Array,
     heads: HeadsConfig,
@@ -85,9 +87,10 @@ def layer_routed_cost(
 
     Args:
       gate: [B] float32, 1 for full attention; its gradient is that of the costs.
-      listed: [B,K,M] int32, blocks that each row visits where the layer is sparse; B and K may be
-        1. 0 for a tile without queries.
-      visible: [B,M] int32, blocks that full attention visits.
+      full: [B,K,M] int32, blocks that each row visits where the gate is 1; B and K may be 1. 0 for
+        a tile without queries.
+      sparse: the same where the gate is 0.
+      visible: [B,M] int32, all blocks that a row could visit.
       router_work: scalar, the router's multiply-adds.
       heads: head counts and sizes.
       tile_pairs: query–key pairs of one tile and block.
@@ -95,18 +98,45 @@ def layer_routed_cost(
     Returns:
       The report without `choice`; usage is the share of sequences that attend fully.
 
-    >>> gate, listed, visible = jnp.array([1.0, 0.0]), jnp.array([[[1]]]), jnp.array([[2], [2]])
-    >>> report = layer_routed_cost(gate, listed, visible, 0.0, HeadsConfig(1, 1, 8), 64)
+    >>> gate, full, sparse = jnp.array([1.0, 0.0]), jnp.array([[[2]]]), jnp.array([[[1]]])
+    >>> visible, heads = jnp.array([[2], [2]]), HeadsConfig(1, 1, 8)
+    >>> report = layer_routed_cost(gate, full, sparse, visible, 0.0, heads, 64)
     >>> float(report.cost), float(report.usage)
     (0.75, 0.5)
     """
     open_ = gate[:, None, None]
-    visits = listed + open_ * (visible[:, None] - listed)
+    visits = sparse + open_ * (full - sparse)
     shape = len(gate), heads.num_kv_heads, visible.shape[1]
     report = block_routed_cost(
         jnp.broadcast_to(visits, shape), visible, router_work, heads, tile_pairs
     )
     return report._replace(usage=jnp.mean(gate))
+
+
+def gated(taken: jax.Array, other: jax.Array, choice: jax.Array, gate: jax.Array) -> jax.Array:
+    """The branch that was taken, with the gradient of gate·full + (1 − gate)·sparse.
+
+    A gate is 0 or 1, so the other branch has no gradient of its own: that pass is not made. The
+    gate's is a small difference of two large sums, so it is formed from the branches' difference,
+    in float32: of two 16-bit sums little but rounding would be left.
+
+    Args:
+      taken: [B,T,N,H], full attention where `choice` says so.
+      other: [B,T,N,H], the other one; only its value is read.
+      choice: [B] bool.
+      gate: [B] float32, `choice` with the gradient of the router's probability.
+
+    >>> def y(gate, taken, other):
+    ...     return gated(taken, other, jnp.array([False]), gate).sum()
+    >>> ones = jnp.ones((1, 1, 1, 1))
+    >>> [g.item() for g in jax.grad(y, (0, 1, 2))(jnp.zeros(1), ones, 3 * ones)]
+    [2.0, 1.0, 0.0]
+    """
+    chosen = choice[:, None, None, None]
+    more = jnp.where(chosen, taken - other, other - taken)
+    more = checkpoint_name(jax.lax.stop_gradient(more), ATTENTION)
+    nothing = (gate - jax.lax.stop_gradient(gate))[:, None, None, None]
+    return taken + (nothing * more.astype(jnp.float32)).astype(taken.dtype)
 
 
 class LayerRouted(nn.Module):
@@ -174,12 +204,12 @@ class LayerRouted(nn.Module):
         cfg, T = self.sparse, positions.shape[1]
         starts = jnp.arange(0, T, cfg.block_q, dtype=jnp.int32)[None]
         scores = None
-        if cfg.mode == "topk":
+        if cfg.searches:
             sums, sizes = block_sums(k.reshape(*k.shape[:2], -1), positions >= 0, cfg.block_kv)
             means = (sums / jnp.maximum(sizes, 1)[..., None]).reshape(*sums.shape[:2], *k.shape[2:])
             scores = mean_key_scores(q[:, :: cfg.block_q], means)
 
-        def attend(dense):
+        def attend(dense, q, k, v):
             return block_attention_over_batch_and_heads(
                 q,
                 k,
@@ -192,17 +222,24 @@ class LayerRouted(nn.Module):
             )
 
         choice, gate = routing.routing.choice, routing.gate
-        if mode in ("train", "masked"):
-            full = attend_everywhere(q, k, v, None, self.heads)
-            opened = gate[:, None, None, None].astype(q.dtype)
-            y = opened * full + (1 - opened) * attend(jnp.zeros_like(choice))
+        if mode == "masked":
+            full, sparse = (
+                attend(jnp.full_like(choice, dense), q, k, v) for dense in (True, False)
+            )
+            y = jnp.where(choice[:, None, None, None], full, sparse)
         else:
-            y = attend(choice)
-        table = layer_table(cfg, jnp.zeros_like(choice), starts, lengths, scores)
+            y = attend(choice, q, k, v)
+        if mode == "train":
+            y = gated(y, attend(~choice, *jax.lax.stop_gradient((q, k, v))), choice, gate)
+        full, sparse = (
+            layer_table(cfg, jnp.full_like(choice, dense), starts, lengths, scores)
+            for dense in (True, False)
+        )
         report = layer_routed_cost(
             gate,
-            row_lengths(table, T, T, q_positions=positions),
-            visible_blocks(table, T, T, q_positions=positions),
+            row_lengths(full, T, T, q_positions=positions),
+            row_lengths(sparse, T, T, q_positions=positions),
+            visible_blocks(sparse, T, T, q_positions=positions),
             jnp.float32(len(gate) * self._work(T)),
             self.heads,
             cfg.block_q * cfg.block_kv,
@@ -216,7 +253,7 @@ class LayerRouted(nn.Module):
         """Multiply-adds of the decisions for one sequence: the router's, and those of topk."""
         cfg, heads = self.sparse, self.heads
         work = self.router.work(heads.num_heads, heads.head_dim)
-        if cfg.mode == "topk":
+        if cfg.searches:
             tiles, blocks = (-(-num_tokens // size) for size in (cfg.block_q, cfg.block_kv))
             work += (num_tokens + tiles * blocks) * heads.num_kv_heads * heads.head_dim
         return work
@@ -244,6 +281,12 @@ class LayerRouted(nn.Module):
             y = decode_attention(q, cache.keys, cache.values, place + 1)
             listed = visible[:, None]
         report = layer_routed_cost(
-            dense.astype(jnp.float32), listed, visible, jnp.float32(0), self.heads, cfg.block_kv
+            dense.astype(jnp.float32),
+            visible[:, None],
+            listed,
+            visible,
+            jnp.float32(0),
+            self.heads,
+            cfg.block_kv,
         )
         return y, report._replace(choice=dense[:, None] & (positions >= 0))

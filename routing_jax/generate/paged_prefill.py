@@ -119,7 +119,7 @@ def prefill_layer(
     place = jnp.arange(T, dtype=jnp.int32)[None]
     starts = jnp.arange(0, T, sparse.block_q, dtype=jnp.int32)[None]
     scores = None
-    if sparse.mode == "topk":
+    if sparse.searches:
         sums, sizes = block_sums(k.reshape(B, T, -1), place < lengths[:, None], page_size)
         means = sums / jnp.maximum(sizes, 1)[..., None]
         scores = mean_key_scores(q[:, :: sparse.block_q], means.reshape(B, -1, *k.shape[2:]))

@@ -26,7 +26,7 @@ from routing_jax.attention import (
     rms_norm,
     scheme_heads,
 )
-from routing_jax.kernels import dropout
+from routing_jax.kernels import ATTENTION, dropout
 from routing_jax.kernels.checks import known_values, refuse_rows
 from routing_jax.models.config import DecoderConfig, repeating_pattern
 from routing_jax.models.embedding import embed
@@ -169,7 +169,14 @@ class Pattern(nn.Module):
     def __call__(self, x: jax.Array, scanned: tuple, positions, segment_ids, prompts):
         """Runs the pattern's blocks on x; `scanned` holds this repeat's caches, keys, choices."""
         caches, rngs, choices = scanned
-        block = nn.remat(Block, static_argnums=(6,)) if self.config.remat else Block
+        block = Block
+        if self.config.remat:
+            # All but what attention gave is made again in the backward pass: for the memory of a
+            # layer's input or two, the dearest part is not.
+            kept = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+            block = nn.remat(
+                Block, static_argnums=(6,), policy=kept, prevent_cse=not self.config.scan
+            )
         new_caches, reports = [], []
         for i, kind in enumerate(repeating_pattern(self.config.mixers)):
             if choices is not None:

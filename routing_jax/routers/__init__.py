@@ -38,11 +38,13 @@ from routing_jax.routers.layer import (
     cooled_temperature,
     end_tokens,
     pool_queries,
+    standardised,
 )
 from routing_jax.routers.losses import balance_loss
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
 from routing_jax.routers.sparse_modes import (
+    Retrieval,
     SparseMode,
     SparseModeConfig,
     layer_table,
@@ -61,6 +63,7 @@ __all__ = [
     "LayerRouterConfig",
     "LayerRouting",
     "Multipliers",
+    "Retrieval",
     "Routing",
     "SchemeRouter",
     "SchemeRouting",
@@ -98,6 +101,7 @@ __all__ = [
     "seen_before",
     "select_blocks",
     "select_candidates",
+    "standardised",
     "straight_through",
     "streaming_table",
 ]

@@ -1,7 +1,8 @@
 """Layer routing: each layer decides, once a sequence, between full and sparse attention.
 
 The Layer Router of Flux Attention (arXiv 2604.07394): the queries of a prompt's first and last
-tokens, before RoPE, are pooled over tokens and heads and scored by a small MLP.
+tokens, before RoPE, are pooled over tokens and heads and scored by a small MLP. Not as released,
+what is pooled is standardised first.
 """
 
 import itertools
@@ -139,6 +140,22 @@ def cooled_temperature(
     return end + (start - end) * (1 + jnp.cos(jnp.pi * done)) / 2
 
 
+def standardised(pooled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The scale and shift after which pooled queries differ by 1 from prompt to prompt, around 0.
+
+    Args:
+      pooled: [...,n,H], of n prompts.
+
+    Returns:
+      ([...,H], [...,H]), as `LayerRouter` takes them.
+
+    >>> [x.tolist() for x in standardised(jnp.array([[1.0], [5.0]]))]
+    [[0.5], [-1.5]]
+    """
+    scale = 1 / jnp.maximum(pooled.std(axis=-2), 1e-6)
+    return scale, -scale * pooled.mean(axis=-2)
+
+
 class LayerRouter(nn.Module):
     """Scores a sequence by its pooled queries and gates it.
 
@@ -159,6 +176,12 @@ class LayerRouter(nn.Module):
         """Routes the sequences of queries [B,T,N,H]; see the class."""
         H = queries.shape[-1]
         x = pool_queries(queries, lengths, self.config.pool)
+        self.sow("intermediates", "pooled", x)
+        # Pooled queries are nearly the same for all prompts; what differs has to be drawn out first
+        # (`standardised`), or training moves all prompts alike until the gates are saturated.
+        scale = self.param("scale", nn.initializers.ones, (H,))
+        shift = self.param("shift", nn.initializers.zeros, (H,))
+        x = x * scale[None] + shift[None]
         for i, (width, activated) in enumerate(zip(_WIDTHS, _ACTIVATED)):
             x = nn.Dense(width * H, name=f"hidden_{i}")(x)
             x = nn.silu(x) if activated else x

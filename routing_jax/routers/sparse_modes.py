@@ -1,7 +1,8 @@
-"""What a layer that is routed to sparse attention attends to: streaming, triangle, top blocks.
+"""What a layer attends to as it is routed: streaming, triangle, top blocks, everything.
 
 The modes of Flux Attention (arXiv 2604.07394) as rows of one block table, in which the samples
-that are routed to full attention are dense: one call of block-sparse attention serves them all.
+that are routed to full attention are dense, or search for blocks themselves: one call of
+block-sparse attention serves them all.
 """
 
 from dataclasses import dataclass
@@ -16,22 +17,27 @@ from routing_jax.routers.block_config import BlockImplementation
 from routing_jax.routers.block_scores import dot_scores
 
 SparseMode = Literal["streaming", "triangle", "topk"]
+Retrieval = Literal["full", "topk"]
 
 
 @dataclass(frozen=True)
 class SparseModeConfig:
-    """What sparse attention of a layer is. Sink and window are rounded up to whole key blocks.
+    """What sparse attention of a layer is, and what full attention is.
+
+    Sink and window are rounded up to whole key blocks.
 
     Attributes:
       mode: streaming: the first tokens and a window (StreamingLLM, arXiv 2309.17453). triangle:
         the same, and from the prompt's last tokens on everything (TriangleMix, arXiv 2507.21526).
         topk: triangle, and the blocks whose mean key is nearest to a tile's first query (MoBA's
         rule, arXiv 2502.13189).
+      retrieval: what a layer does that is routed to full attention. full: it attends to everything.
+        topk: while it reads the prompt, to what sparse layers of mode topk attend to.
       sink: first tokens of the sequence that every query sees.
       window: tokens before a query that it sees; its own block is one of the window's blocks.
       last: for triangle and topk, how many last tokens of the prompt attend everywhere, as all
         that follow the prompt do.
-      blocks: for topk, key blocks besides sink and window.
+      blocks: for topk, in either place, key blocks besides sink and window.
       block_q: queries a tile; divides block_kv.
       block_kv: keys a block.
       implementation: of block-sparse attention; None for the best one here.
@@ -42,6 +48,7 @@ class SparseModeConfig:
     """
 
     mode: SparseMode = "streaming"
+    retrieval: Retrieval = "full"
     sink: int = 128
     window: int = 1024
     last: int = 128
@@ -54,6 +61,11 @@ class SparseModeConfig:
         if self.mode not in get_args(SparseMode):
             raise ValueError(
                 f"sparse.mode is {self.mode!r}; accepted: {', '.join(get_args(SparseMode))}."
+            )
+        if self.retrieval not in get_args(Retrieval):
+            raise ValueError(
+                f"sparse.retrieval is {self.retrieval!r}; accepted: "
+                f"{', '.join(get_args(Retrieval))}."
             )
         for name in ("sink", "window", "last", "blocks", "block_q", "block_kv"):
             if getattr(self, name) < 1:
@@ -95,6 +107,15 @@ class SparseModeConfig:
         (True, False)
         """
         return self.mode == "streaming"
+
+    @property
+    def searches(self) -> bool:
+        """Whether some samples attend to blocks that score best.
+
+        >>> SparseModeConfig().searches, SparseModeConfig(retrieval="topk").searches
+        (False, True)
+        """
+        return "topk" in (self.mode, self.retrieval)
 
 
 def streaming_table(config: SparseModeConfig, starts: jax.Array) -> BlockTable:
@@ -156,18 +177,19 @@ def layer_table(
     that is decoded, has the rows that it has in the whole.
 
     Args:
-      config: what sparse is.
+      config: what sparse and full are.
       dense: [B] bool, the samples routed to full attention.
       starts: [B,M] or [1,M] int32, where each tile's first query stands.
       lengths: [B] int32, tokens of each prompt; what follows is the answer.
-      scores: for topk, [B,K,M,J] float32 such as `mean_key_scores`; −inf bars a block.
+      scores: where `config.searches`, [B,K,M,J] float32 such as `mean_key_scores`; −inf bars a
+        block.
 
     Returns:
       A table with the B of `dense`, to be used as `block_sparse_attention` takes it; of positions
       past a sequence's last token, the kernel knows.
 
     Raises:
-      ValueError: mode topk without scores, or scores with another mode.
+      ValueError: topk without scores, or scores without it.
 
     >>> config = SparseModeConfig(sink=8, window=8, block_q=8, block_kv=8)
     >>> dense, starts = jnp.array([True, False]), jnp.arange(0, 32, 8)[None]
@@ -175,13 +197,17 @@ def layer_table(
     [[[-1, -1, -1, -1]], [[1, 2, 2, 2]]]
     """
     chex.assert_rank([dense, starts, lengths], [1, 2, 1])
-    if (scores is not None) != (config.mode == "topk"):
+    if (scores is not None) != config.searches:
         given = "none" if scores is None else "some"
-        raise ValueError(f"sparse.mode is {config.mode!r} and scores are {given}; topk needs them.")
-    everywhere = dense[:, None]
-    if config.mode != "streaming":
-        ends = starts + config.block_q
-        everywhere |= ends > (lengths - config.last)[:, None]
+        raise ValueError(
+            f"sparse.mode is {config.mode!r}, sparse.retrieval {config.retrieval!r}, and scores "
+            f"are {given}; topk needs them."
+        )
+    ends = starts + config.block_q
+    last = ends > (lengths - config.last)[:, None]
+    whole = jnp.where(
+        dense[:, None], (config.retrieval == "full") | last, (config.mode != "streaming") & last
+    )
     if scores is None:
         table = streaming_table(config, starts)
     else:
@@ -189,12 +215,16 @@ def layer_table(
         blocks = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None, None]
         near = blocks > own - config.window_blocks
         ranked = jnp.where(near, jnp.finfo(jnp.float32).max, scores)
+        # A sample that does not search has room for sink and window, which outrank all others.
+        searches = jnp.where(dense, config.retrieval == "topk", config.mode == "topk")
+        room = config.sink_blocks + config.window_blocks + config.blocks * searches
         table = table_from_scores(
             ranked,
             config.sink_blocks + config.window_blocks + config.blocks,
             block_q=config.block_q,
             block_kv=config.block_kv,
             sinks=config.sink_blocks,
+            row_limits=room[:, None, None],
             tile_starts=jnp.broadcast_to(starts, (scores.shape[0], starts.shape[1])),
         ).table
-    return with_dense_rows(table, everywhere[:, None])
+    return with_dense_rows(table, whole[:, None])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from routing_jax.attention import FullAttention, HeadsConfig, LayerRouted, Prompts
+from routing_jax.attention.layer_routed import gated
 from routing_jax.generate import decode_step, prefill
 from routing_jax.models import Decoder, DecoderConfig, init_params
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
@@ -152,6 +153,51 @@ def test_training_passes_the_choice_forward_and_the_gate_backward():
     np.testing.assert_allclose(np.asarray(y)[valid], hard[valid], rtol=1e-4, atol=1e-5)
     spent = jax.jit(jax.grad(cost))(router)
     assert spent["bias"][1] > 0 > spent["bias"][0]
+
+
+def test_training_has_the_gradient_of_both_branches_weighed_by_the_gate():
+    def training(x, router, rng):
+        params = {"params": PARAMS | {"router": router}}
+        prompts = Prompts(jnp.array(LENGTHS), 1.5)
+        (y, _, report), sown = mixer().apply(
+            params, x, PLACES, None, None, rng, "train", prompts, mutable=["intermediates"]
+        )
+        return jnp.sum(jnp.sin(y)), (sown["intermediates"]["gate"][0], report.choice[:, 0])
+
+    def mixture(x, gate):
+        full, sparse = (run(jnp.full(B, dense), LENGTHS, x, "eval", "streaming")[0]
+                        for dense in (True, False))  # fmt: skip
+        weight = gate[:, None, None]
+        return jnp.sum(jnp.sin(weight * full + (1 - weight) * sparse))
+
+    # A bias of 0, so that the noise sends samples both ways.
+    router, rng = PARAMS["router"] | {"bias": np.zeros(2, np.float32)}, jax.random.key(6)
+    got, (gate, choice) = jax.jit(jax.grad(training, argnums=(0, 1), has_aux=True))(X, router, rng)
+    assert 0 < choice.sum() < B
+    by_input, by_gate = jax.jit(jax.grad(mixture, argnums=(0, 1)))(X, gate)
+    np.testing.assert_allclose(got[0], by_input, rtol=1e-3, atol=1e-5)
+    assert jnp.abs(by_gate).min() > 1e-3
+
+    def gates(router):
+        return training(X, router, rng)[1][0]
+
+    (by_router,) = jax.jit(lambda router: jax.vjp(gates, router)[1](by_gate))(router)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, got[1], by_router)
+
+
+def test_a_gates_gradient_survives_sixteen_bits():
+    """Branches that differ little: of their own two sums, in bfloat16, no difference is left."""
+    shape, rng = (1, 512, 1, 4), np.random.default_rng(0)
+    full, cotangent = (jnp.bfloat16(1 + rng.random(shape) / 8) for _ in range(2))
+    sparse = full * jnp.bfloat16(1 - 2**-7)
+
+    def loss(gate):
+        y = gated(full, sparse, jnp.array([True]), gate)
+        return jnp.sum(y.astype(jnp.float32) * cotangent.astype(jnp.float32))
+
+    want = np.sum((np.float64(full) - np.float64(sparse)) * np.float64(cotangent))
+    np.testing.assert_allclose(jax.grad(loss)(jnp.ones(1)), [want], rtol=1e-3)
 
 
 @pytest.mark.parametrize("sparse", ["streaming", SLOW_TRIANGLE])

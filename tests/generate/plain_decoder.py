@@ -25,14 +25,15 @@ def visible(q, k, dense, sparse, prompt):
     seen = np.zeros((T, K, T), bool)
     for head, start in np.ndindex(K, -(-T // size)):
         tile, own = slice(start * size, start * size + size), start
-        everywhere = cfg.mode != "streaming" and tile.stop > prompt - cfg.last
+        rule = cfg.retrieval if dense else cfg.mode
+        everywhere = rule == "full" or (rule != "streaming" and tile.stop > prompt - cfg.last)
         blocks = {*range(min(cfg.sink // size, own + 1)), *range(max(0, own + 1 - near), own + 1)}
-        if cfg.mode == "topk":
+        if rule == "topk":
             first = q[tile.start].reshape(K, -1, q.shape[-1])[head].mean(0)
             means = [k[j * size : j * size + size, head].mean(0) for j in range(own)]
             best = sorted(range(own), key=lambda j: -(means[j] @ first))
             blocks |= {*[j for j in best if j not in blocks][: cfg.blocks]}
-        for block in range(own + 1) if dense or everywhere else blocks:
+        for block in range(own + 1) if everywhere else blocks:
             seen[tile, head, block * size : block * size + size] = True
     return seen & np.tri(T, dtype=bool)[:, None]
 

@@ -109,6 +109,20 @@ def test_prompts_are_read_by_the_rule_of_the_sparse_mode(mode):
     assert (memory.whole[:, 1] == (mode != "streaming")).all()
 
 
+def test_layers_routed_to_full_may_search_the_prompt_and_then_see_all_of_it():
+    sparse = dataclasses.replace(MODEL.sparse, retrieval="topk", last=4, blocks=1)
+    model, tokens = MODEL.replace(sparse=sparse), prompt(30)
+    made, _ = serve([Request(tokens, 6)], [DENSE] * LAYERS, model)
+    searching = UNROLLED.replace(sparse=sparse)
+    want, _ = greedy(searching, make_params(UNROLLED), tokens, 6, [True] * LAYERS)
+    assert made == [want]
+    read, everything = (
+        forward(m, make_params(UNROLLED), tokens, [True] * LAYERS, 30)[0][-1]
+        for m in (searching, UNROLLED)
+    )
+    assert np.abs(read - everything).max() > 0.02
+
+
 @pytest.mark.parametrize(
     ("model", "who"), [(FULL, DENSE), pytest.param(MODEL, ROUTED, marks=pytest.mark.slow)]
 )

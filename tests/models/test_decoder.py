@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
+from routing_jax.kernels import ATTENTION
 from routing_jax.models import (
     Decoder,
     DecoderConfig,
@@ -215,6 +216,17 @@ def test_scan_and_remat_change_no_number():
     np.testing.assert_allclose(got_out.logits, want_out.logits, rtol=1e-4, atol=1e-5)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, gradient, stack_layers(want_gradient, plain))
+
+
+def test_remat_does_not_attend_again():
+    def attentions(config):
+        tokens = tokens_of(1, 16)
+        params = make_params(config)
+        jaxpr = jax.make_jaxpr(loss_and_gradient(config))(params, tokens)
+        return str(jaxpr).count(f"name={ATTENTION}]")
+
+    plain = BLOCKS.replace(layers="block*2", scan=False)
+    assert attentions(plain) == attentions(plain.replace(remat=True)) > 0
 
 
 def test_reports_stand_one_a_layer_in_order():

@@ -13,6 +13,7 @@ from routing_jax.routers import (
     cooled_temperature,
     end_tokens,
     pool_queries,
+    standardised,
 )
 
 B, T, N, H, POOL = 6, 12, 2, 4, 3
@@ -88,7 +89,9 @@ def test_it_has_the_released_number_of_parameters():
     )
     sizes = [128, 1024, 256, 512, 128, 2]
     want = sum(a * b + b for a, b in itertools.pairwise(sizes))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == want == 592_002
+    assert want == 592_002
+    inputs = 2 * 128  # that standardise its inputs, which the released one does not have
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == want + inputs
 
 
 def test_scores_are_those_of_the_released_layers():
@@ -157,3 +160,11 @@ def test_temperature_falls_as_a_half_cosine_and_stays():
 def test_a_bad_field_is_named_with_its_value(fields, named):
     with pytest.raises(ValueError, match=rf"^layer_router\.{named}; .*\.$"):
         LayerRouterConfig(**fields)
+
+
+def test_standardised_inputs_have_mean_0_and_deviation_1():
+    pooled = np.random.default_rng(0).normal(3, [0.1, 2, 5], (2, 50, 3)).astype(np.float32)
+    scale, shift = standardised(jnp.asarray(pooled))
+    made = pooled * scale[:, None] + shift[:, None]
+    np.testing.assert_allclose(made.mean(1), 0, atol=1e-4)
+    np.testing.assert_allclose(made.std(1), 1, rtol=1e-4)

@@ -15,9 +15,9 @@ STARTS = jnp.arange(0, T, Q)[None]
 LENGTHS = np.array([50, 64, 23])
 
 
-def config(mode="streaming", **changes):
+def config(mode="streaming", retrieval="full", **changes):
     fields = {"sink": 8, "window": 16, "last": 6, "blocks": 2, "block_q": Q, "block_kv": KV}
-    return SparseModeConfig(mode=mode, **(fields | changes))
+    return SparseModeConfig(mode=mode, retrieval=retrieval, **(fields | changes))
 
 
 def arrays(seed=0):
@@ -46,26 +46,31 @@ def wanted_blocks(cfg, scores, lengths, dense):
     out = np.zeros((B, kv_heads, T // Q, T // KV), bool)
     for b, k, m in np.ndindex(out.shape[:3]):
         own, row = m * Q // KV, out[b, k, m]
-        if dense[b] or (cfg.mode != "streaming" and m * Q + Q > lengths[b] - cfg.last):
+        rule = {"full": "dense"}.get(cfg.retrieval, cfg.retrieval) if dense[b] else cfg.mode
+        if rule == "dense" or (rule != "streaming" and m * Q + Q > lengths[b] - cfg.last):
             row[:] = True
             continue
         row[: min(cfg.sink // KV, own + 1)] = True
         row[max(0, own + 1 - cfg.window // KV) : own + 1] = True
-        if scores is not None:
+        if rule == "topk":
             rest = [j for j in range(own) if not row[j]]
             for j in sorted(rest, key=lambda j: -scores[b, k, m, j])[: cfg.blocks]:
                 row[j] = True
     return out
 
 
-@pytest.mark.parametrize("mode", ["streaming", "triangle", "topk"])
-def test_rows_are_those_that_the_words_say(mode):
-    cfg, dense = config(mode), np.array([True, False, False])
-    scores = arrays()[3] if mode == "topk" else None
+RULES = [("streaming", "full"), ("triangle", "full"), ("topk", "full"),
+         ("streaming", "topk"), ("triangle", "topk"), ("topk", "topk")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "retrieval"), RULES)
+def test_rows_are_those_that_the_words_say(mode, retrieval):
+    cfg, dense = config(mode, retrieval), np.array([True, False, False])
+    scores = arrays()[3] if cfg.searches else None
     table = layer_table(cfg, jnp.array(dense), STARTS, jnp.array(LENGTHS), scores)
     want = wanted_blocks(cfg, None if scores is None else np.asarray(scores), LENGTHS, dense)
     assert (listed(table) == want).all()
-    assert (table.counts[0] == -1).all()
+    assert (table.counts[0] == -1).all() == (retrieval == "full")
     assert (table.counts[1] == -1).any() == (mode != "streaming")
 
 
@@ -74,11 +79,13 @@ def test_streaming_is_sink_and_window():
     assert (listed(streaming_table(config(), STARTS)) == listed(theirs)).all()
 
 
-@pytest.mark.parametrize("mode", ["streaming", "topk"])
-def test_one_call_gives_each_sample_what_it_has_alone(mode):
-    cfg = config(mode)
+@pytest.mark.parametrize(
+    ("mode", "retrieval"), [("streaming", "full"), ("topk", "full"), ("streaming", "topk")]
+)
+def test_one_call_gives_each_sample_what_it_has_alone(mode, retrieval):
+    cfg = config(mode, retrieval)
     q, k, v, scores = arrays()
-    scores = scores if mode == "topk" else None
+    scores = scores if cfg.searches else None
 
     @jax.jit
     def attend(dense):
@@ -94,10 +101,11 @@ def test_one_call_gives_each_sample_what_it_has_alone(mode):
     assert jnp.abs(everything[1] - sparse[1]).max() > 0.01
 
 
-@pytest.mark.parametrize("mode", ["streaming", "triangle", "topk"])
-def test_a_chunk_has_the_rows_that_it_has_in_the_whole(mode):
-    cfg, dense, lengths = config(mode), jnp.array([False, True, False]), jnp.array(LENGTHS)
-    scores = arrays()[3] if mode == "topk" else None
+@pytest.mark.parametrize(("mode", "retrieval"), RULES[:4])
+def test_a_chunk_has_the_rows_that_it_has_in_the_whole(mode, retrieval):
+    cfg, lengths = config(mode, retrieval), jnp.array(LENGTHS)
+    dense = jnp.array([False, True, False])
+    scores = arrays()[3] if cfg.searches else None
     whole = layer_table(cfg, dense, STARTS, lengths, scores)
     part = None if scores is None else scores[:, :, 5:9]
     chunk = jax.jit(lambda starts: layer_table(cfg, dense, starts, lengths, part))(STARTS[:, 5:9])
@@ -107,13 +115,15 @@ def test_a_chunk_has_the_rows_that_it_has_in_the_whole(mode):
 
 def test_scores_belong_to_topk_alone():
     for mode, scores in (("topk", None), ("streaming", arrays()[3])):
-        with pytest.raises(ValueError, match=f"sparse.mode is '{mode}' and scores are"):
+        said = f"sparse.mode is '{mode}', sparse.retrieval 'full', and scores are"
+        with pytest.raises(ValueError, match=said):
             layer_table(config(mode), jnp.ones(3, bool), STARTS, jnp.array(LENGTHS), scores)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"retrieval": "dense"}, "sparse.retrieval is 'dense'; accepted: full, topk."),
         ({"window": 0}, "sparse.window is 0; it must be at least 1."),
         ({"block_q": 16}, "sparse.block_q is 16; it must divide sparse.block_kv = 8."),
         ({"implementation": "cudnn"}, "sparse.implementation is 'cudnn'; accepted: xla, "),

@@ -17,7 +17,7 @@ from routing_jax.evals.results import read_result
 from routing_jax.models import Decoder, init_routers, merge_routers
 from routing_jax.models.pretrained import load_pretrained, load_routed
 from routing_jax.routers import SparseModeConfig
-from routing_jax.train.base import with_base
+from routing_jax.train.base import calibrated_routers, with_base
 from routing_jax.train.config import config_from_dict, config_to_dict
 from routing_jax.train.data import PROMPT_TASKS, batches
 from routing_jax.train.metrics import read_metrics
@@ -115,6 +115,18 @@ def outputs(jaxpr):
                     yield from outputs(inner)
 
 
+def test_routers_start_with_inputs_that_differ_by_one_from_prompt_to_prompt(config):
+    config = with_base(config)
+    made = calibrated_routers(config, prompts=8)
+    plain = init_routers(config.model, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, plain)
+    router = made["layers"]["block_0"]["mixer"]["router"]
+    assert jnp.all(router["scale"] > 0)
+    assert jnp.abs(router["scale"][0] - router["scale"][1]).max() > 0.01  # each layer has its own
+    again = calibrated_routers(config, prompts=8)
+    jax.tree.map(np.testing.assert_array_equal, made, again)
+
+
 def test_the_preset_that_weighs_cost_takes_a_step(config, compile_cache):
     preset = get_preset("flux-curriculum")
     names = ("curriculum", "optimizer", "budget")
@@ -192,7 +204,8 @@ def test_the_result_tells_what_each_task_got_and_spent(made):
     assert result.steps == 30
     # Two layers, H = 8: the released widths, 8H, 2H, 4H, H and 2.
     sizes = [8, 64, 16, 32, 8, 2]
-    assert result.parameters == 2 * sum((a + 1) * b for a, b in itertools.pairwise(sizes))
+    mlp = sum((a + 1) * b for a, b in itertools.pairwise(sizes))
+    assert result.parameters == 2 * (mlp + 2 * sizes[0])  # and what its inputs are standardised by
 
 
 @pytest.mark.parametrize(

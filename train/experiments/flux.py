@@ -32,7 +32,7 @@ from routing_jax.evals.report import FLUX as EXPERIMENT
 from routing_jax.evals.report import plot_routers
 from routing_jax.evals.results import Result
 from routing_jax.models import init_routers, merge_routers
-from routing_jax.routers import SparseMode
+from routing_jax.routers import Retrieval, SparseMode
 from routing_jax.routers.block_config import BlockImplementation
 from routing_jax.sharding import put_batch
 from routing_jax.train.base import (
@@ -66,6 +66,7 @@ class FluxArgs(ReproduceArgs):
       batch: prompts a step, in training and evaluation.
       steps: of training.
       mode: what sparse attention is.
+      retrieval: what full attention is, while a prompt is read.
       implementation: of block-sparse attention; the best one here when not given.
     """
 
@@ -78,6 +79,7 @@ class FluxArgs(ReproduceArgs):
     batch: int = 12
     steps: int = 300
     mode: SparseMode = "streaming"
+    retrieval: Retrieval = "full"
     implementation: BlockImplementation | None = None
 
 
@@ -88,14 +90,14 @@ def planned_config(args: FluxArgs, preset: str = "flux") -> TrainConfig:
       ValueError: as `with_base`.
     """
     config = get_preset(preset)
-    sparse = {**vars(config.model.sparse), "mode": args.mode, "implementation": args.implementation}
+    asked = {name: vars(args)[name] for name in ("mode", "retrieval", "implementation")}
     ramp = args.steps // 2 if config.curriculum.ramp_steps else 0
     return with_base(
         config.replace(
             base=args.base,
             data__source=args.text,
             data__length=args.length,
-            model__sparse=type(config.model.sparse)(**sparse),
+            model__sparse=dataclasses.replace(config.model.sparse, **asked),
             curriculum__ramp_steps=ramp,
             curriculum__hold_steps=args.steps - ramp,
             batch_tokens=args.batch * args.length,
@@ -105,13 +107,14 @@ def planned_config(args: FluxArgs, preset: str = "flux") -> TrainConfig:
 
 
 def task_name(args: FluxArgs) -> str:
-    """Base, text, mode and length.
+    """Base, text, mode, retrieval where it is not full, and length.
 
     >>> task_name(FluxArgs(base="SmolLM2-135M.gguf", text="texts/linux_rst.txt.gz"))
     'smollm2-linux-streaming-8192'
     """
     names = (re.split(r"[^a-z0-9]", epath.Path(n).name.lower())[0] for n in (args.base, args.text))
-    return f"{'-'.join(names)}-{args.mode}-{args.length}"
+    attention = args.mode if args.retrieval == "full" else f"{args.mode}-{args.retrieval}"
+    return f"{'-'.join(names)}-{attention}-{args.length}"
 
 
 def runs(args: FluxArgs) -> Iterator[Run]:
