@@ -14,8 +14,9 @@ warpgroup
 2. computes Pᵀ = exp2(Sᵀ − lse) and dSᵀ = Pᵀ·(dPᵀ − δ), rounds both to 16 bits, and writes dSᵀ to
    one of two buffers in shared memory, once all have read what lay there two steps before
    (`ds_empty`), and says so (`ds_full`);
-3. waits for the others' dSᵀ of step i − 1 and issues dS·K of that step for all keys of the block and
-   its own share of the head dim; then dv += Pᵀ·dO and dk += dSᵀ·Q of step i, which stay in registers;
+3. waits for the others' dSᵀ of step i − 1 and issues dS·K of that step, for all keys of the block
+   and its own share of the head dim; then dv += Pᵀ·dO and dk += dSᵀ·Q of step i, which stay in
+   registers;
 4. while dv and dk are running, writes its share of dS·K to a float32 tile in shared memory and has
    TMA add it to dq in global memory (cp.reduce.async.bulk.tensor); the tile is written again only
    after TMA has read it, which by then it did a step ago;
@@ -25,10 +26,10 @@ That dS·K comes a step late lets one warpgroup be up to a step ahead, so that t
 for one while the other computes exponentials. The memory warpgroup streams Q, dO, lse and δ.
 
 At head dim 128 and blocks of 128, of 227 KB: K and V 64, dSᵀ 32, dq tiles 32, three stages of the
-ring 98. A step moves 33 KB in and 32 KB out between shared memory and the L2 cache. dq is four bytes
-a value and would miss the cache if programs that run at a time stood at different tiles: they take
-the blocks of one head after another, all from the last tile to the first. What it costs besides is
-writing zeros before and rounding after, 10 bytes a value of q.
+ring 98. A step moves 33 KB in and 32 KB out between shared memory and the L2 cache. dq is four
+bytes a value and would miss the cache if programs that run at a time stood at different tiles: they
+take the blocks of one head after another, all from the last tile to the first. What it costs
+besides is writing zeros before and rounding after, 10 bytes a value of q.
 """
 
 import functools
@@ -60,7 +61,7 @@ def fits_fused(geometry: Geometry, arrays: Arrays) -> bool:
 def fused_gradients(
     geometry: Geometry, arrays: Arrays, output: Output, columns: Columns
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients dq, dk and dv, like the padded q, k and v; those of q not bitwise repeatable."""
+    """The gradients dq, dk and dv, like the padded q, k and v; dq is not bitwise repeatable."""
     warpgroups = geometry.block_kv // _ROWS
     dtype, H = arrays.q.dtype, geometry.H
     share = H // warpgroups  # columns of dq that a warpgroup computes
@@ -96,10 +97,10 @@ def fused_gradients(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    dq = jax.new_ref(jnp.zeros(arrays.q.shape, jnp.float32))
-    dk, dv = kernel(*operands, dq)
-    dq = (jax.freeze(dq) * (geometry.scale / LOG2_E)).astype(dtype)
-    return dq, dk, dv
+    dq_sum = jax.new_ref(jnp.zeros(arrays.q.shape, jnp.float32))
+    dk, dv = kernel(*operands, dq_sum)
+    dq = jax.freeze(dq_sum) * (geometry.scale / LOG2_E)
+    return dq.astype(dtype), dk, dv
 
 
 def _program(
@@ -149,7 +150,7 @@ def _program(
             plgpu.copy_smem_to_gmem(own_dq, where, reduction_op="add")
 
         def add_chunk(step, state, *, first=False):
-            """dk and dv of this step, dq of the one before, which `first` lacks."""
+            """Adds dk and dv of this step, dq of the one before, which `first` lacks."""
             sums, head_before, start_before = state
             stage, buffer = lax.rem(step, _STAGES), lax.rem(step, 2)
             head, q_rows = chunk_of(step)

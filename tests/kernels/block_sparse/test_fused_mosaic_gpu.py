@@ -55,11 +55,11 @@ def test_what_the_fused_kernel_does_not_take_is_computed_in_two_passes(name, dty
 
 
 def _table(kind: str, T: int, K: int, block_q: int, block_kv: int):
-    blocks = dict(block_q=block_q, block_kv=block_kv)
+    blocks = {"block_q": block_q, "block_kv": block_kv}
     if kind == "random":
         rng, sizes = np.random.default_rng(1), {"tiles": T // block_q, "blocks": T // block_kv}
         return random_table(rng, batch=1, heads=K, capacity=8, dense=0.05, **sizes, **blocks)
-    return dense_table(T, T, **blocks) if kind == "dense" else window_table(T, T, 500, **blocks)
+    return dense_table(T, T, **blocks) if kind == "dense" else window_table(T, T, 3, **blocks)
 
 
 def _gradients(operands, table, d_out, *, deterministic, implementation="mosaic_gpu"):
@@ -143,7 +143,7 @@ def test_lowers_for_hopper_to_as_few_kernels_as_the_call_allows(name):
 
 
 def test_elsewhere_gradients_are_the_same():
-    arguments, (d_out, _) = make_inputs(Case(T=130, bias=False))
+    arguments, (d_out, _) = make_inputs(Case(B=1, K=1, G=1, T=64, dense=0.0, bias=False))
     operands = [arguments.pop(name) for name in "qkv"]
     two, one = (
         _gradients(
