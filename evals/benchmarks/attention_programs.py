@@ -131,7 +131,7 @@ def forward_backward(attend: Callable[[State], jax.Array], state: State) -> Stat
 def takes_fused(case: Case) -> bool:
     """Whether gradients that need not be deterministic are computed in another way."""
     backward = case.part in ("forward_backward", "agreement")
-    return backward and case.head_dim <= 128 and case.variant != "block_bias"
+    return backward and case.head_dim <= min(case.block, 128) and case.variant != "block_bias"
 
 
 def _attention(config: AttentionBenchConfig, case: Case, listed: int) -> list[Program]:

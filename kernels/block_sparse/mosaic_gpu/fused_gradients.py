@@ -11,9 +11,9 @@ warpgroup for every 64 keys (two for blocks of 128) and one for memory. In step 
 warpgroup
 
 1. waits until the stage of the ring is `full` and issues Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ for its keys;
-2. computes Pᵀ = exp2(Sᵀ − lse) and dSᵀ = Pᵀ·(dPᵀ − δ), rounds both to 16 bits, and writes dSᵀ to
-   one of two buffers in shared memory, once all have read what lay there two steps before
-   (`ds_empty`), and says so (`ds_full`);
+2. computes Pᵀ = exp2(Sᵀ − lse) while dPᵀ is running, then dSᵀ = Pᵀ·(dPᵀ − δ), rounds both to 16
+   bits, and writes dSᵀ to one of two buffers in shared memory, once all have read what lay there
+   two steps before (`ds_empty`), and says so (`ds_full`);
 3. waits for the others' dSᵀ of step i − 1 and issues dS·K of that step, for all keys of the block
    and its own share of the head dim; then dv += Pᵀ·dO and dk += dSᵀ·Q of step i, which stay in
    registers;
@@ -51,11 +51,12 @@ _STAGES = 3
 
 
 def fits_fused(geometry: Geometry, arrays: Arrays) -> bool:
-    """Whether `fused_gradients` takes a call: head dims up to 128, and no block bias.
+    """Whether `fused_gradients` takes a call: without a bias, head dims up to the keys of a block.
 
-    The gradient of the bias wants each query's sum of dS over all its blocks, which no program has.
+    One warpgroup has no registers for dq of more than 64 columns beside dk and dv. The gradient of
+    the bias wants each query's sum of dS over all its blocks, which no program has.
     """
-    return geometry.H <= 128 and arrays.bias is None
+    return geometry.block_kv >= geometry.H and arrays.bias is None
 
 
 def fused_gradients(
@@ -64,21 +65,20 @@ def fused_gradients(
     """The gradients dq, dk and dv, like the padded q, k and v; dq is not bitwise repeatable."""
     warpgroups = geometry.block_kv // _ROWS
     dtype, H = arrays.q.dtype, geometry.H
-    share = H // warpgroups  # columns of dq that a warpgroup computes
-    line = min(share, 64)  # of shared memory that is read in such shares
+    share = H // warpgroups  # columns of dq that a warpgroup computes, and reads of K
     operands, tree = jax.tree.flatten((arrays, output, columns))
 
     def entry(*refs):
         inputs, out, by_column = jax.tree.unflatten(tree, refs[: len(operands)])
         pl.run_scoped(
             functools.partial(_program, geometry, inputs, out, by_column, refs[len(operands) :]),
-            tiled_smem((geometry.block_kv, H), dtype, line),
+            tiled_smem((geometry.block_kv, H), dtype, share),
             tiled_smem((geometry.block_kv, H), dtype),
-            tiled_smem((_STAGES, _ROWS, H), dtype, line),
+            tiled_smem((_STAGES, _ROWS, H), dtype, share),
             tiled_smem((_STAGES, _ROWS, H), dtype),
             plgpu.SMEM((_STAGES, _ROWS), jnp.float32),
             plgpu.SMEM((_STAGES, _ROWS), jnp.float32),
-            tiled_smem((2, geometry.block_kv, _ROWS), dtype, line),
+            tiled_smem((2, geometry.block_kv, _ROWS), dtype, share),
             tiled_smem((warpgroups, _ROWS, share), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=4, num_barriers=_STAGES),
@@ -123,7 +123,7 @@ def _program(
 
     @pl.when(warpgroup < warpgroups)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         first_key = block_start + warpgroup * _ROWS
         own_keys = pl.ds(warpgroup * _ROWS, _ROWS)
         own_k, own_v = k_smem.at[own_keys], v_smem.at[own_keys]
@@ -159,18 +159,22 @@ def _program(
             def products(scores, d_weights):
                 plgpu.wgmma(scores, own_k, q_smem.at[stage].transpose((1, 0)))
                 plgpu.wgmma(d_weights, own_v, do_smem.at[stage].transpose((1, 0)))
-                return scores[...], d_weights[...]
+                logits = plgpu.wgmma_accumulator_load(scores, wait_n=1)
+                logits = hide_later(
+                    geometry, inputs, logits, batch, q_rows, first_key, padding=True
+                )
+                shift = lax.broadcast_in_dim(
+                    plgpu.load(lse_smem.at[stage], layout=across), logits.shape, [1]
+                )
+                p = jnp.exp2(logits * geometry.scale - shift)
+                delta = lax.broadcast_in_dim(
+                    plgpu.load(delta_smem.at[stage], layout=across), logits.shape, [1]
+                )
+                ds = p * (d_weights[...] - delta)
+                return p.astype(q_smem.dtype), ds.astype(q_smem.dtype)
 
             piece = plgpu.ACC((_ROWS, _ROWS), jnp.float32)
-            logits, dp = pl.run_scoped(products, piece, piece)
-            logits = hide_later(geometry, inputs, logits, batch, q_rows, first_key, padding=True)
-            shift, delta = (
-                lax.broadcast_in_dim(plgpu.load(ref.at[stage], layout=across), logits.shape, [1])
-                for ref in (lse_smem, delta_smem)
-            )
-            p = jnp.exp2(logits * geometry.scale - shift)
-            ds = (p * (dp - delta)).astype(q_smem.dtype)
-            p = p.astype(q_smem.dtype)
+            p, ds = pl.run_scoped(products, piece, piece)
             if not first:
                 pl.when(step >= 2)(lambda: plgpu.barrier_wait(ds_empty.at[buffer]))
             ds_smem.at[buffer, own_keys][...] = ds
@@ -225,7 +229,7 @@ def _program(
 
     @pl.when(warpgroup == warpgroups)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         own = (batch, pl.ds(block_start, geometry.block_kv), kv_head)
         plgpu.copy_gmem_to_smem(inputs.k.at[own], k_smem, kv_full)
         plgpu.copy_gmem_to_smem(inputs.v.at[own], v_smem, kv_full)

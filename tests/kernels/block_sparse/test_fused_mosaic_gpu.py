@@ -28,7 +28,7 @@ FUSED = {
     ),
     "groups of 3, wide blocks": Case(T=260, G=3, block_q=128, block_kv=128, bias=False),
     "narrow blocks, head dim 128": Case(T=200, H=128, G=1, bias=False),
-    "tall tiles, narrow blocks": Case(T=200, H=128, G=3, block_q=128, causal=False, bias=False),
+    "tall tiles, narrow blocks": Case(T=200, S=170, block_q=128, causal=False, bias=False),
 }
 
 
@@ -120,9 +120,10 @@ def test_keys_that_pad_the_last_block_add_nothing_however_small_the_logits():
 LOWERED = {
     "one kernel": (FUSED["groups of 4, head dim 128"], 1),
     "one kernel, columns in quarters of a line": (FUSED["groups of 3, wide blocks"], 1),
-    "one kernel, one warpgroup": (FUSED["narrow blocks, head dim 128"], 1),
+    "one kernel, one warpgroup": (FUSED["groups of 3, head dim 64"], 1),
     "one kernel, compacted queries in segments": (FUSED["compacted queries in segments"], 1),
     "one kernel, not causal": (FUSED["wide blocks, more keys"], 1),
+    "narrow blocks": (FUSED["narrow blocks, head dim 128"], 2),
     "a bias": (CASES["groups of 3, head dim 64"], 2),
     "head dim 256": (dataclasses.replace(CASES["tall tiles, head dim 256"], bias=False), 3),
 }
