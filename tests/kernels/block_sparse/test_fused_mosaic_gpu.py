@@ -62,18 +62,15 @@ def _table(kind: str, T: int, K: int, block_q: int, block_kv: int):
     return dense_table(T, T, **blocks) if kind == "dense" else window_table(T, T, 3, **blocks)
 
 
+@functools.partial(jax.jit, static_argnames=("deterministic", "implementation"))
 def _gradients(operands, table, d_out, *, deterministic, implementation="mosaic_gpu"):
-    @jax.jit
-    def run(operands, table, d_out):
-        def attend(q, k, v):
-            return block_sparse_attention(
-                q, k, v, table, deterministic=deterministic, implementation=implementation
-            )
+    def attend(q, k, v):
+        return block_sparse_attention(
+            q, k, v, table, deterministic=deterministic, implementation=implementation
+        )
 
-        _, pull_back = jax.vjp(attend, *operands)
-        return pull_back(d_out)
-
-    return [np.asarray(x, np.float64) for x in run(operands, table, d_out)]
+    _, pull_back = jax.vjp(attend, *operands)
+    return [x.astype(jnp.float32) for x in pull_back(d_out)]
 
 
 def _operands(T: int, K: int, G: int, H: int):
@@ -84,9 +81,17 @@ def _operands(T: int, K: int, G: int, H: int):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["random", "window", "dense"])
-@pytest.mark.parametrize("H", [64, 128])
-@pytest.mark.parametrize("G", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("kind", "H", "G"),
+    [
+        ("random", 128, 4),
+        ("random", 64, 3),
+        ("window", 128, 3),
+        ("window", 64, 1),
+        ("dense", 128, 1),
+        ("dense", 64, 4),
+    ],
+)
 def test_many_programs_add_to_the_same_rows(kind, H, G):
     """More programs than multiprocessors, whose additions meet; twice, for dk and dv bit by bit."""
     T, K = 4096, 8
@@ -97,6 +102,7 @@ def test_many_programs_add_to_the_same_rows(kind, H, G):
         for deterministic in (False, False, True)
     )
     for got, want in zip(first, expected):
+        got, want = np.asarray(got), np.asarray(want)
         assert np.linalg.norm(got - want) <= 0.005 * np.linalg.norm(want)
     for got, want in zip(first[1:], again[1:]):
         np.testing.assert_array_equal(got, want)
@@ -105,16 +111,16 @@ def test_many_programs_add_to_the_same_rows(kind, H, G):
 @pytest.mark.gpu
 def test_keys_that_pad_the_last_block_add_nothing_however_small_the_logits():
     """P of a zero key would overflow: every logit is −200, and queries stand past the last key."""
-    T, S, H = 256, 100, 64
-    q, k = jnp.full((1, T, 1, H), 5.0, jnp.bfloat16), jnp.full((1, S, 1, H), -5.0, jnp.bfloat16)
-    v = jnp.asarray(np.random.default_rng(0).normal(size=k.shape), jnp.bfloat16)
-    table = dense_table(T, S, block_q=64, block_kv=64)
-    operands, d_out = [q, k + v / 100, v], jnp.ones_like(q)
-    got = _gradients(operands, table, d_out, deterministic=False)
-    expected = _gradients(operands, table, d_out, deterministic=True, implementation="xla")
-    for one, other in zip(got, expected):
+    (q, k, v), d_out = _operands(256, 1, 1, 64)
+    k, v = k[:, :100], v[:, :100]
+    q, k = q.at[..., 0].set(100.0), k.at[..., 0].set(-16.0)
+    table = dense_table(256, 100, block_q=64, block_kv=64)
+    got = _gradients((q, k, v), table, d_out, deterministic=False)
+    expected = _gradients((q, k, v), table, d_out, deterministic=True, implementation="xla")
+    for one, other in zip(got, expected):  # the first column is a sum that vanishes
+        one, other = np.asarray(one)[..., 1:], np.asarray(other)[..., 1:]
         assert np.isfinite(one).all()
-        assert np.linalg.norm(one - other) <= 0.03 * np.linalg.norm(other)
+        assert np.linalg.norm(one - other) <= 0.01 * np.linalg.norm(other)
 
 
 LOWERED = {
