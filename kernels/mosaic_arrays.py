@@ -6,18 +6,21 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 
-def tiled_smem(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> pl.MemoryRef:
+def tiled_smem(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, columns: int | None = None
+) -> pl.MemoryRef:
     """Shared memory that TMA writes and wgmma reads, in the widest swizzle that fits a row.
 
     Args:
       shape: the last dimension takes a multiple of 32 bytes.
       dtype: a float.
+      columns: of the smallest part of a row that is read alone; None for the whole row.
 
     >>> tiled_smem((2, 64, 128), jnp.bfloat16).shape
     (2, 64, 128)
     """
     bits = jnp.finfo(dtype).bits
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    swizzle = plgpu.find_swizzle((columns or shape[-1]) * bits)
     # Both classes leave a method unwritten, which type checkers take for an abstract one.
     tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))  # type: ignore[abstract]
     swizzling = plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]

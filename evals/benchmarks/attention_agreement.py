@@ -16,6 +16,7 @@ from routing_jax.evals.benchmarks.attention_programs import (
     forward_backward,
     full_attention,
     sparse_attention,
+    takes_fused,
 )
 from routing_jax.evals.benchmarks.timing import State
 from routing_jax.kernels.block_sparse.reference import reference_attention
@@ -27,6 +28,8 @@ def agreeing_peers(config: AttentionBenchConfig, case: Case) -> list[Peer]:
     def can(peer: Peer) -> bool:
         if peer == "flex":
             return attention_flex.takes(config, case)
+        if peer == "fused":
+            return takes_fused(case)
         return peer != "dense" or (not case.blocks and case.variant != "blocks64")
 
     return [peer for peer in config.peers if can(peer)]
@@ -67,7 +70,9 @@ def differences(config: AttentionBenchConfig, case: Case, peer: Peer) -> dict[st
     if peer == "flex":
         got: Any = attention_flex.flex_outputs(config, case, state)
     else:
-        sparse = functools.partial(sparse_attention, config.implementation)
+        sparse = functools.partial(
+            sparse_attention, config.implementation, deterministic=peer != "fused"
+        )
         attend: Callable[[State], jax.Array] = full_attention if peer == "dense" else sparse
         got = jax.jit(functools.partial(forward_backward, attend))(state)
     exact = state | {name: state[name].astype(jnp.float32) for name in ("q", "k", "v", "dy")}

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import jax
 
 Part = Literal["ceiling", "agreement", "forward", "forward_backward", "decode", "table"]
-Peer = Literal["block_sparse", "dense", "flex"]
+Peer = Literal["block_sparse", "fused", "dense", "flex"]
 Variant = Literal["few_queries", "block_bias", "group3", "blocks64"]
 
 
@@ -17,8 +17,9 @@ class AttentionBenchConfig:
 
     Attributes:
       parts: what is measured, in this order.
-      peers: who is measured: this library, dense attention (cuDNN on a GPU, XLA elsewhere), and
-        FlexAttention, which needs PyTorch with CUDA.
+      peers: who is measured: this library, the same with a backward pass that need not be
+        deterministic, dense attention (cuDNN on a GPU, XLA elsewhere), and FlexAttention, which
+        needs PyTorch with CUDA.
       implementation: the implementation of block-sparse attention and decoding to measure; None
         for the one it picks itself.
       lengths: sequence lengths T, multiples of block.
@@ -131,6 +132,7 @@ def default_config() -> AttentionBenchConfig:
         threads = max(1, (os.cpu_count() or 1) - 1)
         return AttentionBenchConfig(compile_threads=threads, seconds=540)
     return AttentionBenchConfig(
+        peers=("block_sparse", "dense", "flex"),
         lengths=(2048, 4096),
         blocks=(0, 16, 8, 4),
         head_dims=(64,),

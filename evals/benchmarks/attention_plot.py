@@ -8,7 +8,12 @@ from matplotlib.figure import Figure
 from routing_jax.evals.benchmarks.attention_report import Row
 from routing_jax.evals.plots import COLORS, FAINT, INK, MARKERS
 
-_NAMES = {"block_sparse": "routing_jax", "dense": "dense", "flex": "FlexAttention"}
+_NAMES = {
+    "block_sparse": "routing_jax",
+    "dense": "dense",
+    "flex": "FlexAttention",
+    "fused": "routing_jax, fused",
+}
 
 
 def plot(rows: Sequence[Row], path: Path) -> Figure | None:

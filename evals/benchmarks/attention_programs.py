@@ -89,7 +89,9 @@ def attention_inputs(config: AttentionBenchConfig, case: Case, seed: int) -> Sta
     return state
 
 
-def sparse_attention(implementation: str | None, state: State) -> jax.Array:
+def sparse_attention(
+    implementation: str | None, state: State, *, deterministic: bool = True
+) -> jax.Array:
     """Block-sparse attention over the state's table."""
     out = block_sparse_attention(
         state["q"],
@@ -98,6 +100,7 @@ def sparse_attention(implementation: str | None, state: State) -> jax.Array:
         state["table"],
         block_bias=state.get("bias"),
         q_positions=state.get("positions"),
+        deterministic=deterministic,
         implementation=implementation,
     )
     assert isinstance(out, jax.Array)  # no log-sum-exp was asked for
@@ -125,11 +128,21 @@ def forward_backward(attend: Callable[[State], jax.Array], state: State) -> Stat
     return state | {"y": y} | {f"d{name}": leaf for name, leaf in gradients.items()}
 
 
+def takes_fused(case: Case) -> bool:
+    """Whether gradients that need not be deterministic are computed in another way."""
+    backward = case.part in ("forward_backward", "agreement")
+    return backward and case.head_dim <= min(case.block, 128) and case.variant != "block_bias"
+
+
 def _attention(config: AttentionBenchConfig, case: Case, listed: int) -> list[Program]:
     inputs = functools.partial(attention_inputs, config, case)
     run = forward_backward if case.part == "forward_backward" else forward
     sparse = functools.partial(run, functools.partial(sparse_attention, config.implementation))
     found = [Program("block_sparse", flops(case, listed), sparse, inputs)]
+    if takes_fused(case):
+        attend = functools.partial(sparse_attention, config.implementation, deterministic=False)
+        fused = functools.partial(run, attend)
+        found.append(Program("fused", flops(case, listed), fused, inputs))
     if case.blocks == 0 and case.variant in (None, "few_queries", "group3"):
 
         def without_table(seed: int) -> State:

@@ -38,7 +38,7 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
     def beside(row: Row) -> dict[str, float]:
         others = {"dense": dense.get(_key(row))} if row["peer"] != "dense" else {}
-        for peer in ("block_sparse", "flex", "forward"):
+        for peer in ("block_sparse", "fused", "flex", "forward"):
             others[peer] = same.get(_key(row | {"peer": peer}, *_LISTS))
         if row.get("variant") == "block_bias":
             plain = row | {"variant": None}
@@ -141,6 +141,7 @@ def _size(row: Row) -> str:
         length = f"{row['queries']} of {length}"
     blocks = f"{row['blocks'] or 'all'} × {row['block']}"
     blocks += ", bias" if row["variant"] == "block_bias" else ""
+    blocks += ", fused" if row["peer"] == "fused" else ""
     heads = f"{row['num_heads']}/{row['num_kv_heads']}"
     return f"| {length} | {heads} | {row['head_dim']} | {blocks} "
 
@@ -177,7 +178,8 @@ def table(rows: Sequence[Row]) -> str:
     """
     blocks = []
     for part in ("forward", "forward_backward", "decode"):
-        mine = [row for row in rows if row["part"] == part and row["peer"] == "block_sparse"]
+        ours = ("block_sparse", "fused")
+        mine = [row for row in rows if row["part"] == part and row["peer"] in ours]
         if not mine:
             continue
         unit = "GB/s of keys and values listed" if part == "decode" else "TFLOP/s"

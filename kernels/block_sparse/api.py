@@ -48,6 +48,7 @@ def block_sparse_attention(
     segment_ids: jax.Array | None = None,
     causal: bool = True,
     scale: float | None = None,
+    deterministic: bool = True,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -57,8 +58,8 @@ def block_sparse_attention(
     (in any block, if the row is dense), not later than the query's position (if causal) and in
     its segment: out = Σ softmax_s(scale·q·k_s + block_bias[slot of s's block])·v_s. A query that
     sees no key gets output 0 and log-sum-exp −inf. Memory is O(T·block_kv), the work that of the
-    listed blocks, and gradients are bitwise repeatable. Differentiable once, in reverse mode, in
-    q, k, v and block_bias (through the log-sum-exp too).
+    listed blocks, and gradients are bitwise repeatable unless asked not to be. Differentiable once,
+    in reverse mode, in q, k, v and block_bias (through the log-sum-exp too).
 
     Args:
       q: [B,T,N,H], bfloat16, float16 or float32.
@@ -73,6 +74,10 @@ def block_sparse_attention(
         position (none, if that lies past S).
       causal: whether keys after a query's position are hidden.
       scale: what q·k is multiplied by; 1/√H when None.
+      deterministic: False lets 'mosaic_gpu' compute all gradients in one kernel that adds to those
+        of q in whatever order its programs come: less work, and their last bits differ from run to
+        run. It does so without a block_bias, for head dims up to 64, and up to 128 with blocks of
+        128 keys. All else, here and elsewhere, is repeatable still.
       implementation: 'xla' (what None stands for), 'mosaic_gpu' (Hopper GPUs), or
         'mosaic_tpu'.
       return_lse: whether to return the log-sum-exp too.
@@ -94,7 +99,7 @@ def block_sparse_attention(
     (1, 256, 4, 16)
     """
     inputs = _check_inputs(q, k, v, table, block_bias, q_positions, segment_ids)
-    options = AttentionOptions(bool(causal), resolve_scale(scale, q.shape[-1]))
+    options = AttentionOptions(bool(causal), resolve_scale(scale, q.shape[-1]), bool(deterministic))
     chosen = choose(implementation, IMPLEMENTATIONS, lambda one: one.refusal(options, inputs))
     out, lse = _attend(chosen, options, inputs)
     return (out, lse) if return_lse else out

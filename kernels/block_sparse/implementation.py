@@ -41,10 +41,12 @@ class AttentionOptions:
     Attributes:
       causal: whether keys after a query's position are hidden.
       scale: what logits are multiplied by.
+      deterministic: whether gradients must be bitwise repeatable; implementations may be so anyway.
     """
 
     causal: bool
     scale: float
+    deterministic: bool = True
 
 
 class AttentionOutputs(NamedTuple):

@@ -9,6 +9,7 @@ compiles forward and backward for an H100 described in text; ptxas comes from th
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -80,6 +81,7 @@ def main() -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     options = AttentionOptions(causal=True, scale=0.1)
+    fused = dataclasses.replace(options, deterministic=False)
     for head_dim in (64, 128, 256):
         table = BlockTable(array((1, 2, 32), "int32"), array((1, 2, 32, 16), "int32"), 128, 128)
         q, kv = array((1, 4096, 8, head_dim)), array((1, 4096, 2, head_dim))
@@ -88,9 +90,13 @@ def main() -> None:
         print(f"forward, head dim {head_dim}", flush=True)
         jax.jit(functools.partial(forward, options)).lower(inputs).compile()
         print(f"dq, dk and dv, head dim {head_dim}", flush=True)
-        gradients = functools.partial(backward, options)
         outputs = AttentionOutputs(q, lse)
+        gradients = functools.partial(backward, options)
         jax.jit(gradients).lower(inputs, outputs, q, lse).compile()
+        if head_dim <= 128:
+            print(f"dq, dk and dv in one kernel, head dim {head_dim}", flush=True)
+            gradients = functools.partial(backward, fused)
+            jax.jit(gradients).lower(inputs, outputs, q, lse).compile()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Block-sparse attention for Hopper GPUs, in Pallas Mosaic GPU.
 
-`call` cuts a call to size; `forward`, `query_gradients` and `key_gradients` are the kernels, with
-`items` dealing out their work and `masks` hiding logits; `backward` joins the last two.
+`call` cuts a call to size; `forward`, `query_gradients`, `key_gradients` and `fused_gradients` are
+the kernels, with `items` dealing out the work of the first two, `columns` that of the others, and
+`masks` hiding logits; `backward` joins the second and third, or takes the fourth in their place.
 """
 
 from routing_jax.kernels.block_sparse.implementation import late_implementation

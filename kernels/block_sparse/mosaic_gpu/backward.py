@@ -1,4 +1,7 @@
-"""The backward pass on Hopper: two kernels, for queries and for keys, and the bias between them."""
+"""The backward pass on Hopper: two kernels, for queries and for keys, and the bias between them.
+
+Where gradients need not be repeatable, one kernel for both, if it takes the call.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,10 @@ from routing_jax.kernels.block_sparse.mosaic_gpu.call import (
     Geometry,
     Output,
     prepare,
+)
+from routing_jax.kernels.block_sparse.mosaic_gpu.fused_gradients import (
+    fits_fused,
+    fused_gradients,
 )
 from routing_jax.kernels.block_sparse.mosaic_gpu.key_gradients import key_gradients
 from routing_jax.kernels.block_sparse.mosaic_gpu.query_gradients import query_gradients
@@ -41,9 +48,13 @@ def backward(
         pad_axis(lse.swapaxes(1, 2), 2, T, fill=jnp.inf),
         pad_axis(delta.swapaxes(1, 2), 2, T),
     )
-    dq, ds, p = query_gradients(geometry, arrays, output)
-    dk, dv = key_gradients(geometry, arrays, output, _columns(options, geometry, inputs))
+    columns = _columns(options, geometry, inputs)
     d_bias = None
+    if not options.deterministic and fits_fused(geometry, arrays):
+        dq, dk, dv = fused_gradients(geometry, arrays, output, columns)
+    else:
+        dq, ds, p = query_gradients(geometry, arrays, output)
+        dk, dv = key_gradients(geometry, arrays, output, columns)
     if inputs.block_bias is not None:
         d_lse = pad_axis(d_lse.swapaxes(1, 2), 2, T)
         d_bias = _bias_gradient(geometry, inputs.table, arrays.lengths, ds, p, d_lse)

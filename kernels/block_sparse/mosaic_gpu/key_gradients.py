@@ -18,8 +18,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from routing_jax.kernels.block_sparse.mosaic_gpu.call import Arrays, Columns, Geometry, Output, at
-from routing_jax.kernels.block_sparse.mosaic_gpu.masks import hide
+from routing_jax.kernels.block_sparse.mosaic_gpu.call import Arrays, Columns, Geometry, Output
+from routing_jax.kernels.block_sparse.mosaic_gpu.columns import Column
+from routing_jax.kernels.block_sparse.mosaic_gpu.masks import hide_later
 from routing_jax.kernels.hopper import LOG2_E, WARPGROUP_ROWS
 from routing_jax.kernels.mosaic_arrays import accumulator, tiled_smem
 
@@ -87,34 +88,14 @@ def _program(
 ):  # fmt: skip
     """One program: see the module."""
     warpgroups = geometry.block_kv // _ROWS
-    batch, warpgroup = lax.axis_index("batch"), lax.axis_index("warpgroup")
-    kv_head, block = lax.axis_index("kv_head"), lax.axis_index("block")
-    table = at(inputs.indices.shape, batch, kv_head)
-    listed = columns.offsets[(*table, block + 1)] - columns.offsets[(*table, block)]
-    first_entry = columns.offsets[(*table, block)]
-    runs = (*at(columns.dense_counts.shape, batch, kv_head), block)
-    first_dense = columns.first_dense[runs]
-    steps = (listed + columns.dense_counts[runs]) * geometry.chunks
-
-    def entry_of(step):
-        """The table entry m·C + c of a step, with c = C for a dense row."""
-        nth = lax.div(step, geometry.chunks)
-        place = jnp.minimum(first_entry + nth, geometry.M * geometry.C - 1)
-        nth_dense = jnp.clip(first_dense + nth - listed, 0, geometry.M - 1)
-        entry = columns.entries[(*table, place)]
-        tile = columns.dense_tiles[(*table, nth_dense)]
-        is_listed = nth < listed
-        tile = jnp.where(is_listed, lax.div(entry, geometry.C), tile)
-        return tile, jnp.where(is_listed, lax.rem(entry, geometry.C), geometry.C)
-
-    def rows_of(step, tile):
-        group_head, offset = geometry.place(lax.rem(step, geometry.chunks))
-        return kv_head * geometry.G + group_head, pl.ds(tile * geometry.block_q + offset, _ROWS)
+    warpgroup = lax.axis_index("warpgroup")
+    column = Column(geometry, inputs, columns)
+    batch, kv_head, steps = column.batch, column.kv_head, column.steps
 
     @pl.when(warpgroup < warpgroups)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        first_key = block * geometry.block_kv + warpgroup * _ROWS
+        first_key = column.block * geometry.block_kv + warpgroup * _ROWS
         own = (batch, pl.ds(first_key, _ROWS), kv_head)
         own_k = k_smem.at[warpgroup]
         own_v = None if v_smem is None else v_smem.at[warpgroup]
@@ -125,12 +106,9 @@ def _program(
 
         def add_chunk(step, sums):
             stage = lax.rem(step, stages)
-            tile, slot = entry_of(step)
-            _, q_rows = rows_of(step, tile)
-            bias = None
-            if inputs.bias is not None:
-                bias = inputs.bias[batch, kv_head, tile, jnp.minimum(slot, geometry.C - 1)]
-                bias = jnp.where(slot < geometry.C, bias, 0.0)
+            tile, slot = column.entry(step)
+            _, q_rows = column.chunk(step, tile)
+            bias = None if inputs.bias is None else column.bias(tile, slot)
             plgpu.barrier_wait(full.at[stage])
             across = plgpu.Layout.WGMMA.reduce(0)
 
@@ -143,7 +121,7 @@ def _program(
 
             piece = plgpu.ACC((_ROWS, _ROWS), jnp.float32)
             logits, dp = pl.run_scoped(products, *[piece] * (2 if "k" in wanted else 1))
-            logits = _hide_later(geometry, inputs, logits, batch, q_rows, first_key)
+            logits = hide_later(geometry, inputs, logits, batch, q_rows, first_key)
             shift = plgpu.load(lse_smem.at[stage], layout=across)
             if bias is not None:
                 shift = shift - bias
@@ -179,8 +157,8 @@ def _program(
 
         def copy(step, wait):
             stage = lax.rem(step, stages)
-            tile, _ = entry_of(step)
-            head, rows = rows_of(step, tile)
+            tile, _ = column.entry(step)
+            head, rows = column.chunk(step, tile)
             if wait:
                 plgpu.barrier_wait(empty.at[stage])
             for source, ring in (
@@ -197,24 +175,3 @@ def _program(
         @pl.loop(stages, steps)
         def _(step):
             copy(step, wait=True)
-
-
-def _hide_later(geometry: Geometry, inputs, logits, batch, q_rows, first_key) -> jax.Array:
-    """The logits [keys,queries] with −inf where a query does not see a key.
-
-    Keys that pad the last block need no mask: their gradients are dropped.
-    """
-
-    def masked(logits):
-        return hide(geometry, inputs, logits, batch, q_rows, first_key, transposed=True)
-
-    if inputs.q_segments is not None:
-        return masked(logits)
-    if not geometry.causal:
-        return logits
-    first_query = q_rows.start
-    if inputs.positions is not None:
-        where = batch if inputs.positions.shape[0] > 1 else 0
-        first_query = inputs.positions[where, q_rows.start]
-    sees_all = first_query >= first_key + _ROWS - 1
-    return lax.cond(sees_all, lambda logits: logits, masked, logits)

@@ -53,6 +53,50 @@ def hide(
     return logits if seen is None else jnp.where(seen, logits, -jnp.inf)
 
 
+def hide_later(
+    geometry: Geometry,
+    inputs,
+    logits: jax.Array,
+    batch,
+    q_rows,
+    first_key,
+    *,
+    padding: bool = False,
+) -> jax.Array:
+    """The logits [keys,queries] of 64 keys with −inf where a query does not see one.
+
+    Args:
+      geometry: the call's sizes.
+      inputs: the call's `Arrays`, as references.
+      logits: [64,queries].
+      batch: the sequence.
+      q_rows: the queries, a slice of T.
+      first_key: the first key's position.
+      padding: whether keys that pad the last block are hidden for certain. Their own gradients
+        are dropped, but what they add to a query's is not: with k = 0 it is 0, or nan where P
+        overflows.
+    """
+
+    def masked(logits):
+        return hide(geometry, inputs, logits, batch, q_rows, first_key, transposed=True)
+
+    if inputs.q_segments is not None:
+        return masked(logits)
+    sees_all = None
+    if geometry.causal:
+        first_query = q_rows.start
+        if inputs.positions is not None:
+            where = batch if inputs.positions.shape[0] > 1 else 0
+            first_query = inputs.positions[where, q_rows.start]
+        sees_all = first_query >= first_key + logits.shape[0] - 1
+    if padding and geometry.S % geometry.block_kv:
+        whole = first_key + logits.shape[0] <= geometry.S
+        sees_all = whole if sees_all is None else sees_all & whole
+    if sees_all is None:
+        return logits
+    return lax.cond(sees_all, lambda logits: logits, masked, logits)
+
+
 def positions_of(inputs, batch, q_rows) -> jax.Array:
     """[64] int32, the positions of a chunk's queries, one a row of an accumulator."""
     where = batch if inputs.positions.shape[0] > 1 else 0

@@ -114,6 +114,21 @@ def test_every_output_is_written(part) -> None:
             assert all(bool(jnp.isfinite(x).all()) for x in floats), (case, program.peer)
 
 
+def test_the_fused_backward_is_measured_where_the_library_has_one() -> None:
+    config = attention.AttentionBenchConfig(
+        peers=("block_sparse", "fused"), lengths=(1024,), blocks=(2,), variant_blocks=(2,)
+    )
+    measured = {
+        (case.part, case.variant, case.head_dim)
+        for part in ("forward", "forward_backward")
+        for case in cases(config, part)
+        for program in attention_programs.programs(config, case, 1)
+        if program.peer == "fused"
+    }
+    of = {(None, 128), (None, 64), ("few_queries", 128), ("group3", 64)}
+    assert measured == {("forward_backward", *one) for one in of}
+
+
 def test_a_table_that_lists_every_page_decodes_as_dense_attention_does() -> None:
     case = cases(CONFIG, "decode")[0]
     sparse, dense = attention_programs.programs(CONFIG, case, 1)
