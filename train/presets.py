@@ -76,9 +76,7 @@ def recall_steep() -> TrainConfig:
     hovers where attention just pays.
     """
     # A sequence's one attending token costs λ/256, and a lost answer about four nats.
-    return recall(128).replace(
-        curriculum__peak=2000.0, curriculum__ramp_steps=600, curriculum__hold_steps=600
-    )
+    return recall(128).replace(curriculum__peak=2000.0)
 
 
 def multi_query(length: int) -> TrainConfig:
