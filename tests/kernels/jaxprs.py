@@ -1,4 +1,4 @@
-"""What a traced function would hold."""
+"""What a traced function would hold and run."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,13 +6,25 @@ from typing import Any
 import jax
 
 
-def array_sizes(closed: Any) -> Iterator[int]:
-    """Number of elements of every array that a jaxpr computes, inner functions included."""
+def _equations(closed: Any) -> Iterator[Any]:
+    """Every equation of a jaxpr, inner functions included."""
     todo = [closed.jaxpr]
     while todo:
         for equation in todo.pop().eqns:
-            yield from (variable.aval.size for variable in equation.outvars)
+            yield equation
             for parameter in jax.tree.leaves(list(equation.params.values())):
                 inner = getattr(parameter, "jaxpr", parameter)
                 if hasattr(inner, "eqns"):
                     todo.append(inner)
+
+
+def array_sizes(closed: Any) -> Iterator[int]:
+    """Number of elements of every array that a jaxpr computes, inner functions included."""
+    for equation in _equations(closed):
+        yield from (variable.aval.size for variable in equation.outvars)
+
+
+def kernel_costs(closed: Any) -> list[Any]:
+    """What each Pallas kernel of a jaxpr tells the compiler of its cost, None if nothing."""
+    kernels = (e for e in _equations(closed) if e.primitive.name == "pallas_call")
+    return [kernel.params["cost_estimate"] for kernel in kernels]

@@ -1,15 +1,18 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from routing_jax.evals.benchmarks.tpu_programs import TpuCase, program
 from routing_jax.kernels import block_sparse_attention
 from routing_jax.kernels.block_sparse.mosaic_tpu import call
 from routing_jax.kernels.block_sparse.mosaic_tpu.tiles import Tiles
 from routing_jax.kernels.block_sparse.reference import reference_attention
 
+from ..jaxprs import kernel_costs
 from .attention_suite import AttentionSuite, Case, make_inputs, outputs_and_gradients
 
 SMALL = Case(B=1, T=100, K=1, capacity=2, dense=0.0)
@@ -75,6 +78,18 @@ def test_refuses_what_it_cannot_run(changes, sentence):
     arguments, _ = make_inputs(dataclasses.replace(SMALL, **changes))
     with pytest.raises(NotImplementedError, match=sentence):
         block_sparse_attention(**arguments, implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize(("name", "products"), [("forward", [2]), ("backward", [3, 4])])
+def test_the_compiler_is_told_the_products_of_full_rows(name, products):
+    case = TpuCase("v5e:2x2", name, 4096, 128, num_heads=8, num_kv_heads=2, batch=3, capacity=4)
+    call = program(case)
+    costs = kernel_costs(jax.make_jaxpr(call.function)(*call.arguments))
+    logits = 3 * 8 * 4096 * 4 * 128  # of each query and head, with four blocks of keys
+    assert [cost.flops for cost in costs] == [2 * number * logits * 128 for number in products]
+    assert [cost.transcendentals for cost in costs] == [logits] * len(products)
+    read = 3 * 2 * 32 * 4 * 2 * 128 * 128 * 2  # keys and values of every listed block, in bytes
+    assert all(cost.bytes_accessed >= read for cost in costs)
 
 
 def test_sizes_are_positive():
