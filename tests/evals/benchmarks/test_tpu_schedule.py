@@ -77,8 +77,9 @@ def test_rows_are_complete(result):
         (2048, 2),
     ]
     memory = [row for row in result["rows"] if row["part"] == "memory"]
-    assert [(r["program"], r["blocks"]) for r in memory[:4]] == [
+    assert [(r["program"], r["blocks"]) for r in memory[:6]] == [
         ("forward", 0), ("forward", 64), ("backward", 0), ("backward", 64),
+        ("decode", 0), ("decode", 64),
     ]  # fmt: skip
 
 
@@ -111,9 +112,10 @@ def test_the_report_says_ratios_failures_and_what_it_is_blind_to(result):
     said = table(rows)
     assert "256×256×128" in said
     assert f"{rows[0]['of_splash']:.2f}" in said
-    assert "8 of 8 programs compiled" in said
+    assert "12 of 12 programs compiled" in said
     assert "not measured" in said
     assert "Compiled, not run" in caption(result[0])
+    assert "decoding: one query" in caption(result[0])
     failed = [row for row in rows if "error" in row]
     assert len(failed) == 2
     assert all(row["bundles"] is None for row in failed)
@@ -144,6 +146,7 @@ def test_counts_are_those_of_a_list_written_out(blocks):
         ("blocks", (-1,)),
         ("head_dims", ()),
         ("memory_heads", 0),
+        ("memory_programs", ("splash",)),
     ],
 )
 def test_bad_fields_are_named(field, value):
