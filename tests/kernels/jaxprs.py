@@ -1,5 +1,6 @@
 """What a traced function would hold and run."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,19 @@ def array_sizes(closed: Any) -> Iterator[int]:
         yield from (variable.aval.size for variable in equation.outvars)
 
 
+def _kernels(closed: Any) -> list[dict[str, Any]]:
+    return [e.params for e in _equations(closed) if e.primitive.name == "pallas_call"]
+
+
 def kernel_costs(closed: Any) -> list[Any]:
     """What each Pallas kernel of a jaxpr tells the compiler of its cost, None if nothing."""
-    kernels = (e for e in _equations(closed) if e.primitive.name == "pallas_call")
-    return [kernel.params["cost_estimate"] for kernel in kernels]
+    return [kernel["cost_estimate"] for kernel in _kernels(closed)]
+
+
+def scalar_memory(closed: Any) -> list[int]:
+    """Bytes of a TPU's scalar memory that each kernel of a jaxpr holds, two programs' at once."""
+    of_kernels = ([v.aval for v in kernel["jaxpr"].invars] for kernel in _kernels(closed))
+    return [
+        sum(2 * 4 * math.prod(ref.shape) for ref in refs if str(ref.memory_space) == "smem")
+        for refs in of_kernels
+    ]
