@@ -12,6 +12,7 @@ from routing_jax.evals.benchmarks.tpu_schedule import (
     column_counts,
     row_counts,
 )
+from routing_jax.evals.benchmarks.tpu_schedule_plot import plot
 from routing_jax.evals.benchmarks.tpu_schedule_report import caption, table
 
 CONFIG = TpuScheduleConfig(
@@ -119,6 +120,12 @@ def test_the_report_says_ratios_failures_and_what_it_is_blind_to(result):
     failed = [row for row in rows if "error" in row]
     assert len(failed) == 2
     assert all(row["bundles"] is None for row in failed)
+
+
+def test_without_lists_nothing_is_drawn(result, tmp_path):
+    dense = [row for row in result[0]["rows"] if not row.get("blocks")]
+    assert plot(dense, tmp_path / "x.png") is None
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3, 10])
