@@ -179,7 +179,7 @@ def _memory_rows(config: TpuScheduleConfig, chip: str) -> Iterator[Row]:
             block=config.block,
             capacity=capacity,
         )
-        for program in config.passes
+        for program in config.memory_programs
         for head_dim in config.memory_head_dims
         for length in config.memory_lengths
         for capacity in (0, config.memory_blocks)

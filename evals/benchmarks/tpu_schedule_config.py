@@ -7,6 +7,7 @@ from routing_jax.evals.benchmarks.tpu_programs import CHIPS
 
 Part = Literal["schedule", "memory"]
 Pass = Literal["forward", "backward"]
+Program = Literal["forward", "backward", "decode"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class TpuScheduleConfig:
     Attributes:
       parts: 'schedule' counts the bundles of ours and of splash attention; 'memory' compiles a
         grid of calls, whose rows all are dense or all list blocks, and records what they need.
-      passes: what is compiled of ours; the forward pass has splash's beside it.
+      passes: of part 'schedule', of ours; the forward pass has splash's beside it.
       chips: TPU generations.
       length: T of part 'schedule', a multiple of block and of every tile.
       sparse_length: T at which ours is also counted with lists.
@@ -26,10 +27,11 @@ class TpuScheduleConfig:
       num_kv_heads: K of part 'schedule'; divides N.
       block: queries a tile and keys a block.
       tiles: splash's block_q, block_kv and block_kv_compute, among which the best is taken.
-      memory_lengths: T of part 'memory'.
+      memory_programs: what part 'memory' compiles; 'decode' is one query of one sequence.
+      memory_lengths: T of part 'memory'; of 'decode', keys in the pool.
       memory_head_dims: H of part 'memory'.
       memory_heads: N of part 'memory', one group: what a chip holds of a model split by kv heads.
-      memory_blocks: blocks listed a tile in part 'memory'.
+      memory_blocks: blocks listed a tile in part 'memory', or pages a kv head.
       seed: of the tables.
     """
 
@@ -50,6 +52,7 @@ class TpuScheduleConfig:
         (1024, 2048, 512),
         (2048, 2048, 512),
     )
+    memory_programs: tuple[Program, ...] = get_args(Program)
     memory_lengths: tuple[int, ...] = (4096, 32768, 131072, 1048576)
     memory_head_dims: tuple[int, ...] = (64, 128, 256)
     memory_heads: int = 4
@@ -57,10 +60,15 @@ class TpuScheduleConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("parts", "passes", "chips", "head_dims", "tiles"):
+        for name in ("parts", "passes", "chips", "head_dims", "tiles", "memory_programs"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one.")
-        choices = {"parts": get_args(Part), "passes": get_args(Pass), "chips": tuple(CHIPS)}
+        choices = {
+            "parts": get_args(Part),
+            "passes": get_args(Pass),
+            "chips": tuple(CHIPS),
+            "memory_programs": get_args(Program),
+        }
         for name, accepted in choices.items():
             for value in getattr(self, name):
                 if value not in accepted:

@@ -12,10 +12,10 @@ from routing_jax.evals.plots import COLORS, FAINT, INK, MARKERS
 def plot(rows: Sequence[Row], path: PathLike) -> Figure | None:
     """Ours ÷ splash on a dense table, a bar a chip; and work by share of blocks listed.
 
-    Drawn for the first kernel and head dim; None, and no file, without a schedule of ours.
+    Drawn for the first kernel and head dim; None, and no file, without schedules of lists.
     """
     ours = [row for row in rows if row["peer"] == "block_sparse" and row.get("bundles")]
-    if not ours:
+    if not any(row["blocks"] for row in ours):
         return None
     first = ours[0]["program"], ours[0]["head_dim"]
     ours = [row for row in ours if (row["program"], row["head_dim"]) == first]

@@ -189,6 +189,8 @@ def caption(result: Mapping[str, Any]) -> str:
             f"for memory {config['memory_heads']} query heads on one key/value head, lists of "
             f"{config['memory_blocks']} blocks a tile"
         )
+    if any(row["program"] == "decode" for row in result["rows"]):
+        heads.append("decoding: one query, as many pages")
     return (
         f"Compiled, not run: bfloat16, batch 1, {'; '.join(heads)}; blocks of {config['block']}. "
         f"{dated_versions(result)}"

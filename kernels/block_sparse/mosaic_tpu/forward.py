@@ -55,7 +55,7 @@ def forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutp
         ),
         scratch_shapes=[pltpu.VMEM((H, R), jnp.float32), ring],
         compiler_params=compiler_params(geometry, inputs),
-        cost_estimate=cost_estimate(geometry, arrays, 2),
+        cost_estimate=cost_estimate(geometry, arrays, 2, 2 * geometry.block_kv, 2 * arrays.q.size),
         name="block_sparse_forward",
     )(operands, arrays.q)
     out = from_query_tiles(geometry, out)[..., : inputs.q.shape[-1]].astype(inputs.q.dtype)

@@ -133,7 +133,7 @@ def key_gradients(
             pltpu.SMEM((1,), jnp.int32),
         ],
         compiler_params=compiler_params(geometry, inputs),
-        cost_estimate=cost_estimate(geometry, arrays, 4),
+        cost_estimate=cost_estimate(geometry, arrays, 4, 2 * R, 2 * arrays.kv.size),
         name="block_sparse_key_gradients",
     )(operands)
 

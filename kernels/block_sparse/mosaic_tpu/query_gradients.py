@@ -60,7 +60,7 @@ def query_gradients(
         out_shape=out_shape,
         scratch_shapes=scratch,
         compiler_params=compiler_params(geometry, inputs),
-        cost_estimate=cost_estimate(geometry, arrays, 3),
+        cost_estimate=cost_estimate(geometry, arrays, 3, 2 * geometry.block_kv, 3 * arrays.q.size),
         name="block_sparse_query_gradients",
     )(operands, arrays.q, d_out, stats)
     return dq, d_bias[0][:, :, 0, :C] if d_bias else None

@@ -37,18 +37,20 @@ def compiler_params(geometry: Geometry, inputs: AttentionInputs) -> pltpu.Compil
     )
 
 
-def cost_estimate(geometry: Geometry, arrays: Arrays, products: int) -> pl.CostEstimate:
+def cost_estimate(
+    geometry: Geometry, arrays: Arrays, products: int, copied: int, once: int
+) -> pl.CostEstimate:
     """What the compiler may assume: rows that are full and not dense, which no shape tells.
 
-    `products` is how many products of a tile and a block a step takes.
+    A step takes so many `products` of a tile and a block, for which `copied` rows of H elements
+    come from main memory; `once` elements are read or written once.
     """
     steps = geometry.X * geometry.M * min(geometry.C, geometry.J)
     logits = geometry.R * geometry.block_kv
-    width = arrays.kv.dtype.itemsize
     return pl.CostEstimate(
         flops=2 * products * steps * logits * geometry.H,
         transcendentals=steps * logits,
-        bytes_accessed=2 * width * (steps * geometry.block_kv * geometry.H + arrays.q.size),
+        bytes_accessed=arrays.kv.dtype.itemsize * (steps * copied * geometry.H + once),
     )
 
 

@@ -12,6 +12,7 @@ from routing_jax.evals.benchmarks.tpu_schedule import (
     column_counts,
     row_counts,
 )
+from routing_jax.evals.benchmarks.tpu_schedule_plot import plot
 from routing_jax.evals.benchmarks.tpu_schedule_report import caption, table
 
 CONFIG = TpuScheduleConfig(
@@ -77,8 +78,9 @@ def test_rows_are_complete(result):
         (2048, 2),
     ]
     memory = [row for row in result["rows"] if row["part"] == "memory"]
-    assert [(r["program"], r["blocks"]) for r in memory[:4]] == [
+    assert [(r["program"], r["blocks"]) for r in memory[:6]] == [
         ("forward", 0), ("forward", 64), ("backward", 0), ("backward", 64),
+        ("decode", 0), ("decode", 64),
     ]  # fmt: skip
 
 
@@ -111,12 +113,19 @@ def test_the_report_says_ratios_failures_and_what_it_is_blind_to(result):
     said = table(rows)
     assert "256×256×128" in said
     assert f"{rows[0]['of_splash']:.2f}" in said
-    assert "8 of 8 programs compiled" in said
+    assert "12 of 12 programs compiled" in said
     assert "not measured" in said
     assert "Compiled, not run" in caption(result[0])
+    assert "decoding: one query" in caption(result[0])
     failed = [row for row in rows if "error" in row]
     assert len(failed) == 2
     assert all(row["bundles"] is None for row in failed)
+
+
+def test_without_lists_nothing_is_drawn(result, tmp_path):
+    dense = [row for row in result[0]["rows"] if not row.get("blocks")]
+    assert plot(dense, tmp_path / "x.png") is None
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3, 10])
@@ -144,6 +153,7 @@ def test_counts_are_those_of_a_list_written_out(blocks):
         ("blocks", (-1,)),
         ("head_dims", ()),
         ("memory_heads", 0),
+        ("memory_programs", ("splash",)),
     ],
 )
 def test_bad_fields_are_named(field, value):

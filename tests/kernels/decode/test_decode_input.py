@@ -4,6 +4,7 @@ import pytest
 from jax.experimental import checkify
 
 from routing_jax.kernels import PageList, block_sparse_decode, dense_pages, listed_pages
+from routing_jax.kernels.decode.api import IMPLEMENTATIONS
 
 PAGES = PageList(
     counts=jnp.array([[2, 1], [0, 2]]),
@@ -81,11 +82,15 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_input_is_refused_in_one_sentence(name):
+def test_bad_input_is_refused_in_one_sentence_whoever_is_named(name):
     changes, sentence = BAD_INPUTS[name]
-    with pytest.raises(ValueError, match=sentence) as refusal:
-        call(**changes)
-    assert "\n" not in str(refusal.value)
+    said = set()
+    for implementation in (None, *(one.name for one in IMPLEMENTATIONS)):
+        with pytest.raises(ValueError, match=sentence) as refusal:
+            call(**{"implementation": implementation} | changes)
+        said.add(str(refusal.value))
+    (same,) = said
+    assert "\n" not in same
 
 
 def test_lists_refuse_other_shapes():

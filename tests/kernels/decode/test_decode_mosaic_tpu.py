@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from routing_jax.evals.benchmarks.tpu_programs import TpuCase, program
 from routing_jax.kernels import block_sparse_decode, contiguous_pages, dense_pages
 from routing_jax.kernels.decode.mosaic_tpu import tiling
 from routing_jax.kernels.decode.mosaic_tpu.pool_view import PoolView, pool_view
 
+from ..jaxprs import kernel_costs, scalar_memory
 from .decode_suite import Case, DecodeSuite, clean, error, make_inputs
 
 PAIRS = Case(B=2, K=4, G=2, T=2, H=128, page_size=128, capacity=3, blocks=4)
@@ -125,3 +127,29 @@ def test_refuses_what_it_cannot_run(changes, dtype, sentence):
     with pytest.raises(NotImplementedError, match=sentence + ".*; xla can") as refusal:
         block_sparse_decode(**make_inputs(case, dtype), implementation="mosaic_tpu")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("capacity", "pages"), [(0, 32), (4, 4)])
+def test_the_compiler_is_told_what_full_lists_read(capacity, pages):
+    case = TpuCase("v5e:2x2", "decode", 4096, 128, 32, 2, batch=3, capacity=capacity)
+    function, arguments, _, _ = program(case)
+    (cost,) = kernel_costs(jax.make_jaxpr(function)(*arguments))
+    keys = 3 * 2 * pages * 128
+    assert cost.bytes_accessed == 2 * 2 * keys * 128  # keys and values in bfloat16
+    assert cost.flops == 2 * 2 * 16 * keys * 128  # scores and values of 16 heads a group
+    assert cost.transcendentals == 16 * keys
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        TpuCase("v5e:2x2", "decode", 1 << 20, 128, 32, 8, capacity=8192, extras=True),
+        TpuCase("v5e:2x2", "decode", 1 << 20, 64, 64, 64, block=16, capacity=65536, extras=True),
+        TpuCase("v5e:2x2", "decode", 1 << 20, 128, 32, 8, block=16, extras=True),
+    ],
+    ids=["128 a page", "16 a page, 64 heads", "one list of all"],
+)
+def test_lists_of_a_million_keys_take_half_of_scalar_memory(case):
+    function, arguments, _, _ = program(case)
+    (held,) = scalar_memory(jax.make_jaxpr(function)(*arguments))
+    assert 0 < held <= 2**19
