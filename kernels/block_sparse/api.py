@@ -79,8 +79,8 @@ def block_sparse_attention(
         run. It does so without a block_bias, for head dims up to 64, and up to 128 with blocks of
         128 keys. On an H100 that is faster at head dim 64 and slower at 128, where the sums for q
         leave the L2 cache. All else, here and elsewhere, is repeatable still.
-      implementation: 'xla' (what None stands for), 'mosaic_gpu' (Hopper GPUs), or
-        'mosaic_tpu'.
+      implementation: 'mosaic_gpu' (Hopper GPUs), 'xla' or 'mosaic_tpu'; None takes the first of
+        them that supports the call here, so never the last.
       return_lse: whether to return the log-sum-exp too.
 
     Returns:
