@@ -129,18 +129,16 @@ class _Row(NamedTuple):
         return _with_worst(multiple_up(statistics.fmean(usage)), multiple_up(max(usage)))
 
     def time(self, field: str) -> str:
-        """A mean of wall-clock over the seeds that ran on the kind of device which most had."""
-        (device, seeds), *others = collections.Counter(
-            run.device for run in self.runs
-        ).most_common()
-        if not others:
+        """A mean of wall-clock over the seeds that were timed on the device that timed most."""
+        if len({run.device for run in self.runs}) == 1:
             return self.mean(field, significant)
-        if seeds == others[0][1]:
+        timed = [run for run in self.runs if getattr(run, field) is not None]
+        most = collections.Counter(run.device for run in timed).most_common(2)
+        if not most or len({seeds for _, seeds in most}) < len(most):
             return NOTHING
-        on_it = self._replace(runs=[run for run in self.runs if run.device == device])
-        text = on_it.mean(field, significant)
-        of = f" [{seeds} of {len(self.runs)} seeds, {device}]"
-        return text if text == NOTHING else text + of
+        (device, seeds), *_ = most
+        mean = statistics.fmean(getattr(run, field) for run in timed if run.device == device)
+        return f"{significant(mean)} [{seeds} of {len(self.runs)} seeds, {device}]"
 
     def devices(self) -> str:
         return ", ".join(sorted({run.device for run in self.runs}))

@@ -68,7 +68,7 @@ def calibrated_routers(config: TrainConfig, prompts: int = 96) -> Any:
 
     Args:
       config: the run.
-      prompts: how many are read at least; all layers attend fully.
+      prompts: how many are read at least, with all layers routed to full attention.
 
     Returns:
       The routers' parameters, on the run's mesh.

@@ -201,8 +201,9 @@ def route_prompts(
     h = normalise(config, params, "mixer_norm", ends)
     if not config.qk_norm:
         # Queries without a norm are linear in h: the mean of h is projected, one row for them all.
-        mean = pool_queries(h[:, :, None], counts, config.layer_router.pool)
-        h, counts = mean[:, None].astype(h.dtype), jnp.minimum(counts, 1)
+        # It stays float32: means differ little from prompt to prompt, and routers magnify that.
+        h = pool_queries(h[:, :, None], counts, config.layer_router.pool)[:, None]
+        counts = jnp.minimum(counts, 1)
     queries = project_queries(h, None, _weights(config, params), config.heads)
     router = LayerRouter(config.layer_router)
     found: Any = router.apply({"params": params["mixer"]["router"]}, queries, counts)

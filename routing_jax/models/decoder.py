@@ -171,8 +171,8 @@ class Pattern(nn.Module):
         caches, rngs, choices = scanned
         block = Block
         if self.config.remat:
-            # All but what attention gave is made again in the backward pass: for the memory of a
-            # layer's input or two, the dearest part is not.
+            # All but what block-sparse attention gave is made again in the backward pass: for the
+            # memory of a layer's input or two, the dearest part is not.
             kept = jax.checkpoint_policies.save_only_these_names(ATTENTION)
             block = nn.remat(
                 Block, static_argnums=(6,), policy=kept, prevent_cse=not self.config.scan

@@ -1,5 +1,6 @@
 """Layer routing: full or an oracle's sparse attention by sample, decided by the prompt alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -200,9 +201,12 @@ def test_a_gates_gradient_survives_sixteen_bits():
     np.testing.assert_allclose(jax.grad(loss)(jnp.ones(1)), [want], rtol=1e-3)
 
 
-@pytest.mark.parametrize("sparse", ["streaming", SLOW_TRIANGLE])
-def test_prefill_decides_and_decoding_obeys(sparse):
-    config = MODEL.replace(sparse=SparseModeConfig(**(vars(SPARSE) | {"mode": sparse})))
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"retrieval": "topk"}, pytest.param({"mode": "triangle"}, marks=pytest.mark.slow)],
+)
+def test_prefill_decides_and_decoding_obeys(changes):
+    config = MODEL.replace(sparse=dataclasses.replace(SPARSE, **changes))
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = random(shapes, 10)
     for layer in ("layers_0", "layers_1"):  # what all prompts share says nothing

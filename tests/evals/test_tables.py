@@ -137,6 +137,12 @@ def test_milliseconds_are_of_the_device_that_most_seeds_had(make_result):
     assert row["mixing, ms"] == "0.500 [2 of 3 seeds, NVIDIA H100 80GB HBM3]"
     (row,) = cells(recall_table(runs[:2]))
     assert row["mixing, ms"] == "–"
+    # A seed that was not timed counts for no device.
+    runs[1:] = [make_result(seed=seed, mixing_ms=None) for seed in (1, 2)]
+    (row,) = cells(recall_table(runs))
+    assert row["mixing, ms"] == "0.500 [1 of 3 seeds, cpu]"
+    (row,) = cells(recall_table([*runs, make_result(seed=3)]))
+    assert row["mixing, ms"] == "–"
 
 
 def test_several_devices_are_named_in_each_row(make_result):

@@ -16,7 +16,8 @@ import pytest
 from routing_jax.evals.results import read_result
 from routing_jax.models import Decoder, init_routers, merge_routers
 from routing_jax.models.pretrained import load_pretrained, load_routed
-from routing_jax.routers import SparseModeConfig
+from routing_jax.routers import SparseModeConfig, standardised
+from routing_jax.train import base
 from routing_jax.train.base import calibrated_routers, with_base
 from routing_jax.train.config import config_from_dict, config_to_dict
 from routing_jax.train.data import PROMPT_TASKS, batches
@@ -115,14 +116,25 @@ def outputs(jaxpr):
                     yield from outputs(inner)
 
 
-def test_routers_start_with_inputs_that_differ_by_one_from_prompt_to_prompt(config):
-    config = with_base(config)
+def test_routers_start_with_inputs_that_differ_by_one_from_prompt_to_prompt(config, monkeypatch):
+    config, read = with_base(config), []
+
+    def recorded(pooled):
+        read.append(pooled)
+        return standardised(pooled)
+
+    monkeypatch.setattr(base, "standardised", recorded)
     made = calibrated_routers(config, prompts=8)
     plain = init_routers(config.model, jax.random.key(0))
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, plain)
-    router = made["layers"]["block_0"]["mixer"]["router"]
-    assert jnp.all(router["scale"] > 0)
-    assert jnp.abs(router["scale"][0] - router["scale"][1]).max() > 0.01  # each layer has its own
+    router = jax.device_get(made["layers"]["block_0"]["mixer"]["router"])
+    (pooled,) = read
+    assert pooled.shape[0] == 2
+    assert pooled.shape[1] >= 8
+    inputs = pooled * router["scale"][:, None] + router["shift"][:, None]
+    np.testing.assert_allclose(inputs.mean(axis=1), 0, atol=1e-3)
+    np.testing.assert_allclose(inputs.std(axis=1), 1, rtol=1e-3)
+    assert np.abs(pooled[0] - pooled[1]).max() > 0.01  # each layer has its own
     again = calibrated_routers(config, prompts=8)
     jax.tree.map(np.testing.assert_array_equal, made, again)
 

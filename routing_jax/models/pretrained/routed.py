@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from routing_jax.models.config import DecoderConfig
 from routing_jax.models.decoder import stack_layers, unstack_layers
-from routing_jax.models.layer_routing import merge_routers, with_layer_routing
+from routing_jax.models.layer_routing import init_routers, merge_routers, with_layer_routing
 from routing_jax.models.pretrained.load import Pretrained, load_pretrained
 from routing_jax.models.pretrained.router_file import load_router, save_router
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
@@ -55,7 +56,8 @@ def load_routed(
       **options: as `load_pretrained` takes them.
 
     Raises:
-      ValueError: what `load_router` and `load_pretrained` refuse.
+      ValueError: what `load_router` and `load_pretrained` refuse, and routers with other parameters
+        than those of this version.
 
     >>> load_routed("nowhere.safetensors", "a.gguf")
     Traceback (most recent call last):
@@ -71,7 +73,25 @@ def load_routed(
         raise ValueError(f"{router} was written by another version: {e}.") from e
     model = load_pretrained(base, **options)
     config = with_layer_routing(model.config, *parts)
+    found, wanted = _sizes(saved.params), _sizes(_expected(config))
+    if found != wanted:
+        name = min(path for path in found | wanted if found.get(path) != wanted.get(path))
+        raise ValueError(
+            f"{router} was written by another version: {name} has the shape {found.get(name)}; it "
+            f"must be {wanted.get(name)}."
+        )
     routers = jax.tree.map(jnp.asarray, saved.params)
     if config.scan:
         routers = stack_layers(routers, config)
     return Pretrained(config, merge_routers(model.params, routers))
+
+
+def _expected(config: DecoderConfig) -> dict[str, Any]:
+    """Routers as they are saved, without values; all layers are like one, which is traced alone."""
+    one = config.replace(layers="layer", scan=False)
+    (layer,) = jax.eval_shape(lambda: init_routers(one, jax.random.key(0))).values()
+    return {f"layers_{i}": layer for i in range(len(config.mixers))}
+
+
+def _sizes(routers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten_dict(dict(routers), sep="/").items()}

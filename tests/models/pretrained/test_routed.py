@@ -36,6 +36,7 @@ def routers(config):
         for i, (a, b) in enumerate(itertools.pairwise(sizes))
     }
     bias = np.array([[0, 2], [0, -2]], np.float32)
+    router |= {"scale": np.ones((L, H), np.float32), "shift": np.zeros((L, H), np.float32)}
     router |= {"scores": np.zeros((L, H, 2), np.float32), "bias": bias}
     return {"layers": {"block_0": {"mixer": {"router": router}}}}
 
@@ -57,6 +58,17 @@ def test_both_ways_of_running_the_layers_route_alike(base, tmp_path, compile_cac
     jax.tree.map(
         np.testing.assert_array_equal, stacked, load_routed(file, base, dtype="float32").params
     )
+
+
+@pytest.mark.parametrize(("part", "size"), [("scale", r"\(8,\)"), ("scores", r"\(8, 2\)")])
+def test_routers_of_another_version_are_refused(base, tmp_path, part, size):
+    config = with_layer_routing(load_pretrained(base).config, ROUTER, SPARSE)
+    old = routers(config)
+    del old["layers"]["block_0"]["mixer"]["router"][part]
+    save_routers(tmp_path / "r.safetensors", old, base, config)
+    said = rf"another version: layers_0/.*/{part} has the shape None; it must be {size}\."
+    with pytest.raises(ValueError, match=said):
+        load_routed(tmp_path / "r.safetensors", base)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,22 @@ def seeds(folder):
     return [result.seed for result in load_results(folder / "out", EXPERIMENT)]
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_mixing_is_timed_only_where_a_run_has_the_device_to_itself(
+    lab, example, tmp_path, monkeypatch, jobs
+):
+    def in_this_process(tasks, jobs, logs, *, told, seconds):
+        for task in tasks:
+            task.call()
+
+    monkeypatch.setattr(experiment, "side_by_side", in_this_process)
+    assert example.mixing_ms is not None
+    assert reproduce(arguments(tmp_path, jobs=jobs)) == 0
+    timed = {result.mixing_ms for result in load_results(tmp_path / "out", EXPERIMENT)}
+    assert timed == ({example.mixing_ms} if jobs == 1 else {None})
+    assert lab == [0, 1, 2]
+
+
 def test_finished_runs_are_skipped_and_all_are_rendered(lab, tmp_path, capsys):
     assert reproduce(arguments(tmp_path, only="s1$")) == 0
     assert (lab, seeds(tmp_path)) == ([1], [1])
