@@ -27,9 +27,10 @@ for one while the other computes exponentials. The memory warpgroup streams Q, d
 
 At head dim 128 and blocks of 128, of 227 KB: K and V 64, dSᵀ 32, dq tiles 32, three stages of the
 ring 98. A step moves 33 KB in and 32 KB out between shared memory and the L2 cache. dq is four
-bytes a value and would miss the cache if programs that run at a time stood at different tiles: they
-take the blocks of one head after another, all from the last tile to the first. What it costs
-besides is writing zeros before and rounding after, 10 bytes a value of q.
+bytes a value and misses the cache where programs that run at a time stand at different tiles. They
+take the blocks of one head after another, all from the last tile to the first, which is not enough
+for groups of four heads of 128 (LOG.md, 7). What it costs besides is writing zeros before and
+rounding after, 10 bytes a value of q.
 """
 
 import functools
