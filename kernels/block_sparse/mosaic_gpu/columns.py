@@ -2,6 +2,7 @@
 
 import jax
 import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
@@ -52,6 +53,29 @@ class Column:
         group_head, offset = geometry.place(lax.rem(step, geometry.chunks))
         rows = pl.ds(tile * geometry.block_q + offset, WARPGROUP_ROWS)
         return self.kv_head * geometry.G + group_head, rows
+
+    def fetch(self, chunk: tuple[jax.Array, pl.Slice], output, rings, stage, full) -> None:
+        """Starts copying a chunk's queries, d_out, lse and δ to a stage of their rings.
+
+        Args:
+          chunk: its head and rows.
+          output: what the forward pass left, as references.
+          rings: four, in this order, in shared memory.
+          stage: of the rings.
+          full: barriers of four arrivals, one a stage.
+        """
+        head, rows = chunk
+        for source, ring in zip(
+            (
+                self._inputs.q.at[self.batch, rows, head],
+                output.d_out.at[self.batch, rows, head],
+                output.lse.at[self.batch, head, rows],
+                output.delta.at[self.batch, head, rows],
+            ),
+            rings,
+            strict=True,
+        ):
+            plgpu.copy_gmem_to_smem(source, ring.at[stage], full.at[stage])
 
     def bias(self, tile: jax.Array, slot: jax.Array) -> jax.Array:
         """The bias of the block in a tile's row; dense rows have none."""

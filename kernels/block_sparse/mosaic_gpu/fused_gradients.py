@@ -28,9 +28,9 @@ for one while the other computes exponentials. The memory warpgroup streams Q, d
 At head dim 128 and blocks of 128, of 227 KB: K and V 64, dSᵀ 32, dq tiles 32, three stages of the
 ring 98. A step moves 33 KB in and 32 KB out between shared memory and the L2 cache. dq is four
 bytes a value and misses the cache where programs that run at a time stand at different tiles. They
-take the blocks of one head after another, all from the last tile to the first, which is not enough
-for groups of four heads of 128 (LOG.md, 7). What it costs besides is writing zeros before and
-rounding after, 10 bytes a value of q.
+take the blocks of one head after another, all from the last tile to the first, which is probably
+not enough for groups of four heads of 128 (LOG.md, 7). What it costs besides is writing zeros
+before and rounding after, 10 bytes a value of q.
 """
 
 import functools
@@ -238,12 +238,6 @@ def _program(
         @pl.loop(0, steps)
         def _(step):
             stage = lax.rem(step, _STAGES)
-            head, rows = chunk_of(step)
+            chunk = chunk_of(step)  # looked up before the wait
             pl.when(step >= _STAGES)(lambda: plgpu.barrier_wait(empty.at[stage]))
-            for source, ring in (
-                (inputs.q.at[batch, rows, head], q_smem),
-                (output.d_out.at[batch, rows, head], do_smem),
-                (output.lse.at[batch, head, rows], lse_smem),
-                (output.delta.at[batch, head, rows], delta_smem),
-            ):
-                plgpu.copy_gmem_to_smem(source, ring.at[stage], full.at[stage])
+            column.fetch(chunk, output, (q_smem, do_smem, lse_smem, delta_smem), stage, full)

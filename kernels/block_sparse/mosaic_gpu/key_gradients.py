@@ -157,17 +157,10 @@ def _program(
 
         def copy(step, wait):
             stage = lax.rem(step, stages)
-            tile, _ = column.entry(step)
-            head, rows = column.chunk(step, tile)
+            chunk = column.chunk(step, column.entry(step)[0])  # looked up before the wait
             if wait:
                 plgpu.barrier_wait(empty.at[stage])
-            for source, ring in (
-                (inputs.q.at[batch, rows, head], q_smem),
-                (output.d_out.at[batch, rows, head], do_smem),
-                (output.lse.at[batch, head, rows], lse_smem),
-                (output.delta.at[batch, head, rows], delta_smem),
-            ):
-                plgpu.copy_gmem_to_smem(source, ring.at[stage], full.at[stage])
+            column.fetch(chunk, output, (q_smem, do_smem, lse_smem, delta_smem), stage, full)
 
         for i in range(stages):
             pl.when(i < steps)(functools.partial(copy, jnp.int32(i), wait=False))

@@ -6,6 +6,8 @@ from jax.experimental import checkify
 from routing_jax.kernels import PageList, block_sparse_decode, dense_pages, listed_pages
 from routing_jax.kernels.decode.api import IMPLEMENTATIONS
 
+from ..refusals import check_refused_alike
+
 PAGES = PageList(
     counts=jnp.array([[2, 1], [0, 2]]),
     pages=jnp.array([[[4, 1], [4, 9]], [[9, 9], [0, 3]]]),
@@ -84,13 +86,7 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_bad_input_is_refused_in_one_sentence_whoever_is_named(name):
     changes, sentence = BAD_INPUTS[name]
-    said = set()
-    for implementation in (None, *(one.name for one in IMPLEMENTATIONS)):
-        with pytest.raises(ValueError, match=sentence) as refusal:
-            call(**{"implementation": implementation} | changes)
-        said.add(str(refusal.value))
-    (same,) = said
-    assert "\n" not in same
+    check_refused_alike(call, IMPLEMENTATIONS, sentence, **changes)
 
 
 def test_lists_refuse_other_shapes():
