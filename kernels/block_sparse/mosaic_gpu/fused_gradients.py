@@ -49,6 +49,7 @@ from routing_jax.kernels.mosaic_arrays import accumulator, tiled_smem
 
 _ROWS = WARPGROUP_ROWS
 _STAGES = 3
+_CACHE_BYTES = 25_000_000  # half of the L2 cache: what one of its two partitions holds
 
 
 def fits_fused(geometry: Geometry, arrays: Arrays) -> bool:
@@ -64,15 +65,18 @@ def fused_gradients(
     geometry: Geometry, arrays: Arrays, output: Output, columns: Columns
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients dq, dk and dv, like the padded q, k and v; dq is not bitwise repeatable."""
-    warpgroups = geometry.block_kv // _ROWS
+    warpgroups, heads = geometry.block_kv // _ROWS, _heads(geometry)
     dtype, H = arrays.q.dtype, geometry.H
+    B, S, K, parts = *arrays.k.shape[:3], geometry.G // heads
     share = H // warpgroups  # columns of dq that a warpgroup computes, and reads of K
     operands, tree = jax.tree.flatten((arrays, output, columns))
 
     def entry(*refs):
         inputs, out, by_column = jax.tree.unflatten(tree, refs[: len(operands)])
         pl.run_scoped(
-            functools.partial(_program, geometry, inputs, out, by_column, refs[len(operands) :]),
+            functools.partial(
+                _program, geometry, heads, inputs, out, by_column, refs[len(operands) :]
+            ),
             tiled_smem((geometry.block_kv, H), dtype, share),
             tiled_smem((geometry.block_kv, H), dtype),
             tiled_smem((_STAGES, _ROWS, H), dtype, share),
@@ -91,21 +95,31 @@ def fused_gradients(
 
     kernel = plgpu.kernel(
         entry,
-        out_type=(jax.ShapeDtypeStruct(arrays.k.shape, dtype),) * 2,
-        grid=(geometry.J, geometry.K, geometry.B),
-        grid_names=("block", "kv_head", "batch"),
+        out_type=(jax.ShapeDtypeStruct((B, S, K * parts, H), dtype),) * 2,
+        grid=(B, K, parts, geometry.J),  # the last axis varies fastest
+        grid_names=("batch", "kv_head", "part", "block"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     dq_sum = jax.new_ref(jnp.zeros(arrays.q.shape, jnp.float32))
-    dk, dv = kernel(*operands, dq_sum)
+    dk, dv = (
+        x.reshape(B, S, K, parts, H).sum(axis=3, dtype=jnp.float32).astype(dtype)
+        for x in kernel(*operands, dq_sum)
+    )
     dq = jax.freeze(dq_sum) * (geometry.scale / LOG2_E)
     return dq.astype(dtype), dk, dv
 
 
+def _heads(geometry: Geometry) -> int:
+    """How many heads of the group a program takes: as many as the cache holds, at least one."""
+    head_bytes = geometry.T * geometry.H * 8  # dq in float32, Q and dO in 16 bits
+    most = max(_CACHE_BYTES // head_bytes, 1)
+    return max(n for n in range(1, geometry.G + 1) if geometry.G % n == 0 and n <= most)
+
+
 def _program(
-    geometry: Geometry, inputs, output, columns, results, k_smem, v_smem, q_smem, do_smem,
+    geometry: Geometry, heads: int, inputs, output, columns, results, k_smem, v_smem, q_smem, do_smem,
     lse_smem, delta_smem, ds_smem, dq_smem, kv_full, full, empty, ds_full, ds_empty,
 ):  # fmt: skip
     """One program: see the module."""
@@ -113,7 +127,8 @@ def _program(
     warpgroups = geometry.block_kv // _ROWS
     share = geometry.H // warpgroups
     warpgroup = lax.axis_index("warpgroup")
-    column = Column(geometry, inputs, columns)
+    part = lax.axis_index("part")
+    column = Column(geometry, inputs, columns, heads, part)
     batch, kv_head, steps = column.batch, column.kv_head, column.steps
     block_start = column.block * geometry.block_kv
 
@@ -221,11 +236,12 @@ def _program(
         state = lax.fori_loop(0, some, functools.partial(add_chunk, first=True), state)
         state = lax.fori_loop(some, steps, add_chunk, state)
         (dk, dv), _, _ = lax.fori_loop(0, some, add_last_dq, state)
+        sum_head = kv_head * (geometry.G // heads) + part
         # V's rows are this warpgroup's alone; K's may still be read by the other.
         for total, result in ((dv, dv_out), (dk * (geometry.scale / LOG2_E), dk_out)):
             own_v[...] = total.astype(v_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_v, result.at[batch, pl.ds(first_key, _ROWS), kv_head])
+            plgpu.copy_smem_to_gmem(own_v, result.at[batch, pl.ds(first_key, _ROWS), sum_head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == warpgroups)
