@@ -1,19 +1,21 @@
 """The backward pass on Hopper in one kernel: dk and dv, and dq by additions in global memory.
 
-Programs are those of `key_gradients`: one a key block and kv head, walking the query tiles that
-see it and the heads of the group. Two passes compute S and dP twice, seven products a pair of
-tiles; here it is five, since each program also adds what its keys give to dq. Other programs add to
-the same rows, in the order in which they come, and float32 sums depend on their order: gradients of
-q differ in their last bits from run to run. Those of k and v do not.
+A program takes one key block, as in `key_gradients`, and a part of the group's heads. It walks the
+query tiles that see the block. Two passes compute S and dP twice, seven products a pair of tiles;
+here it is five, since each program also adds what its keys give to dq. Other programs add to the
+same rows, in the order in which they come, and float32 sums depend on their order: gradients of q
+differ in their last bits from run to run. Those of k and v do not: what the parts of the group give
+to them is added afterwards, rounded once more.
 
 K and V of the block stay in shared memory. A step takes 64 queries of one head. There is a compute
 warpgroup for every 64 keys (two for blocks of 128) and one for memory. In step i a compute
 warpgroup
 
-1. waits until the stage of the ring is `full` and issues Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ for its keys;
+1. waits until the stage of the ring is `full` and issues Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ for its keys,
+   then waits until all have read the dSᵀ of two steps before (`ds_empty`);
 2. computes Pᵀ = exp2(Sᵀ − lse) while dPᵀ is running, then dSᵀ = Pᵀ·(dPᵀ − δ), rounds both to 16
-   bits, and writes dSᵀ to one of two buffers in shared memory, once all have read what lay there
-   two steps before (`ds_empty`), and says so (`ds_full`);
+   bits, writes dSᵀ to the buffer in shared memory that was freed, one of two, and says so
+   (`ds_full`);
 3. waits for the others' dSᵀ of step i − 1 and issues dS·K of that step, for all keys of the block
    and its own share of the head dim; then dv += Pᵀ·dO and dk += dSᵀ·Q of step i, which stay in
    registers;
@@ -26,11 +28,12 @@ That dS·K comes a step late lets one warpgroup be up to a step ahead, so that t
 for one while the other computes exponentials. The memory warpgroup streams Q, dO, lse and δ.
 
 At head dim 128 and blocks of 128, of 227 KB: K and V 64, dSᵀ 32, dq tiles 32, three stages of the
-ring 98. A step moves 33 KB in and 32 KB out between shared memory and the L2 cache. dq is four
-bytes a value and misses the cache where programs that run at a time stand at different tiles. They
-take the blocks of one head after another, all from the last tile to the first, which is probably
-not enough for groups of four heads of 128 (LOG.md, 7). What it costs besides is writing zeros
-before and rounding after, 10 bytes a value of q.
+ring 98. A step moves 33 KB in and 32 KB out between shared memory and the L2 cache; were they to
+miss it, main memory would take longer than the products. Programs stand at different tiles, so what
+they use at a time is nearly all of dq, Q and dO of the heads they take: 34 MB a head of 128 and 32k
+queries. So all programs that run at a time take the same heads, as few as the cache asks for
+(`_heads`); where that is less than the group, dk and dv of each part of it are written and read
+again. dq costs besides, in zeros before and rounding after, 10 bytes a value of q.
 """
 
 import functools
@@ -119,8 +122,8 @@ def _heads(geometry: Geometry) -> int:
 
 
 def _program(
-    geometry: Geometry, heads: int, inputs, output, columns, results, k_smem, v_smem, q_smem, do_smem,
-    lse_smem, delta_smem, ds_smem, dq_smem, kv_full, full, empty, ds_full, ds_empty,
+    geometry: Geometry, heads: int, inputs, output, columns, results, k_smem, v_smem, q_smem,
+    do_smem, lse_smem, delta_smem, ds_smem, dq_smem, kv_full, full, empty, ds_full, ds_empty,
 ):  # fmt: skip
     """One program: see the module."""
     dq_sum, dk_out, dv_out = results
@@ -175,6 +178,8 @@ def _program(
             def products(scores, d_weights):
                 plgpu.wgmma(scores, own_k, q_smem.at[stage].transpose((1, 0)))
                 plgpu.wgmma(d_weights, own_v, do_smem.at[stage].transpose((1, 0)))
+                if not first:  # here, so that nothing keeps the exponentials behind dP
+                    pl.when(step >= 2)(lambda: plgpu.barrier_wait(ds_empty.at[buffer]))
                 logits = plgpu.wgmma_accumulator_load(scores, wait_n=1)
                 logits = hide_later(
                     geometry, inputs, logits, batch, q_rows, first_key, padding=True
@@ -191,8 +196,6 @@ def _program(
 
             piece = plgpu.ACC((_ROWS, _ROWS), jnp.float32)
             p, ds = pl.run_scoped(products, piece, piece)
-            if not first:
-                pl.when(step >= 2)(lambda: plgpu.barrier_wait(ds_empty.at[buffer]))
             ds_smem.at[buffer, own_keys][...] = ds
             plgpu.commit_smem()
             plgpu.barrier_arrive(ds_full.at[buffer])
