@@ -8,7 +8,13 @@ from routing_jax.evals.provenance import dated_versions, named_device
 
 Row = dict[str, Any]
 
-_NAMES = {"routed": "routed", "kernels": "all dense, our kernels", "dense": "dense"}
+_NAMES = {  # in the order of their columns
+    "dense": "dense",
+    "routed": "routed",
+    "composed": "composed",
+    "kernels": "all dense, our kernels",
+}
+_PATTERNED = ("routed", "composed")
 _TITLES = {
     "prefill": "**Prefill**, milliseconds from tokens to logits",
     "decode": "**Decode**, milliseconds a step",
@@ -20,8 +26,11 @@ def _size(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _column(row: Mapping[str, Any]) -> str:
-    share = f", {100 * row['sparse_share']:.3g} % sparse" if row["who"] == "routed" else ""
-    return _NAMES[row["who"]] + share
+    name = _NAMES[row["who"]]
+    if row["who"] not in _PATTERNED:
+        return name
+    search = f" (best {row['blocks']} blocks)" if row["blocks"] else ""
+    return f"{name}{search}, {100 * row['sparse_share']:.3g} % sparse"
 
 
 def _number(value: float) -> str:
@@ -80,7 +89,7 @@ def table(rows: Sequence[Row]) -> str:
     are of all sequences of the batch.
 
     >>> size = {"part": "decode", "length": 8, "batch": 2, "sparse_share": 0.5, "spread": 0.0,
-    ...         "device_bytes": None}
+    ...         "blocks": None, "device_bytes": None}
     >>> dense = size | {"who": "dense", "milliseconds": 4.0, "kv_bytes": 2**31}
     >>> fast = size | {"who": "routed", "milliseconds": 2.0, "kv_bytes": 2**30}
     >>> print(table([fast, dense]))
@@ -100,9 +109,10 @@ sparse 1,000 (batch 2, 2.00×).
         if not mine:
             continue
         found = {(_size(row), _column(row)): row for row in mine}
-        columns = sorted({_column(row) for row in mine})
-        routed = next((c for c in columns if c.startswith("routed")), None)
-        shown = [c for c in ("dense", routed) if c is not None]
+        by_name = sorted(mine, key=lambda row: (list(_NAMES).index(row["who"]), _column(row)))
+        columns = list(dict.fromkeys(map(_column, by_name)))
+        first = [next((c for c in columns if c.startswith(n)), None) for n in _PATTERNED]
+        shown = [c for c in ("dense", *first) if c is not None]
         short = [c.split(",")[0] for c in shown]
         rate = "tokens/s, "
         heads = ["tokens", "batch", *columns]
@@ -141,7 +151,7 @@ def describe(row: Row) -> str:
 
     >>> describe({"part": "decode", "who": "dense", "length": 8, "batch": 2, "sparse_share": 0.0,
     ...           "milliseconds": 2.0, "spread": 0.1, "samples": 3, "kv_bytes": 2**30,
-    ...           "device_bytes": None, "peak_bytes": 2**31})
+    ...           "blocks": None, "device_bytes": None, "peak_bytes": 2**31})
     'decode 2×8 dense: 2 ms ± 0.1, KV 1 GiB, peak 2.0 GiB'
     """
     name = f"{row['part']} {row['batch']}×{row['length']} {_column(row)}"
@@ -154,6 +164,16 @@ def describe(row: Row) -> str:
     return f"{name}: {times}{held}{peak}"
 
 
+def _composition(result: Mapping[str, Any]) -> str:
+    if not any(row["who"] == "composed" for row in result["rows"]):
+        return ""
+    found = f"{result['config']['blocks']} blocks of {result['config']['block']} keys"
+    return (
+        f"; composed: the other layers see the same and the {found} of nearest mean key, for each "
+        "tile of the prompt and for each token"
+    )
+
+
 def caption(result: Mapping[str, Any]) -> str:
     """What a serving benchmark ran on, from its result file.
 
@@ -163,8 +183,9 @@ def caption(result: Mapping[str, Any]) -> str:
     config = result["config"]
     return (
         f"{named_device(result)}: the shape of {config['model']} with random weights; dense "
-        f"layers attend by {result['attention']}; sparse ones see {config['sink']} first tokens "
-        f"and a window of {config['window']}, in a fixed pattern, the routers computed. Median of "
-        f"up to {config['repeats']} samples, a decode sample being {config['steps']} tokens. "
+        f"layers attend by {result['attention']}; sparse ones ({config['mode']}) see "
+        f"{config['sink']} first tokens and a window of {config['window']}, in a fixed pattern, "
+        f"the routers computed{_composition(result)}. Median of up to {config['repeats']} samples, "
+        f"a decode sample being {config['steps']} tokens. "
         f"{dated_versions(result)}"
     )

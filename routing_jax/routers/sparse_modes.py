@@ -264,11 +264,11 @@ def layer_table(
         near = blocks > own - config.window_blocks
         ranked = jnp.where(near, jnp.finfo(jnp.float32).max, scores)
         # A sample that does not search has room for sink and window, which outrank all others.
-        room = config.sink_blocks + config.window_blocks
-        room += config.blocks * config.searched(dense).astype(jnp.int32)
+        least = config.sink_blocks + config.window_blocks
+        room = least + jnp.where(config.searched(dense), config.blocks, 0)
         table = table_from_scores(
             ranked,
-            config.sink_blocks + config.window_blocks + config.blocks,
+            least + config.blocks,
             block_q=config.block_q,
             block_kv=config.block_kv,
             sinks=config.sink_blocks,
