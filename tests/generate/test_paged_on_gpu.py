@@ -106,6 +106,6 @@ def test_lowered_for_hopper_pages_are_written_in_place_and_read_by_kernels(
         assert "custom_call @mosaic_gpu" in text
         assert not [line for line in text.splitlines() if "gather" in line and pool in line]
     if searches:
-        # Lists hold what can be found, not all that is kept; of the scores, only the best are sorted.
+        # Lists hold what can be found, not all that is kept; scores are not sorted whole.
         assert "tensor<1x8x17xi32>" in decode
         assert re.search(rf"top_k\(.*, k = 8\) : tensor<8x{serving.slots}xf32>", decode)
