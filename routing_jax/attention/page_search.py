@@ -21,15 +21,15 @@ def add_to_sums(
 
     Args:
       sums: [P,K,H] float32.
-      pages: [B] int32, each page once; P or more for none.
-      offsets: [B] int32, the key's place in its page; at 0 what was there is forgotten.
-      keys: [B,K,H].
+      pages: int32 of any shape, each page once; P or more for none.
+      offsets: int32 of that shape, the key's place in its page; at 0 what was there is forgotten.
+      keys: [...,K,H].
 
     >>> sums, keys = 2 * jnp.ones((3, 1, 1)), jnp.ones((2, 1, 1))
     >>> add_to_sums(sums, jnp.array([0, 2]), jnp.array([5, 0]), keys).ravel().tolist()
     [3.0, 2.0, 1.0]
     """
-    before = jnp.where((offsets > 0)[:, None, None], sums.at[pages].get(mode="clip"), 0)
+    before = jnp.where((offsets > 0)[..., None, None], sums.at[pages].get(mode="clip"), 0)
     return sums.at[pages].set(before + keys.astype(jnp.float32), mode="drop")
 
 

@@ -64,18 +64,28 @@ def read_tokens(
     )
     every = _Pages(target, lists, memory.tables, memory.whole, memory.searches)
 
-    def read(held: tuple, of_layer: tuple) -> tuple[tuple, None]:
+    def read(held: tuple, of_layer: tuple) -> tuple[tuple, jax.Array]:
         own, pages = of_layer
-        return _read_layer(config, serving, own, lengths, pages, *held), None
+        return _read_layer(config, serving, own, lengths, pages, memory.sums, *held)
 
-    held = embed_tokens(config, params, tokens[:, None]), memory.keys, memory.values, memory.sums
+    held = embed_tokens(config, params, tokens[:, None]), memory.keys, memory.values
     if config.scan:
-        held, _ = jax.lax.scan(read, held, (params["layers"]["block_0"], every))
+        held, added = jax.lax.scan(read, held, (params["layers"]["block_0"], every))
     else:
+        keys_of_layers = []
         for layer in range(len(config.mixers)):
             pages = jax.tree.map(operator.itemgetter(layer), every)
-            held, _ = read(held, (layer_params(params, layer), pages))
-    x, keys, values, sums = held
+            held, one = read(held, (layer_params(params, layer), pages))
+            keys_of_layers.append(one)
+        added = jnp.stack(keys_of_layers)
+    x, keys, values = held
+    sums = memory.sums
+    if sums is not None:
+        # Once for all layers, as no search reads the newest page. All of them must have been made,
+        # or the sums would be copied for those that might come later.
+        x, added = jax.lax.optimization_barrier((x, added))
+        offset = jnp.broadcast_to(positions % serving.page_size, target.shape)
+        sums = add_to_sums(sums, target, offset, added)
     logits = read_out(config, params, x[:, 0])
     return logits, memory._replace(keys=keys, values=values, sums=sums, lengths=lengths)
 
@@ -105,11 +115,11 @@ def _read_layer(
     params: Params,
     lengths: jax.Array,
     held: _Pages,
+    sums: jax.Array | None,
     x: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    sums: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
     target, pages, table, whole, searches = held
     positions = jnp.maximum(lengths - 1, 0)
     offset = positions % serving.page_size
@@ -117,14 +127,13 @@ def _read_layer(
     keys = keys.at[target, offset].set(k[:, 0], mode="drop")
     values = values.at[target, offset].set(v[:, 0], mode="drop")
     if sums is not None:
-        sums = add_to_sums(sums, target, offset, k[:, 0])
         pages = search_pages(pages, table, q[:, 0], sums, lengths, searches, config.sparse)
         if config.sparse.rereads:
             everything = dense_pages(table, lengths, serving.page_size)
             pages = where_pages(whole & ~searches, everything, pages)
     attended = block_sparse_decode(q, keys, values, pages, lengths, implementation=serving.decoding)
     assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
-    return finish(config, params, x, attended), keys, values, sums
+    return (finish(config, params, x, attended), keys, values), k[:, 0]
 
 
 def decode_tokens(
