@@ -135,7 +135,7 @@ def searching(model=MODEL, **changes):
     ("changes", "pattern"),
     [
         ({}, PATTERNS[3]),
-        ({"mode": "topk", "blocks": 2}, PATTERNS[1]),
+        pytest.param({"mode": "topk", "blocks": 2}, PATTERNS[1], marks=pytest.mark.slow),
         pytest.param({"mode": "topk", "retrieval": "full"}, PATTERNS[2], marks=pytest.mark.slow),
         pytest.param({"mode": "triangle"}, PATTERNS[3], marks=pytest.mark.slow),
     ],
@@ -155,6 +155,25 @@ def test_tokens_search_by_their_own_queries_as_one_pass_over_prompt_and_answer(c
     assert made == [expected(request, of_pass) for request in requests]
     reading = of_pass.replace(sparse=dataclasses.replace(of_pass.sparse, answers="full"))
     assert made != [expected(request, reading) for request in requests]
+
+
+def test_sums_of_pages_are_those_of_the_keys_they_hold():
+    engine = Engine(searching(), make_params(MODEL), SERVING, PATTERNS[3])
+    for seed in range(5):  # more than there are rows, so that pages change hands
+        engine.add(Request(prompt(13 + seed, seed), 18 + seed))
+    checked = 0
+    for _ in engine.run():
+        memory = jax.device_get(engine.memory)
+        for (layer, row), whole in np.ndenumerate(memory.whole):
+            filled = memory.lengths[row] // 4
+            blocks = np.arange(filled)[0 if whole else max(1, filled - 1) :]
+            slots = blocks if whole else 1 + (blocks - 1) % 2
+            pages = memory.tables[layer, row][slots]
+            np.testing.assert_allclose(
+                memory.sums[pages], memory.keys[pages].sum(axis=1), rtol=1e-4, atol=1e-4
+            )
+            checked += len(pages)
+    assert checked > 500
 
 
 def test_prompts_that_decide_for_themselves_search_each_for_itself():
