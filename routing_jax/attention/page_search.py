@@ -107,7 +107,7 @@ def search_pages(
     _, blocks = jax.lax.top_k(scores.reshape(B * K, C), most)
     blocks = blocks.reshape(B, K, most)
     found = jnp.where(searches, jnp.clip(end - first, 0, most), 0)
-    pages = jnp.take_along_axis(table[:, None], blocks, axis=2)
+    pages = jnp.take_along_axis(table[:, None], blocks, axis=2, mode="clip")
 
     def join(near: jax.Array, found: jax.Array) -> jax.Array:
         return jnp.concatenate([jnp.broadcast_to(near, (B, K, near.shape[2])), found], axis=2)
