@@ -39,6 +39,7 @@ from routing_jax.evals.benchmarks.serve_path_config import (
     Who,
     default_config,
 )
+from routing_jax.evals.benchmarks.serve_path_floors import FLOORS_OF, least_milliseconds
 from routing_jax.evals.benchmarks.serve_path_report import Row, describe, table
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.generate.layer import Params, layer_params, route_prompts
@@ -220,8 +221,9 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
     Returns:
       A JSON-ready dict: device, driver, versions, date, attention (the dense backend), config,
       seconds taken, and rows. A row holds part, who, length, batch, sparse_share, blocks (that a
-      search finds; None where no layer searches), milliseconds and spread (interquartile range) of
-      a prefill, of a step of decoding or of a layer's router, samples, how many were taken, and
+      search finds; None where no layer searches), least (milliseconds that the device would take at
+      least; None where that is not known), milliseconds and spread (interquartile range) of a
+      prefill, of a step of decoding or of a layer's router, samples, how many were taken, and
       kv_bytes, of keys and values held, and of what pages are found by; a row that failed holds
       `error`, and None for the rest. device_bytes is by how much the device's memory in use grew
       for a row of decoding; None where it does not say. peak_bytes is the most that the device has
@@ -236,10 +238,12 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
         "seconds": 0.0,
         "rows": [],
     }
+    floors = FLOORS_OF in result["device"]
     params = random_model(config)
     for part, size, who in _cases(config):
         row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
         row["blocks"] = config.blocks if config.model_of(who).sparse.searches else None
+        row["least"] = least_milliseconds(config, part, size, who) if floors else None
         before = _memory("peak_bytes_in_use")
         try:
             clock.check()

@@ -82,16 +82,48 @@ def _most_tokens(rows: Sequence[Row]) -> str:
     return f"Most tokens a second in all, for sequences {', '.join(said)}." if said else ""
 
 
+def _floors(rows: Sequence[Row]) -> str:
+    """A line a size: the least time of each, and how much of that speed was reached."""
+    timed = [row for row in rows if row["milliseconds"] and row["least"]]
+    if not timed:
+        return ""
+    columns = _columns(timed)
+    heads = ["", "tokens", "batch", *columns]
+    lines = [
+        "**Least** milliseconds that arithmetic and memory allow, and the share of that speed "
+        "that was reached",
+        "",
+        f"| {' | '.join(heads)} |",
+        "| --- |" + " ---: |" * (len(heads) - 1),
+    ]
+    found = {(row["part"], _size(row), _column(row)): row for row in timed}
+    for part, size in dict.fromkeys((part, size) for part, size, _ in found):
+        here = [found.get((part, size, column)) for column in columns]
+        cells = [
+            f"{_number(row['least'])} ({100 * row['least'] / row['milliseconds']:.0f} %)"
+            if row
+            else ""
+            for row in here
+        ]
+        lines.append(f"| {' | '.join([part, str(size[0]), str(size[1]), *cells])} |")
+    return "\n".join(lines)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    by_name = sorted(rows, key=lambda row: (list(_NAMES).index(row["who"]), _column(row)))
+    return list(dict.fromkeys(map(_column, by_name)))
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: for prefill and decode a line a size, then the routers' own time.
+    """Markdown: for prefill and decode a line a size, then floors and the routers' own time.
 
     Ratios of times are speed-ups over dense; those of memory are shares of it. Tokens a second
     are of all sequences of the batch.
 
     >>> size = {"part": "decode", "length": 8, "batch": 2, "sparse_share": 0.5, "spread": 0.0,
     ...         "blocks": None, "device_bytes": None}
-    >>> dense = size | {"who": "dense", "milliseconds": 4.0, "kv_bytes": 2**31}
-    >>> fast = size | {"who": "routed", "milliseconds": 2.0, "kv_bytes": 2**30}
+    >>> dense = size | {"who": "dense", "milliseconds": 4.0, "least": 3.0, "kv_bytes": 2**31}
+    >>> fast = size | {"who": "routed", "milliseconds": 2.0, "least": 1.8, "kv_bytes": 2**30}
     >>> print(table([fast, dense]))
     **Decode**, milliseconds a step
     <BLANKLINE>
@@ -102,6 +134,13 @@ dense | KV GiB, routed |
     <BLANKLINE>
     Most tokens a second in all, for sequences of 8 tokens: dense 500 (batch 2); routed, 50 % \
 sparse 1,000 (batch 2, 2.00×).
+    <BLANKLINE>
+    **Least** milliseconds that arithmetic and memory allow, and the share of that speed that was \
+reached
+    <BLANKLINE>
+    |  | tokens | batch | dense | routed, 50 % sparse |
+    | --- | ---: | ---: | ---: | ---: |
+    | decode | 8 | 2 | 3 (75 %) | 1.8 (90 %) |
     """
     blocks = []
     for part, title in _TITLES.items():
@@ -109,8 +148,7 @@ sparse 1,000 (batch 2, 2.00×).
         if not mine:
             continue
         found = {(_size(row), _column(row)): row for row in mine}
-        by_name = sorted(mine, key=lambda row: (list(_NAMES).index(row["who"]), _column(row)))
-        columns = list(dict.fromkeys(map(_column, by_name)))
+        columns = _columns(mine)
         first = [next((c for c in columns if c.startswith(n)), None) for n in _PATTERNED]
         shown = [c for c in ("dense", *first) if c is not None]
         short = [c.split(",")[0] for c in shown]
@@ -134,7 +172,8 @@ sparse 1,000 (batch 2, 2.00×).
             cells += [_memory(row, dense) for row in picked]
             lines.append(f"| {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
-    blocks += filter(None, [_most_tokens([row for row in rows if row["part"] == "decode"])])
+    decoded = [row for row in rows if row["part"] == "decode"]
+    blocks += filter(None, [_most_tokens(decoded), _floors(rows)])
     routers = [row for row in rows if row["part"] == "router" and row["milliseconds"]]
     if routers:
         said = ", ".join(

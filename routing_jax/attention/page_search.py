@@ -6,6 +6,8 @@ is read twice; a page competes once it has left the window, when all of its toke
 pages that do are full, so the largest sum is the largest mean, and `layer_table` chooses alike.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -74,7 +76,7 @@ def search_pages(
     Args:
       near: what `near_pages` lists.
       table: [B,C] int32, the page of each block, of the layers that search.
-      q: [B,N,H], the newest token's queries; those of a group choose together, by their mean.
+      q: [B,N,H], the newest token's queries; those of a group choose together, by their sum.
       sums: [P,K,H] float32, of all pages' keys.
       lengths: [B] int32, tokens of each sequence, the newest included.
       searches: [B] bool; other sequences keep their lists.
@@ -91,7 +93,10 @@ def search_pages(
     """
     B, C = table.shape
     K, H = sums.shape[1:]
-    query = q.astype(jnp.float32).reshape(B, K, -1, H).mean(axis=2)
+    grouped = q.astype(jnp.float32).reshape(B, K, -1, H)
+    # Added one by one and masked before the sum: it all compiles into one loop over what is
+    # gathered, and neither a reduction, a dot nor a select stands beside it.
+    query = functools.reduce(jnp.add, (grouped[:, :, g] for g in range(grouped.shape[2])))
     first = sparse.sink_blocks
     end = (lengths - 1) // sparse.block_kv + 1 - sparse.window_blocks
     block = jnp.arange(C, dtype=jnp.int32)[None]
@@ -99,9 +104,8 @@ def search_pages(
     # What need not be read is one page's sum, again and again.
     pages = jnp.where(competes, table, 0)[:, None]
     heads = jnp.arange(K, dtype=jnp.int32)[None, :, None]
-    # A product and a sum, which compile into one loop over what is gathered, unlike a dot.
-    scores = jnp.sum(sums.at[pages, heads].get(mode="clip") * query[:, :, None], axis=-1)
-    scores = jnp.where(competes[:, None], scores, -jnp.inf)
+    products = sums.at[pages, heads].get(mode="clip") * query[:, :, None]
+    scores = jnp.sum(jnp.where(competes[:, None, :, None], products, -jnp.inf), axis=-1)
     # Only these few are sorted out: with sink and window among them, GPUs would sort all.
     most = min(sparse.blocks, C)
     _, blocks = jax.lax.top_k(scores.reshape(B * K, C), most)

@@ -108,6 +108,7 @@ def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     assert all(row["milliseconds"] > 0 and "error" not in row for row in result["rows"])
     # A row whose time is spent takes no second sample; the router's has its own measure.
     assert [row["samples"] for row in result["rows"]] == [2, 1, 1, 1, 1, 1, 1]
+    assert all(row["least"] is None for row in result["rows"])  # of a device that it knows
     assert all((row["kv_bytes"] > 0) == (row["part"] != "router") for row in result["rows"])
     assert json.loads(out.read_text())["rows"] == result["rows"]
     block = readme_blocks(tmp_path)["serve-path-cpu"]
