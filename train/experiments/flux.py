@@ -32,7 +32,7 @@ from routing_jax.evals.report import FLUX as EXPERIMENT
 from routing_jax.evals.report import plot_routers
 from routing_jax.evals.results import Result
 from routing_jax.models import init_routers, merge_routers
-from routing_jax.routers import Retrieval, SparseMode
+from routing_jax.routers import Answers, Retrieval, SparseMode
 from routing_jax.routers.block_config import BlockImplementation
 from routing_jax.sharding import put_batch
 from routing_jax.train.base import (
@@ -67,6 +67,7 @@ class FluxArgs(ReproduceArgs):
       steps: of training.
       mode: what sparse attention is.
       retrieval: what full attention is, while a prompt is read.
+      answers: what tokens after the prompt do where a layer searches it.
       implementation: of block-sparse attention; the best one here when not given.
     """
 
@@ -80,6 +81,7 @@ class FluxArgs(ReproduceArgs):
     steps: int = 300
     mode: SparseMode = "streaming"
     retrieval: Retrieval = "full"
+    answers: Answers = "full"
     implementation: BlockImplementation | None = None
 
 
@@ -90,14 +92,16 @@ def planned_config(args: FluxArgs, preset: str = "flux") -> TrainConfig:
       ValueError: as `with_base`.
     """
     config = get_preset(preset)
-    asked = {name: vars(args)[name] for name in ("mode", "retrieval", "implementation")}
+    asked = ("mode", "retrieval", "answers", "implementation")
     ramp = args.steps // 2 if config.curriculum.ramp_steps else 0
     return with_base(
         config.replace(
             base=args.base,
             data__source=args.text,
             data__length=args.length,
-            model__sparse=dataclasses.replace(config.model.sparse, **asked),
+            model__sparse=dataclasses.replace(
+                config.model.sparse, **{name: vars(args)[name] for name in asked}
+            ),
             curriculum__ramp_steps=ramp,
             curriculum__hold_steps=args.steps - ramp,
             batch_tokens=args.batch * args.length,
@@ -107,13 +111,17 @@ def planned_config(args: FluxArgs, preset: str = "flux") -> TrainConfig:
 
 
 def task_name(args: FluxArgs) -> str:
-    """Base, text, mode, retrieval where it is not full, and length.
+    """Base, text, mode, retrieval and answers where they are not full, and length.
 
-    >>> task_name(FluxArgs(base="SmolLM2-135M.gguf", text="texts/linux_rst.txt.gz"))
+    >>> args = FluxArgs(base="SmolLM2-135M.gguf", text="texts/linux_rst.txt.gz")
+    >>> task_name(args)
     'smollm2-linux-streaming-8192'
+    >>> task_name(dataclasses.replace(args, retrieval="topk", answers="topk"))
+    'smollm2-linux-streaming-topk-answers-8192'
     """
     names = (re.split(r"[^a-z0-9]", epath.Path(n).name.lower())[0] for n in (args.base, args.text))
     attention = args.mode if args.retrieval == "full" else f"{args.mode}-{args.retrieval}"
+    attention += "-answers" if args.answers == "topk" else ""
     return f"{'-'.join(names)}-{attention}-{args.length}"
 
 

@@ -44,6 +44,15 @@ def test_every_router_has_its_controls_on_the_same_prompts(args):
     assert curriculum.config.curriculum.peak > 0 == curriculum.config.budget.rate
 
 
+def test_what_searches_is_the_same_in_all_runs_and_named(args):
+    plan = list(runs(dataclasses.replace(args, retrieval="topk", answers="topk")))
+    assert {run.task for run in plan} == {"tiny-text-streaming-topk-answers-512"}
+    sparse = {run.config.model.sparse for run in plan}
+    assert [(s.mode, s.retrieval, s.answers) for s in sparse] == [("streaming", "topk", "topk")]
+    with pytest.raises(ValueError, match="one of the last two must be topk"):
+        list(runs(dataclasses.replace(args, answers="topk")))
+
+
 def test_elsewhere_routers_are_those_that_were_trained_at_home(args):
     asked = dataclasses.replace(args, elsewhere=("stdlib",), lengths=(400,))
     plan = list(runs(asked))
