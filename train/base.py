@@ -35,6 +35,7 @@ from routing_jax.train.metrics import read_metrics
 ROUTER_FILE = "router.safetensors"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
 _EVAL_SEED = 1_000_003  # of no training run
+_BY_LIKELIHOOD = ("text", "maths")  # of which few answers would be right
 
 
 def with_base(config: TrainConfig) -> TrainConfig:
@@ -164,13 +165,14 @@ def routing_result(
       workdir: of the training, where there was one.
       trained: its end.
     """
-    asked = [scores[task].right for task in scores if task != "text"] or [scores["text"].right]
+    asked = [scores[task].right for task in scores if task not in _BY_LIKELIHOOD]
+    asked = asked or [one.right for one in scores.values()]
     told = scores["text"] if "text" in scores else next(iter(scores.values()))
     dense = np.concatenate([one.dense for one in scores.values()], axis=1)
     details = {
         task: {
             "right": one.right.astype(float).round(4).tolist(),
-            "nll": one.nll.astype(float).round(5).tolist() if task == "text" else None,
+            "nll": one.nll.astype(float).round(5).tolist() if task in _BY_LIKELIHOOD else None,
             "sparsity": float(one.sparsity.mean()),
             "dense_by_layer": one.dense.mean(axis=1).astype(float).tolist(),
         }
