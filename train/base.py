@@ -64,11 +64,12 @@ def with_base(config: TrainConfig) -> TrainConfig:
     )
 
 
-def calibrated_routers(config: TrainConfig, prompts: int = 96) -> Any:
+def calibrated_routers(config: TrainConfig, frozen: Any, prompts: int = 96) -> Any:
     """Untrained routers whose inputs are standardised on prompts of the training text.
 
     Args:
       config: the run.
+      frozen: the base's parameters.
       prompts: how many are read at least, with all layers routed to full attention.
 
     Returns:
@@ -76,7 +77,7 @@ def calibrated_routers(config: TrainConfig, prompts: int = 96) -> Any:
     """
     mesh = train_mesh(config)
     routers = init_routers(config.model, jax.random.fold_in(jax.random.key(config.seed), 0))
-    params = merge_routers(load_base(config, mesh), routers)
+    params = merge_routers(frozen, routers)
     size = config.batch_size(config.data.length)
     stream = batches(config.data, split="train", seed=_EVAL_SEED, batch_size=size)
     dense = jnp.ones((len(config.model.mixers), size), bool)
@@ -210,12 +211,18 @@ def routing_result(
 
 
 def finish_routers(
-    config: TrainConfig, workdir: str | epath.Path, trained: Trained, *, labels: Mapping[str, str]
+    config: TrainConfig,
+    frozen: Any,
+    workdir: str | epath.Path,
+    trained: Trained,
+    *,
+    labels: Mapping[str, str],
 ) -> Result:
     """Exports trained routers, evaluates them, and writes `router.safetensors` and `result.json`.
 
     Args:
       config: the run.
+      frozen: the base's parameters.
       workdir: its folder.
       trained: the end of training.
       labels: experiment, task and variant names for the result.
@@ -224,7 +231,7 @@ def finish_routers(
     routers = trained.state.params
     if jax.process_index() == 0:
         save_routers(workdir / ROUTER_FILE, routers, config.base, config.model)
-    scores = evaluate_routers(config, routers, train_mesh(config))
+    scores = score_tasks(config, frozen, train_mesh(config))(routers, None)
     result = routing_result(config, scores, labels, workdir=workdir, trained=trained)
     if jax.process_index() == 0:
         write_result(result, workdir / "result.json")
