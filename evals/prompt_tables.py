@@ -50,6 +50,16 @@ def _perplexity(dense: Sequence[Result], runs: Sequence[Result]) -> str:
     return f"{text} ({mean:+.2f} %, {low:+.2f} to {high:+.2f})"
 
 
+def _nats(dense: Sequence[Result], runs: Sequence[Result], task: str) -> str:
+    """Nats a token of the right answers, and how many more than dense attention's."""
+    nll, base = (_trials(group, task, "nll") for group in (runs, dense))
+    text = f"{nll.mean():.3f}"
+    if runs is dense:
+        return text
+    more, half = with_interval(nll - base)
+    return f"{text} ({more:+.3f} ± {half:.3f})"
+
+
 def _sparse(runs: Sequence[Result], tasks: Sequence[str]) -> str:
     shares = [(run.details or {})["tasks"][task]["sparsity"] for run in runs for task in tasks]
     return f"{100 * statistics.fmean(shares):.1f} %" if shares else NOTHING
@@ -74,10 +84,13 @@ def flux_table(results: Sequence[Result]) -> str:
     caption = (
         "Right: share of the answer's tokens, teacher-forced; in brackets points more than dense "
         "attention's on the same prompts. Perplexity of the text after the prompt; in brackets "
-        "per cent more than dense attention's. Intervals of 95 %, paired. All is scored after the "
+        "per cent more than dense attention's. Nats: a token of the right answer; in brackets how "
+        "many more than dense attention's. Intervals of 95 %, paired. All is scored after the "
         "prompt, by which alone layers are routed. Static: the layers whose sparsity costs least "
-        "on calibration text. Random: other layers for each prompt. (too few): dense attention "
-        f"answers less than {100 * LEAST_DENSE:.0f} %, so the task does not count. Prompts a task: "
+        "on calibration text, of where the routers were trained; static+tasks: on all tasks of the "
+        "training; static+routed: all but those that the trained routers attended fully most "
+        "often. Random: other layers for each prompt. (too few): dense attention answers "
+        f"less than {100 * LEAST_DENSE:.0f} %, so the task does not count. Prompts a task: "
         f"{' to '.join(f'{n:,}' for n in dict.fromkeys((trials[0], trials[-1])))}. "
         f"Device: {devices}."
     )
@@ -88,12 +101,15 @@ def _table(name: str, variants: dict[str, list[Result]]) -> str:
     if "dense" not in variants:
         raise ValueError(f"{name} has no result of variant 'dense', which all others stand beside.")
     dense = variants["dense"]
-    tasks = list((dense[0].details or {})["tasks"])
-    asked = [task for task in tasks if task != "text"]
+    told = (dense[0].details or {})["tasks"]
+    tasks = list(told)
+    asked = [task for task in tasks if told[task]["nll"] is None]
+    likely = [task for task in tasks if task != "text" and task not in asked]
     columns = [
         Column("routing", "left"), Column("sparse layers"), Column("of retrieval"),
-        Column("of text"), *(Column(f"{task}, right") for task in asked),
-        Column("perplexity"), Column("cost"), Column("kv cost"), Column("seeds"),
+        Column("of text"), *(Column(f"{task}, right") for task in asked), Column("perplexity"),
+        *(Column(f"{task}, nats") for task in likely), Column("cost"), Column("kv cost"),
+        Column("seeds"),
     ]  # fmt: skip
     order = ("dense", "sparse", "random", "static", "routed")
     shown = sorted(
@@ -108,6 +124,7 @@ def _table(name: str, variants: dict[str, list[Result]]) -> str:
             _sparse(variants[variant], [task for task in tasks if task == "text"]),
             *(_points(dense, variants[variant], task) for task in asked),
             _perplexity(dense, variants[variant]) if "text" in tasks else NOTHING,
+            *(_nats(dense, variants[variant], task) for task in likely),
             significant(statistics.fmean(run.cost for run in variants[variant])),
             significant(statistics.fmean(run.kv_cost for run in variants[variant])),
             str(len(variants[variant])),

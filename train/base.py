@@ -35,6 +35,7 @@ from routing_jax.train.metrics import read_metrics
 ROUTER_FILE = "router.safetensors"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
 _EVAL_SEED = 1_000_003  # of no training run
+_BY_LIKELIHOOD = ("text", "maths")  # of which few answers would be right
 
 
 def with_base(config: TrainConfig) -> TrainConfig:
@@ -63,11 +64,12 @@ def with_base(config: TrainConfig) -> TrainConfig:
     )
 
 
-def calibrated_routers(config: TrainConfig, prompts: int = 96) -> Any:
+def calibrated_routers(config: TrainConfig, frozen: Any, prompts: int = 96) -> Any:
     """Untrained routers whose inputs are standardised on prompts of the training text.
 
     Args:
       config: the run.
+      frozen: the base's parameters.
       prompts: how many are read at least, with all layers routed to full attention.
 
     Returns:
@@ -75,7 +77,7 @@ def calibrated_routers(config: TrainConfig, prompts: int = 96) -> Any:
     """
     mesh = train_mesh(config)
     routers = init_routers(config.model, jax.random.fold_in(jax.random.key(config.seed), 0))
-    params = merge_routers(load_base(config, mesh), routers)
+    params = merge_routers(frozen, routers)
     size = config.batch_size(config.data.length)
     stream = batches(config.data, split="train", seed=_EVAL_SEED, batch_size=size)
     dense = jnp.ones((len(config.model.mixers), size), bool)
@@ -164,13 +166,14 @@ def routing_result(
       workdir: of the training, where there was one.
       trained: its end.
     """
-    asked = [scores[task].right for task in scores if task != "text"] or [scores["text"].right]
+    asked = [scores[task].right for task in scores if task not in _BY_LIKELIHOOD]
+    asked = asked or [one.right for one in scores.values()]
     told = scores["text"] if "text" in scores else next(iter(scores.values()))
     dense = np.concatenate([one.dense for one in scores.values()], axis=1)
     details = {
         task: {
             "right": one.right.astype(float).round(4).tolist(),
-            "nll": one.nll.astype(float).round(5).tolist() if task == "text" else None,
+            "nll": one.nll.astype(float).round(5).tolist() if task in _BY_LIKELIHOOD else None,
             "sparsity": float(one.sparsity.mean()),
             "dense_by_layer": one.dense.mean(axis=1).astype(float).tolist(),
         }
@@ -208,12 +211,18 @@ def routing_result(
 
 
 def finish_routers(
-    config: TrainConfig, workdir: str | epath.Path, trained: Trained, *, labels: Mapping[str, str]
+    config: TrainConfig,
+    frozen: Any,
+    workdir: str | epath.Path,
+    trained: Trained,
+    *,
+    labels: Mapping[str, str],
 ) -> Result:
     """Exports trained routers, evaluates them, and writes `router.safetensors` and `result.json`.
 
     Args:
       config: the run.
+      frozen: the base's parameters.
       workdir: its folder.
       trained: the end of training.
       labels: experiment, task and variant names for the result.
@@ -222,7 +231,7 @@ def finish_routers(
     routers = trained.state.params
     if jax.process_index() == 0:
         save_routers(workdir / ROUTER_FILE, routers, config.base, config.model)
-    scores = evaluate_routers(config, routers, train_mesh(config))
+    scores = score_tasks(config, frozen, train_mesh(config))(routers, None)
     result = routing_result(config, scores, labels, workdir=workdir, trained=trained)
     if jax.process_index() == 0:
         write_result(result, workdir / "result.json")

@@ -91,7 +91,7 @@ class BudgetConfig:
         """By the places of the tasks in PROMPT_TASKS.
 
         >>> BudgetConfig(retrieval=0.5, text=0.9).targets
-        (0.5, 0.5, 0.5, 0.9)
+        (0.5, 0.5, 0.5, 0.9, 0.5)
         """
         return tuple(self.text if task == "text" else self.retrieval for task in PROMPT_TASKS)
 

@@ -151,6 +151,7 @@ def train(
     *,
     resume_step: int | None = None,
     params: Any = None,
+    frozen: Any = None,
     quiet: bool = False,
 ) -> Trained:
     """Trains to the end of the curriculum, logging and checkpointing in `workdir`.
@@ -160,6 +161,7 @@ def train(
       workdir: where metrics and checkpoints go; may be gs://.
       resume_step: continue from this checkpoint; None starts anew.
       params: the first parameters of a run that starts anew; drawn from the seed when None.
+      frozen: the parameters of the run's base, where it has one, as `load_base` gives them.
       quiet: print no progress.
 
     Returns:
@@ -196,7 +198,6 @@ def train(
         step_fn = jax.jit(
             make_train_step(config), donate_argnums=0, out_shardings=(shardings, None)
         )
-        frozen = load_base(config, mesh) if config.base else None
         feed = _Feed(config, mesh)
         writer = stack.enter_context(MetricsWriter(workdir, step)) if chief else None
         progress = stack.enter_context(

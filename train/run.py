@@ -31,7 +31,7 @@ from routing_jax.train.data import (
     batches,
     window_count,
 )
-from routing_jax.train.loop import Trained, abstract_state, train, train_mesh
+from routing_jax.train.loop import Trained, abstract_state, load_base, train, train_mesh
 from routing_jax.train.metrics import read_metrics
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # those that a result depends on
@@ -353,14 +353,16 @@ def run(
     for length in config.lengths:
         batches(config.data, split="train", seed=config.seed, batch_size=1, length=length)
     start = find_start(config, workdir, resume=resume, resume_step=resume_step)
+    frozen = load_base(config, train_mesh(config)) if config.base else None
     params = None
     if start is None and config.start_from:
         params = starting_parameters(config)
     elif start is None and config.base:
-        params = calibrated_routers(config)
-    trained = train(config, workdir, resume_step=start, params=params, quiet=quiet)
-    finish = finish_routers if config.base else finish_run
-    return finish(config, workdir, trained, labels=labels)
+        params = calibrated_routers(config, frozen)
+    trained = train(config, workdir, resume_step=start, params=params, frozen=frozen, quiet=quiet)
+    if config.base:
+        return finish_routers(config, frozen, workdir, trained, labels=labels)
+    return finish_run(config, workdir, trained, labels=labels)
 
 
 __all__ = [

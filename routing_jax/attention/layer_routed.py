@@ -2,7 +2,8 @@
 
 Flux Attention (arXiv 2604.07394). One call over one block table serves the batch: a sequence's rows
 are dense or sparse. Training makes a second one, of what was not chosen, for the gradient of its
-straight-through gate. Prefill decides, decoding obeys.
+straight-through gate. Prefill decides, decoding obeys. A prompt so short that sparse attention
+would see all of it is attended fully, whatever its router says: nothing could be saved on it.
 
 Rows of the table are those of tiles. Where tokens after the prompt search each for itself, they are
 gathered and attend by rows of their own, so that one pass gives what decoding gives.
@@ -217,9 +218,13 @@ class LayerRouted(nn.Module):
             rng if mode == "train" else None,
             prompts.temperature,
         )
+        choice, gate = routing.routing.choice, routing.gate
         if prompts.choice is not None:
-            gate = prompts.choice.astype(jnp.float32)
-            routing = LayerRouting(routing.routing._replace(choice=prompts.choice), gate)
+            choice, gate = prompts.choice, prompts.choice.astype(jnp.float32)
+        elif mode != "train":
+            short = prompts.lengths <= self.sparse.reach
+            choice, gate = choice | short, jnp.where(short, 1.0, gate)
+        routing = LayerRouting(routing.routing._replace(choice=choice), gate)
         self.sow("intermediates", "gate", routing.gate)
         y, sums, report = self._whole(q, k, v, positions, prompts.lengths, routing, mode)
         if cache is not None:

@@ -2,7 +2,8 @@
 
 A layer's router reads the queries of a prompt's last tokens, which exist once the whole prompt has
 passed the layer below. So a host loop calls one compiled step a layer; which layer it is, and what
-is decided there, are values, not programs.
+is decided there, are values, not programs. Prompts so short that sparse attention would see all of
+them are not routed: they cost what they cost a model without routers.
 """
 
 import functools
@@ -31,7 +32,7 @@ from routing_jax.generate.layer import (
     read_out,
     route_prompts,
 )
-from routing_jax.kernels import block_sparse_attention
+from routing_jax.kernels import block_sparse_attention, dense_attention
 from routing_jax.models import DecoderConfig
 from routing_jax.routers import block_sums, layer_table, mean_key_scores
 
@@ -118,7 +119,9 @@ def prefill_layer(
     chunk = serving.chunk_of(B, T)
     dense = jnp.broadcast_to(decision == DENSE, (B,))
     if "layer" in config.mixers:
-        routed = route_prompts(config, params, x, lengths)
+        routed = lengths <= sparse.reach
+        if sparse.reach < T:
+            routed |= route_prompts(config, params, x, lengths)
         dense = jnp.where(decision == ROUTED, routed, dense)
     q, k, v = project_prompts(config, params, x, lengths, chunk)
 
@@ -130,15 +133,18 @@ def prefill_layer(
         sums = sums.reshape(B, -1, *k.shape[2:])
         means = sums / jnp.maximum(sizes, 1)[..., None, None]
         scores = mean_key_scores(q[:, :: sparse.block_q], means)
-    attended = block_sparse_attention(
-        q,
-        k,
-        v,
-        layer_table(sparse, dense, starts, lengths, scores),
-        q_positions=jnp.where(place < lengths[:, None], place, -1),
-        implementation=sparse.implementation,
-    )
-    assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
+    if sparse.reach < T:
+        attended = block_sparse_attention(
+            q,
+            k,
+            v,
+            layer_table(sparse, dense, starts, lengths, scores),
+            q_positions=jnp.where(place < lengths[:, None], place, -1),
+            implementation=sparse.implementation,
+        )
+        assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
+    else:
+        attended = dense_attention(q, k, v)  # padding comes after all that a query sees
 
     whole = dense if sparse.forgets else jnp.ones_like(dense)
     counts = pages_needed(limits, whole, sparse)

@@ -114,6 +114,15 @@ class SparseModeConfig:
         return -(-self.window // self.block_kv)
 
     @property
+    def reach(self) -> int:
+        """Tokens of the longest prompt of which every query sees everything, in any mode.
+
+        >>> SparseModeConfig(sink=128, window=1000).reach
+        1152
+        """
+        return (self.sink_blocks + self.window_blocks) * self.block_kv
+
+    @property
     def forgets(self) -> bool:
         """Whether, once a prompt is read, no later token needs more keys than sink and window.
 

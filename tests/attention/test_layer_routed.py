@@ -136,6 +136,20 @@ def test_only_the_prompt_decides():
     assert other[0] != other[1]
 
 
+def test_a_prompt_of_which_sparse_attention_sees_everything_is_attended_fully():
+    sparse = dict(PARAMS["router"], bias=np.array([100.0, -100.0], np.float32))
+    lengths = jnp.array([24, 25, 10])  # sink and window are 24 tokens
+
+    def choices(mode):
+        params = {"params": PARAMS | {"router": sparse}}
+        rng, prompts = jax.random.key(0), Prompts(lengths)
+        report = mixer().apply(params, X, PLACES, None, None, rng, mode, prompts)[2]
+        return report.choice[:, 0].tolist()
+
+    assert choices("eval") == choices("masked") == [True, False, True]
+    assert choices("train") == [False] * 3  # where routers are taught
+
+
 def test_training_passes_the_choice_forward_and_the_gate_backward():
     def loss(router, rng):
         params = {"params": PARAMS | {"router": router}}

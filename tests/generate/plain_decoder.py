@@ -59,7 +59,8 @@ def forward(config, params, tokens, decisions, prompt):
         if dense is None:
             router = LayerRouter(config.layer_router)
             found = router.apply({"params": m["router"]}, np.float32(q)[None], np.array([T]))
-            dense = bool(found.routing.choice[0])
+            short = config.sparse.sink + config.sparse.window >= T
+            dense = short or bool(found.routing.choice[0])
         taken.append(dense)
         q, k = turn(q, config.rope_theta), turn(k, config.rope_theta)
         scores = np.einsum("tnh,snh->nts", q, np.repeat(k, G, axis=1)) / np.sqrt(H)

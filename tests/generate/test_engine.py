@@ -16,6 +16,7 @@ from routing_jax.generate import (
     ServingConfig,
     generate,
 )
+from routing_jax.generate.layer import layer_params
 from routing_jax.generate.paged_decode import read_tokens
 from routing_jax.generate.paged_prefill import empty_memory, prefill_layer, prefill_prompts
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
@@ -191,10 +192,33 @@ def test_prompts_that_decide_for_themselves_search_each_for_itself():
     ("model", "who"), [(FULL, DENSE), pytest.param(MODEL, ROUTED, marks=pytest.mark.slow)]
 )
 def test_pages_make_the_tokens_that_a_contiguous_cache_makes(model, who):
-    tokens, lengths = np.array([prompt(7), prompt(7, 1)], np.int32), np.array([7, 5])
+    tokens, lengths = np.array([prompt(17), prompt(17, 1)], np.int32), np.array([17, 5])
     ordinary = jax.jit(lambda p: generate(model, p, tokens, lengths, 5))(make_params(MODEL))
     made, _ = serve([Request(t[:n].tolist(), 5) for t, n in zip(tokens, lengths)], who)
     assert made == ordinary.tolist()
+
+
+def test_a_prompt_of_which_sparse_layers_would_see_everything_costs_no_more_than_unrouted():
+    def work(model, T):
+        """Floating-point operations of a layer that reads a prompt of T tokens."""
+        x = jax.ShapeDtypeStruct((1, T, model.width), model.dtype)
+        params = layer_params(make_params(UNROLLED), 0)
+        memory = jax.eval_shape(lambda: empty_memory(model, SERVING))
+        number, row = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((1,), np.int32)
+        lowered = prefill_layer.lower(
+            model, SERVING, params, number, number, x, row, row, row, memory
+        )
+        return lowered.compile().cost_analysis()["flops"]
+
+    # Prompts are padded to powers of two; who decides costs a comparison.
+    assert work(MODEL, 8) == pytest.approx(work(FULL, 8), rel=1e-3)
+    assert work(MODEL, 16) > 1.05 * work(FULL, 16)
+    requests = [Request(prompt(n), 14) for n in (12, 13)]  # sink and window are 12 tokens
+    made, _ = serve(requests)
+    short, long = (plain(request, [ROUTED] * LAYERS) for request in requests)
+    assert made == [short[0], long[0]]
+    assert all(short[1])
+    assert not all(long[1])
 
 
 def test_nothing_is_compiled_again_for_other_patterns_or_mixes():

@@ -16,9 +16,10 @@ CONFIG = BASE | {
 }
 
 
-def write_model(folder, seed=0):
+def write_model(folder, seed=0, **changes):
     """The folder of the model; its tensors are those of the seed."""
-    write_folder(folder, CONFIG, random_tensors(CONFIG, seed))
+    config = CONFIG | changes
+    write_folder(folder, config, random_tensors(config, seed))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ from routing_jax.evals.results import read_result
 from routing_jax.models import Decoder, init_routers, merge_routers
 from routing_jax.models.pretrained import load_pretrained, load_routed
 from routing_jax.routers import SparseModeConfig, standardised
-from routing_jax.train import base
+from routing_jax.train import base, loop
 from routing_jax.train.base import calibrated_routers, with_base
 from routing_jax.train.config import config_from_dict, config_to_dict
 from routing_jax.train.data import PROMPT_TASKS, batches
+from routing_jax.train.loop import load_base, train_mesh
 from routing_jax.train.metrics import read_metrics
 from routing_jax.train.presets import get_preset
 from routing_jax.train.run import run
@@ -59,10 +61,12 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(config, tmp_path_factory, compile_cache):
-    """The folder and the result of the run, and the base's files before it."""
+    """The run's folder and result, the base's files before it, and how often the base was read."""
     folder = tmp_path_factory.mktemp("run")
     before = files(config)
-    return folder, run(config, folder, quiet=True), before
+    with mock.patch.object(loop, "load_pretrained", wraps=load_pretrained) as read:
+        result = run(config, folder, quiet=True)
+    return folder, result, before, read.call_count
 
 
 def files(config):
@@ -124,7 +128,8 @@ def test_routers_start_with_inputs_that_differ_by_one_from_prompt_to_prompt(conf
         return standardised(pooled)
 
     monkeypatch.setattr(base, "standardised", recorded)
-    made = calibrated_routers(config, prompts=8)
+    frozen = load_base(config, train_mesh(config))
+    made = calibrated_routers(config, frozen, prompts=8)
     plain = init_routers(config.model, jax.random.key(0))
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, plain)
     router = jax.device_get(made["layers"]["block_0"]["mixer"]["router"])
@@ -135,7 +140,7 @@ def test_routers_start_with_inputs_that_differ_by_one_from_prompt_to_prompt(conf
     np.testing.assert_allclose(inputs.mean(axis=1), 0, atol=1e-3)
     np.testing.assert_allclose(inputs.std(axis=1), 1, rtol=1e-3)
     assert np.abs(pooled[0] - pooled[1]).max() > 0.01  # each layer has its own
-    again = calibrated_routers(config, prompts=8)
+    again = calibrated_routers(config, frozen, prompts=8)
     jax.tree.map(np.testing.assert_array_equal, made, again)
 
 
@@ -154,7 +159,8 @@ def test_the_preset_that_weighs_cost_takes_a_step(config, compile_cache):
 
 
 def test_a_run_leaves_routers_that_load_beside_an_unchanged_base(config, made):
-    folder, result, before = made
+    folder, result, before, reads = made
+    assert reads == 1
     assert files(config) == before
     assert read_result(folder / "result.json").details == result.details
     routed, params = load_routed(folder / "router.safetensors", config.base, dtype="float32")
@@ -183,11 +189,11 @@ def test_a_missed_budget_weighs_more_and_more_and_is_then_held(made):
 ON_TWO = """
 import sys
 from etils import epath
-from routing_jax.train.loop import train
+from routing_jax.train.loop import load_base, train, train_mesh
 from routing_jax.train.run import read_config
 folder, alone = sys.argv[1:]
 config = read_config(epath.Path(alone)).replace(mesh__data=2)
-train(config, folder, quiet=True)
+train(config, folder, frozen=load_base(config, train_mesh(config)), quiet=True)
 """
 
 
@@ -205,7 +211,7 @@ def test_two_devices_train_the_same_routers_as_one(made, tmp_path):
 
 
 def test_the_result_tells_what_each_task_got_and_spent(made):
-    _, result, _ = made
+    result = made[1]
     tasks = result.details["tasks"]
     assert list(tasks) == ["passkey", "multikey", "variables", "text"]
     for task, told in tasks.items():

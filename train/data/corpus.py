@@ -123,17 +123,20 @@ def split_pieces(pieces: Iterable[bytes], validation_fraction: float) -> Pieces:
     """Hold out the pieces whose hashes are smallest, until they make up the fraction of bytes.
 
     Ranking hashes, rather than comparing each with a threshold, gives even a corpus of two
-    pieces something to hold out. One distinct piece is always left to train on.
+    pieces something to hold out. One distinct piece is always left to train on, unless all are
+    asked for.
 
     Args:
       pieces: the corpus.
-      validation_fraction: of its bytes.
+      validation_fraction: of its bytes; 1 holds out everything.
 
     >>> pieces = split_pieces([b"a", b"b", b"c"], 0.3)
     >>> len(pieces.train), len(pieces.validation)
     (2, 1)
     """
     pieces = list(pieces)
+    if validation_fraction >= 1:
+        return Pieces([], pieces)
     digests = [hashlib.blake2b(piece, digest_size=16).digest() for piece in pieces]
     sizes: dict[bytes, int] = {}
     for digest, piece in zip(digests, pieces):

@@ -1,4 +1,4 @@
-"""Prompts for a published model: facts hidden in real text and asked for, and the text itself.
+"""Prompts for a published model: facts hidden in real text and asked for, the text itself, maths.
 
 A row is a prompt and what follows it, which alone is scored: routers read the prompt, so a loss
 within it would teach them to look ahead. Tasks, after RULER (arXiv 2404.06654):
@@ -7,6 +7,7 @@ within it would teach them to look ahead. Tasks, after RULER (arXiv 2404.06654):
     multikey    several words have a number each, and one is asked for
     variables   x = number, y = x, …: the last variable's value is asked for
     text        the text goes on
+    maths       solved word problems fill the prompt, and another one is asked
 """
 
 import dataclasses
@@ -18,8 +19,9 @@ import numpy as np
 from routing_jax.models.pretrained import load_tokenizer
 from routing_jax.train.data.batch import Split, generator
 from routing_jax.train.data.corpus import read_pieces
+from routing_jax.train.data.word_problems import word_problem
 
-PROMPT_TASKS = ("passkey", "multikey", "variables", "text")
+PROMPT_TASKS = ("passkey", "multikey", "variables", "text", "maths")
 
 _KEYS = (
     *("anchor", "basket", "candle", "desert", "engine", "forest", "garden", "hammer", "island"),
@@ -83,7 +85,7 @@ class PromptConfig:
     source: str = "stdlib"
     """The text: as --data.source of other tasks."""
     validation_fraction: float = 0.02
-    """Share of the text held out."""
+    """Share of the text held out; 1 for a text that nothing is trained on."""
     mixture: tuple[str, ...] = ("passkey", "text", "multikey", "text", "variables", "text")
     """The task of each row in turn."""
     keys: int = 4
@@ -107,9 +109,9 @@ class PromptConfig:
             raise ValueError(f"keys={self.keys} must lie from 1 to {len(_KEYS)}.")
         if self.shortest < 0 or self.shortest > self.length:
             raise ValueError(f"shortest={self.shortest} must lie from 0 to length={self.length}.")
-        if not 0 < self.validation_fraction < 1:
+        if not 0 < self.validation_fraction <= 1:
             raise ValueError(
-                f"validation_fraction={self.validation_fraction} must lie between 0 and 1."
+                f"validation_fraction={self.validation_fraction} must lie above 0, up to 1."
             )
 
 
@@ -131,6 +133,17 @@ def _text(source: str, fraction: float, split: Split, tokenizer: str) -> np.ndar
     texts = [piece.decode(errors="ignore") for piece in pieces]
     encoded = _tokenizer(tokenizer).encode_batch(texts, add_special_tokens=False)
     return np.concatenate([np.array(e.ids, np.int32) for e in encoded] or [np.zeros(0, np.int32)])
+
+
+def _long_text(config: PromptConfig, split: Split, length: int) -> np.ndarray:
+    """A split's text as tokens, enough of them for a row."""
+    text = _text(config.source, config.validation_fraction, split, config.tokenizer)
+    if text.size < length:
+        raise ValueError(
+            f"source={config.source!r} has {text.size} tokens in its {split} split, too few for "
+            f"length={length}: give more text, a shorter length or another validation_fraction."
+        )
+    return text
 
 
 class _Riddle(NamedTuple):
@@ -174,15 +187,45 @@ def _riddle(config: PromptConfig, task: str, tokenizer: Any, rng: np.random.Gene
         tokenizer, question, answer))  # fmt: skip
 
 
-def _hidden(riddle: _Riddle, task: str, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The text with the facts at random places, in order where one builds on another."""
+def _passage(
+    text: np.ndarray, size: int, answer: int, rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
+    """`size` tokens of a text from anywhere in it, one at least, and the `answer` that follow."""
+    size = max(size, 1)
+    start = rng.integers(max(1, text.size - size - answer + 1))
+    return text[start : start + size], text[start + size : start + size + answer].tolist()
+
+
+def _hidden(
+    config: PromptConfig, task: str, tokenizer: Any, text: np.ndarray, room: int, rng: Any
+) -> tuple[np.ndarray, list[int]]:
+    """A text with facts at random places and a question, `room` tokens in all; and its answer."""
+    riddle = _riddle(config, task, tokenizer, rng)
+    said = sum(map(len, riddle.facts)) + len(riddle.question)
+    text, _ = _passage(text, room - said, config.answer, rng)
     places = np.sort(rng.integers(0, len(text) + 1, len(riddle.facts)))
+    # In order where one fact builds on another.
     order = np.arange(len(places)) if task == "variables" else rng.permutation(len(places))
     parts, before = [], 0
     for place, i in zip(places, order):
         parts += [text[before:place], np.array(riddle.facts[i], np.int32)]
         before = place
-    return np.concatenate([*parts, text[before:]])
+    return np.concatenate([*parts, text[before:], riddle.question]), riddle.answer
+
+
+def _solved(tokenizer: Any, room: int, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+    """Solved word problems and another one, at most `room` tokens if they fit; and its answer."""
+    problem = word_problem(rng)
+    question, answer = _asked(tokenizer, problem.question, str(problem.answer))
+    solved: list[int] = []
+    while True:
+        shot = word_problem(rng)
+        if shot.question == problem.question:
+            continue
+        words = _encode(tokenizer, str(shot))
+        if solved and len(solved) + len(words) + len(question) > room:
+            return np.array(solved + question, np.int32), answer
+        solved += words
 
 
 def prompt_batch(
@@ -214,12 +257,9 @@ def prompt_batch(
     """
     length = config.length if length is None else length
     tokenizer = _tokenizer(config.tokenizer)
-    text = _text(config.source, config.validation_fraction, split, config.tokenizer)
-    if text.size < length:
-        raise ValueError(
-            f"source={config.source!r} has {text.size} tokens in its {split} split, too few for "
-            f"length={length}: give more text, a shorter length or another validation_fraction."
-        )
+    text = np.zeros(0, np.int32)
+    if set(config.mixture) != {"maths"}:
+        text = _long_text(config, split, length)
     first = tokenizer.encode("", add_special_tokens=True).ids  # what every text begins with
     rng = generator(split, seed, step)
     tokens = np.zeros((batch_size, length), np.int32)
@@ -231,22 +271,19 @@ def prompt_batch(
         size = length
         if config.shortest:
             size = int(np.exp(rng.uniform(np.log(config.shortest), np.log(length))))
-        riddle = _Riddle([], [], [])
-        if task != "text":
-            riddle = _riddle(config, task, tokenizer, rng)
-        said = sum(map(len, riddle.facts)) + len(riddle.question) + len(first)
-        room = size - said - config.answer
-        if room < 1 or len(riddle.answer) > config.answer:
+        room = size - config.answer - len(first)
+        if task == "maths":
+            prompt, answer = _solved(tokenizer, room, rng)
+        elif task == "text":
+            prompt, answer = _passage(text, room, config.answer, rng)
+        else:
+            prompt, answer = _hidden(config, task, tokenizer, text, room, rng)
+        if prompt.size > room or len(answer) > config.answer:
             raise ValueError(
                 f"length={size} and answer={config.answer} are too short for {task}, whose words "
-                f"take {said} and {len(riddle.answer)} tokens."
+                f"take {prompt.size + len(first)} and {len(answer)} tokens."
             )
-        start = rng.integers(text.size - room - config.answer + 1)
-        answer = riddle.answer
-        if task == "text":
-            answer = text[start + room : start + room + config.answer].tolist()
-        hidden = _hidden(riddle, task, text[start : start + room], rng)
-        whole = np.concatenate([first, hidden, riddle.question, answer]).astype(np.int32)
+        whole = np.concatenate([first, prompt, answer]).astype(np.int32)
         tokens[row, : whole.size] = whole
         lengths[row], tasks[row] = whole.size - len(answer), PROMPT_TASKS.index(task)
         targets[row, : len(answer)] = answer

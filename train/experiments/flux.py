@@ -2,10 +2,16 @@
 
 Command: `routing-jax reproduce flux --base MODEL --text FOLDER`; `--list` names the runs, `--only
 REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
-`--elsewhere OTHER` and `--lengths 1024` measure the same routers on other prompts.
+`--elsewhere OTHER`, `--lengths 1024`, `--maths` and `--finetuned OTHER_MODEL` measure the same
+routers, and the same static ranking, on other prompts or in another model. A text of another
+language: the Debian packages debian-reference-fr, -de, -it and -pt have a megabyte each, as
+debian-reference.fr.txt.gz and so on.
 Hardware and time: one H100; SmolLM2-135M at 8192 tokens an estimated hour in all.
-Expect: not measured yet. A router that does not beat `static` at equal sparsity, where the same
-layers are sparse for every prompt, has learned nothing.
+Expect: in mode triangle routers answer as dense attention does with nine layers in ten sparse, and
+the text's perplexity rises by half a per cent. A router that does not beat `static` at equal
+sparsity, where the same layers are sparse for every prompt, has learned nothing: `static` ranks
+them on plain text, `static+tasks` on all tasks, and `static+routed` has those that trained routers
+attend fully most often, which shows what deciding anew for every prompt adds.
 """
 
 import dataclasses
@@ -13,7 +19,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,7 +36,7 @@ from routing_jax.evals.prompt_quality import (
 from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.report import FLUX as EXPERIMENT
 from routing_jax.evals.report import plot_routers
-from routing_jax.evals.results import Result
+from routing_jax.evals.results import Result, read_result
 from routing_jax.models import init_routers, merge_routers
 from routing_jax.routers import Answers, Retrieval, SparseMode
 from routing_jax.routers.block_config import BlockImplementation
@@ -48,6 +54,7 @@ from routing_jax.train.presets import get_preset
 from routing_jax.train.run import starting_parameters
 
 PERCENT = (50, 60, 75, 80, 90)
+_TASKS_PERCENT = (75, 90)
 _SEEDS = (0, 1, 2)
 _CALIBRATION = 24  # prompts of plain text that rank the layers
 
@@ -59,8 +66,11 @@ class FluxArgs(ReproduceArgs):
     Attributes:
       base: the published model, a folder of safetensors or a GGUF file.
       text: the haystack and the plain text, as --data.source takes it.
-      elsewhere: other texts on which routers trained on `text` are measured as they are.
+      elsewhere: other texts on which routers trained on `text` are measured as they are; nothing is
+        trained on them, so they may be short.
       lengths: other lengths at which they are.
+      maths: measure them on word problems too.
+      finetuned: other models in which they are measured, `base` with other weights.
       length: tokens a prompt, answer included.
       trials: held-out prompts of each task.
       batch: prompts a step, in training and evaluation.
@@ -76,6 +86,8 @@ class FluxArgs(ReproduceArgs):
     elsewhere: tuple[str, ...] = ()
     length: int = 8192
     lengths: tuple[int, ...] = ()
+    maths: bool = False
+    finetuned: tuple[str, ...] = ()
     trials: int = 1000
     batch: int = 12
     steps: int = 300
@@ -125,13 +137,45 @@ def task_name(args: FluxArgs) -> str:
     return f"{'-'.join(names)}-{attention}-{args.length}"
 
 
+_SHAPE = ("layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+
+
+def _finetuned(args: FluxArgs, model: str) -> TrainConfig:
+    """The plan in a model that shall be the base with other weights."""
+    ours, theirs = (planned_config(dataclasses.replace(args, base=m)) for m in (args.base, model))
+    for name in _SHAPE:
+        found, wanted = (getattr(config.model, name) for config in (theirs, ours))
+        if found != wanted:
+            raise ValueError(
+                f"finetuned names {model}, whose {name} is {found!r}; it must be {args.base} with "
+                f"other weights, of {name} {wanted!r}."
+            )
+    return theirs
+
+
+def _elsewhere(args: FluxArgs) -> Iterator[tuple[str, TrainConfig]]:
+    """The tasks on which routers are measured that were trained at home."""
+    for text in args.elsewhere:
+        there = dataclasses.replace(args, text=text)
+        yield task_name(there), planned_config(there).replace(data__validation_fraction=1.0)
+    for length in args.lengths:
+        there = dataclasses.replace(args, length=length)
+        yield task_name(there), planned_config(there)
+    if args.maths:
+        home = planned_config(args)
+        yield f"{task_name(args)}-maths", home.replace(data__mixture=("maths",))
+    for model in args.finetuned:
+        name = re.sub(r"[^a-z0-9]+", "-", epath.Path(model).name.lower()).strip("-")
+        yield f"{task_name(args)}-finetuned-{name}", _finetuned(args, model)
+
+
 def runs(args: FluxArgs) -> Iterator[Run]:
     """All runs of the experiment, in the order in which they are made: controls, then routers.
 
-    Elsewhere, routers are those that were trained at home.
+    Elsewhere, routers and the static ranking are those of home.
 
     Raises:
-      ValueError: as `with_base`.
+      ValueError: as `with_base`, or a finetuned model of another shape.
     """
     task = task_name(args)
     base, curriculum = (planned_config(args, p) for p in ("flux", "flux-curriculum"))
@@ -139,94 +183,122 @@ def runs(args: FluxArgs) -> Iterator[Run]:
     for percent in PERCENT:
         yield Run(task, f"static-{percent}", 0, base)
         yield Run(task, f"random-{percent}", 0, base)
+    yield from (Run(task, f"static+tasks-{percent}", 0, base) for percent in _TASKS_PERCENT)
     routed = [Run(task, "routed", seed, base.replace(seed=seed)) for seed in _SEEDS]
     yield from routed
+    for home in routed:
+        yield Run(task, "static+routed", home.seed, _after(args, home, home.config))
     for seed in _SEEDS:
         yield Run(task, "routed+curriculum", seed, curriculum.replace(seed=seed))
 
-    places = [(text, args.length) for text in args.elsewhere]
-    for text, length in [*places, *((args.text, length) for length in args.lengths)]:
-        there = dataclasses.replace(args, text=text, length=length)
-        task, config = task_name(there), planned_config(there)
+    for task, config in _elsewhere(args):
         yield from (Run(task, v, 0, config) for v in ("dense", "sparse", "static-75", "random-75"))
         for home in routed:
-            folder = epath.Path(args.scratch) / EXPERIMENT / home.name
-            trained = config.replace(seed=home.seed, start_from=str(folder))
-            yield Run(task, "routed", home.seed, trained)
+            yield Run(task, "routed", home.seed, _after(args, home, config))
+
+
+def _after(args: FluxArgs, home: Run, config: TrainConfig) -> TrainConfig:
+    """The config of a run that takes its routers from one at home."""
+    folder = epath.Path(args.scratch) / EXPERIMENT / home.name
+    return config.replace(seed=home.seed, start_from=str(folder))
+
+
+class _Scored(NamedTuple):
+    """What the runs of one config share: its scorer, and routers that decide nothing."""
+
+    score: Callable[..., Any]
+    routers: Any
+    frozen: Any
 
 
 @functools.lru_cache(maxsize=1)
-def _scored(config: TrainConfig) -> tuple[Callable[..., Any], Any, Callable[[], np.ndarray]]:
-    """What controls share: the scorer, routers that decide nothing, and the layers' sensitivity."""
+def _scored(config: TrainConfig) -> _Scored:
     mesh = train_mesh(config)
     frozen = load_base(config, mesh)
     routers = init_routers(config.model, jax.random.key(0))
-
-    @functools.cache
-    def costs() -> np.ndarray:
-        rows = held_out_prompts(config, "text", _CALIBRATION, "train")
-        with jax.set_mesh(mesh):
-            placed = [put_batch(batch, mesh) for batch in rows]
-            params = merge_routers(frozen, routers)
-            return sensitivities(
-                prompt_scorer(config.model), params, placed, len(config.model.mixers)
-            )
-
-    return score_tasks(config, frozen, mesh), routers, costs
+    return _Scored(score_tasks(config, frozen, mesh), routers, frozen)
 
 
-def control(experiment: str, one: Run, workdir: epath.Path) -> Result:
+@functools.lru_cache(maxsize=2)
+def _costs(home: TrainConfig, tasks: tuple[str, ...]) -> np.ndarray:
+    """[L], what each layer's sparsity costs on prompts of these tasks, of the training split."""
+    found, mesh = _scored(home), train_mesh(home)
+    rows = [row for task in tasks for row in held_out_prompts(home, task, _CALIBRATION, "train")]
+    with jax.set_mesh(mesh):
+        placed = [put_batch(batch, mesh) for batch in rows]
+        params = merge_routers(found.frozen, found.routers)
+        return sensitivities(prompt_scorer(home.model), params, placed, len(home.model.mixers))
+
+
+def control(experiment: str, one: Run, home: TrainConfig) -> Result:
     """The result of a control, in which the prompt has no say; nothing is trained.
 
     Args:
       experiment: the folder of the results.
-      one: 'dense', 'sparse', 'static-N' or 'random-N', N per cent of the layers being sparse.
-      workdir: not used; a control keeps nothing.
+      one: 'dense', 'sparse', 'static-N', 'static+tasks-N' or 'random-N', N per cent of the layers
+        being sparse.
+      home: where layers are ranked for 'static'.
     """
-    score, routers, costs = _scored(one.config)
     layers = len(one.config.model.mixers)
     kind, _, percent = one.variant.partition("-")
     sparse = {"dense": 0, "sparse": layers}.get(kind, round(layers * int(percent or 0) / 100))
     choose: Chooser = fixed_layers(np.full(layers, kind == "dense"))
     found: dict[str, Any] = {}
-    if kind == "static":
-        choose = fixed_layers(ranked_layers(costs(), sparse))
-        found = {"sensitivity": costs().astype(float).tolist()}
+    if kind.startswith("static"):
+        every = tuple(dict.fromkeys(home.data.mixture))  # type: ignore[union-attr]
+        costs = _costs(home, ("text",) if kind == "static" else every)
+        choose = fixed_layers(ranked_layers(costs, sparse))
+        found = {"sensitivity": costs.astype(float).tolist()}
     elif kind == "random":
         choose = random_layers(layers, sparse, one.seed)
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
+    score, routers, _ = _scored(one.config)
     result = routing_result(one.config, score(routers, choose), labels)
     return dataclasses.replace(result, details=(result.details or {}) | found)
 
 
-def transferred(experiment: str, one: Run, workdir: epath.Path) -> Result:
-    """The result of routers that were trained elsewhere.
+def transferred(experiment: str, one: Run) -> Result:
+    """The result of routers that were trained in another run, or of the layers they favour.
 
     Args:
       experiment: the folder of the results.
-      one: its `start_from` names the run of the training.
-      workdir: not used; nothing is trained.
+      one: its `start_from` names the run of the training; variant 'static+routed' fixes the layers
+        that were attended fully most often there, as many as on average.
 
     Raises:
       ValueError: that run is not there, or its routers are not for this model.
     """
-    routers = starting_parameters(one.config)
-    score, _, _ = _scored(one.config.replace(seed=0, start_from=""))
+    routers, choose = starting_parameters(one.config), None
+    if one.variant == "static+routed":
+        use = np.array(
+            read_result(epath.Path(one.config.start_from) / "result.json").usage_per_layer
+        )
+        choose = fixed_layers(ranked_layers(use, len(use) - round(use.sum())))
+    score = _scored(one.config.replace(seed=0, start_from="")).score
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
-    return routing_result(one.config, score(routers, None), labels)
+    return routing_result(one.config, score(routers, choose), labels)
 
 
-def make(experiment: str, one: Run, workdir: epath.Path) -> Result:
-    """The result of a run: at home routers are trained, controls never are."""
+def make(experiment: str, one: Run, workdir: epath.Path, *, home: TrainConfig) -> Result:
+    """The result of a run: at home routers are trained, controls never are.
+
+    Args:
+      experiment: the folder of the results.
+      one: the run.
+      workdir: where routers are trained.
+      home: where all of them are.
+    """
     if one.config.start_from:
-        return transferred(experiment, one, workdir)
-    chosen = train_run if one.variant.startswith("routed") else control
-    return chosen(experiment, one, workdir)
+        return transferred(experiment, one)
+    if one.variant.startswith("routed"):
+        return train_run(experiment, one, workdir)
+    return control(experiment, one, home)
 
 
 def reproduce(args: FluxArgs) -> int:
     """Makes every missing run that `only` names, then renders; returns the exit code."""
-    results = make_missing(EXPERIMENT, args, runs(args), make=make)
+    made = functools.partial(make, home=planned_config(args))
+    results = make_missing(EXPERIMENT, args, runs(args), make=made)
     if results:
         folder = epath.Path(args.out) / EXPERIMENT
         (folder / "table.md").write_text(flux_table(results) + "\n")

@@ -32,6 +32,7 @@ def test_identical_pieces_never_straddle_the_split():
         assert split.train
         held = sum(map(len, split.validation))
         assert fraction * 40_000 <= held <= fraction * 40_000 + 2_500 or fraction == 0.99
+    assert split_pieces(pieces, 1.0) == ([], pieces)
 
 
 def test_the_split_does_not_depend_on_order_or_file_names(tmp_path):

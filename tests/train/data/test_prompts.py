@@ -27,7 +27,7 @@ def config(tmp_path_factory):
     )
 
 
-def make(config, split="train", seed=0, step=0, size=8):
+def make(config, split="train", seed=0, step=0, size=10):
     return prompt_batch(config, split=split, seed=seed, step=step, batch_size=size)
 
 
@@ -57,14 +57,49 @@ def test_each_answer_is_what_its_prompt_says(config):
             name = re.search(r"What number is (\w+)\?", prompt).group(1)
             assert said[said[name]] == answer
             assert prompt.index(f"{said[name]} = ") < prompt.index(f"{name} = ")
+        elif task == "maths":
+            problems = prompt.split("Question: ")[1:]
+            assert len(problems) > 2
+            assert problems[-1].endswith("?\nAnswer: ")
+            assert all(re.search(r"\?\nAnswer: \d+\n\n$", solved) for solved in problems[:-1])
+            assert len({solved.split("Answer")[0] for solved in problems}) == len(problems)
+            assert answer.isdigit()
         else:
             assert len(answer) == config.answer
-        assert "line" in prompt
+        assert ("line" in prompt) == (task != "maths")
+
+
+def test_maths_alone_reads_no_text_and_fills_its_prompts(config):
+    maths = PromptConfig(**(vars(config) | {"mixture": ("maths",), "source": "nowhere"}))
+    batch = make(maths, size=6)
+    answers = (batch.weights > 0).sum(axis=1)
+    assert (batch.lengths + config.answer <= config.length).all()
+    # What is left is less than one more problem.
+    assert (batch.lengths + config.answer > config.length - 260).all()
+    assert 1 <= answers.min() <= answers.max() <= 4
+    other = make(maths, split="validation", size=6)
+    assert not set(texts(maths, batch)[1]) & set(texts(maths, other)[1])
+
+
+def test_a_text_that_is_measured_alone_is_held_out_whole(config, tmp_path):
+    lines = [f"ligne {i} : « à l’été, {i * i % 97} œufs »\n" for i in range(900)]
+    path = tmp_path / "texte.txt"  # so short that it would not be split at all
+    path.write_text("".join(lines), encoding="utf-8")
+    french = {"source": str(path), "validation_fraction": 1.0, "mixture": ("text",)}
+    whole = PromptConfig(**(vars(config) | french))
+    batch = make(whole, "validation", size=40)
+    decode = Tokenizer.from_file(f"{config.tokenizer}/tokenizer.json").decode
+    for row in batch.tokens.tolist():
+        # Bytes are tokens here, so a row may begin or end within a letter.
+        assert decode(row).strip("\N{REPLACEMENT CHARACTER}") in path.read_text(encoding="utf-8")
+    assert len(np.unique(batch.tokens, axis=0)) > 35
+    with pytest.raises(ValueError, match="has 0 tokens in its train split, too few"):
+        make(whole, "train")
 
 
 def test_what_is_scored_stands_after_the_prompt(config):
     batch = make(config)
-    rows = np.arange(8)[:, None]
+    rows = np.arange(10)[:, None]
     # A place predicts the token behind it; the first one is the prompt's last.
     assert (batch.places[:, 0] == batch.lengths - 1).all()
     behind = batch.tokens[rows, np.minimum(batch.places + 1, config.length - 1)]
@@ -112,6 +147,8 @@ def test_lengths_are_drawn_down_to_the_shortest(config):
     ("changes", "said"),
     [
         ({"mixture": ("passkeys",)}, r"mixture=\('passkeys',\) must name tasks out of passkey, "),
+        ({"validation_fraction": 1.5}, "validation_fraction=1.5 must lie above 0, up to 1."),
+        ({"mixture": ("maths",), "length": 150}, "answer=16 are too short for maths, whose words"),
         ({"keys": 99}, "keys=99 must lie from 1 to 24."),
         ({"shortest": 600}, "shortest=600 must lie from 0 to length=512."),
         ({"tokenizer": ""}, "tokenizer='' must be a model's folder or GGUF file."),

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from routing_jax.evals.results import load_results
@@ -35,6 +36,7 @@ def test_every_router_has_its_controls_on_the_same_prompts(args):
     variants = {run.variant for run in plan}
     assert {f"{kind}-{p}" for kind in ("static", "random") for p in PERCENT} <= variants
     assert {"dense", "sparse", "routed", "routed+curriculum"} <= variants
+    assert {"static+tasks-75", "static+routed"} <= variants
     for run in plan:
         assert run.config.data == plan[0].config.data
         assert run.config.curriculum.max_steps == 2
@@ -57,7 +59,7 @@ def test_elsewhere_routers_are_those_that_were_trained_at_home(args):
     asked = dataclasses.replace(args, elsewhere=("stdlib",), lengths=(400,))
     plan = list(runs(asked))
     names = [run.name for run in plan]
-    moved = [run for run in plan if run.config.start_from]
+    moved = [run for run in plan if run.config.start_from and run.variant == "routed"]
     assert {run.task for run in moved} == {"tiny-stdlib-streaming-512", "tiny-text-streaming-400"}
     for run in moved:
         home = Path(run.config.start_from).name
@@ -66,9 +68,58 @@ def test_elsewhere_routers_are_those_that_were_trained_at_home(args):
         assert {f"{run.task}_{v}_s0" for v in ("dense", "static-75")} <= set(names)
 
 
+def test_in_other_places_nothing_but_the_place_is_another(args, tmp_path):
+    other = write_model(tmp_path / "Tiny.Tuned_2", seed=1)
+    asked = dataclasses.replace(args, elsewhere=("stdlib",), maths=True, finetuned=(str(other),))
+    home = flux.planned_config(args)
+    places = {run.task: run.config for run in runs(asked) if run.variant == "dense"}
+    home_task, text, maths, tuned = places
+    assert home_task == "tiny-text-streaming-512"
+    assert places[home_task] == home
+    # A text that nothing is trained on is held out whole.
+    elsewhere = home.replace(data__source="stdlib", data__validation_fraction=1.0)
+    assert (text, places[text]) == ("tiny-stdlib-streaming-512", elsewhere)
+    assert (maths, places[maths]) == (f"{home_task}-maths", home.replace(data__mixture=("maths",)))
+    assert tuned == f"{home_task}-finetuned-tiny-tuned-2"
+    assert places[tuned] == home.replace(base=str(other), data__tokenizer=str(other))
+    wider = write_model(tmp_path / "wider", hidden_size=48)
+    with pytest.raises(ValueError, match=r"finetuned names .*wider, whose width is 48; it must be"):
+        list(runs(dataclasses.replace(args, finetuned=(str(wider),))))
+
+
+@pytest.mark.slow
+def test_routers_and_ranking_of_home_are_measured_on_maths_and_in_another_model(args, tmp_path):
+    other = str(write_model(tmp_path / "other", seed=1))
+    asked = dataclasses.replace(
+        args,
+        out=str(tmp_path),
+        only="512_routed_s0|(maths|other)_(dense|static-75|routed_s0)|stdlib.*_dense",
+        elsewhere=("stdlib",),
+        maths=True,
+        finetuned=(other,),
+    )
+    assert flux.reproduce(dataclasses.replace(asked, only="512_dense|512_routed_s0")) == 0
+    assert flux.reproduce(asked) == 0
+    made = {(r.task.removeprefix("tiny-text-streaming-512"), r.variant): r
+            for r in load_results(asked.out, "flux")}  # fmt: skip
+    details = {place: result.details for place, result in made.items()}
+    for variant in ("dense", "static-75", "routed"):
+        (told,) = details["-maths", variant]["tasks"].values()
+        assert len(told["nll"]) == 2
+    assert set(details["-finetuned-other", "dense"]["tasks"]) == set(details["", "dense"]["tasks"])
+    sensitivity = details["-maths", "static-75"]["sensitivity"]
+    assert details["-finetuned-other", "static-75"]["sensitivity"] == sensitivity
+    # Another model answers otherwise; its routers are those of home.
+    places = ("", "-finetuned-other")
+    here, there = (details[place, "dense"]["tasks"]["text"]["nll"] for place in places)
+    assert here != there
+    assert made["-finetuned-other", "routed"].config["start_from"].endswith("512_routed_s0")
+    assert "maths, nats" in (tmp_path / "flux" / "table.md").read_text()
+
+
 @pytest.mark.slow
 def test_reproducing_scores_controls_and_routers_and_renders(args):
-    only = "512_dense|static-50|random-50|routed_s0|curriculum_s0|400_dense"
+    only = "512_dense|static-50|tasks-75|random-50|routed_s0|curriculum_s0|400_dense"
     asked = dataclasses.replace(args, only=only, lengths=(400,))
     assert flux.reproduce(asked) == 0
     made = load_results(args.out, "flux")
@@ -76,11 +127,18 @@ def test_reproducing_scores_controls_and_routers_and_renders(args):
     there = {r.variant: r for r in made if r.task.endswith("400")}
     assert list(there) == ["dense", "routed"]
     assert there["routed"].steps == 0
-    assert list(results) == ["dense", "random-50", "routed+curriculum", "routed", "static-50"]
+    static = ["static+routed", "static+tasks-75", "static-50"]
+    assert list(results) == ["dense", "random-50", "routed+curriculum", "routed", *static]
     assert results["dense"].usage == 1
     assert results["static-50"].usage == results["random-50"].usage == 0.5
-    assert len(results["static-50"].details["sensitivity"]) == 2
+    assert all(len(results[v].details["sensitivity"]) == 2 for v in static[1:])
     assert results["routed"].steps == 2
+    # Whatever the prompt: the layers that routers favoured, as many as they had.
+    favoured = np.array(results["static+routed"].usage_per_layer)
+    assert set(favoured) <= {0.0, 1.0}
+    use = np.array(results["routed"].usage_per_layer)
+    assert favoured.sum() == round(use.sum())
+    assert use[favoured == 1].sum() == np.sort(use)[::-1][: round(use.sum())].sum()
     assert all(r.sequences == 8 for r in results.values())
     folder = Path(args.out) / "flux"
     assert "static-50" in (folder / "table.md").read_text()
