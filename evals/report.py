@@ -10,6 +10,7 @@ from etils import epath
 from routing_jax.evals.benchmarks import (
     attention_plot,
     attention_report,
+    block_routing_report,
     serve_path_report,
     tpu_schedule_plot,
     tpu_schedule_report,
@@ -31,6 +32,7 @@ BLOCK_ROUTING = "block-routing"
 FLUX = "flux"
 MIXING = "mixing"
 ATTENTION = "attention"
+BLOCK_ROUTING_SPEED = "block-routing-speed"
 TPU_SCHEDULE = "tpu-schedule"
 SERVE_PATH = "serve-path"
 
@@ -66,6 +68,7 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         (MIXING, mixing_table, benchmark_caption),
         (MOAS_TIMES, times_table, times_caption),
         (ATTENTION, attention_report.table, attention_report.caption),
+        (BLOCK_ROUTING_SPEED, block_routing_report.table, block_routing_report.caption),
         (TPU_SCHEDULE, tpu_schedule_report.table, tpu_schedule_report.caption),
         (SERVE_PATH, serve_path_report.table, serve_path_report.caption),
     ):
@@ -95,7 +98,11 @@ def plot_results(folder: epath.PathLike) -> None:
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
         if shown:
             plot_speed(shown, path.with_suffix(".png"))
-    for name, drawn in ((ATTENTION, attention_plot), (TPU_SCHEDULE, tpu_schedule_plot)):
+    for name, drawn in (
+        (ATTENTION, attention_plot),
+        (BLOCK_ROUTING_SPEED, block_routing_report),
+        (TPU_SCHEDULE, tpu_schedule_plot),
+    ):
         for path in sorted((folder / name).glob("*.json")):
             drawn.plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
 
