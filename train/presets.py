@@ -279,7 +279,7 @@ def block_language_model() -> TrainConfig:
 
     Command: `routing-jax train block-lm --workdir runs/block-lm --data.source FOLDER` (long
     documents; the default is Python's own library, which is small for this model).
-    Hardware and time: one H100, an estimated 10 to 30 minutes.
+    Hardware and time: one H100, an estimated 2 minutes: 1,200 steps, 79 MB read.
     Expect: not measured yet; at most 1 % more bits per byte than attention everywhere at a quarter
     of its cost is the target.
     """
@@ -291,9 +291,9 @@ def block_language_model() -> TrainConfig:
         curriculum=CurriculumConfig(
             peak=0.0,
             explore=0.01,
-            learn_steps=560,
+            learn_steps=300,
             ramp_steps=0,
-            hold_steps=2500,
+            hold_steps=900,
             threshold=1.0,
         ),
     )

@@ -1,6 +1,5 @@
 """What all experiments share: runs by name, made once, in pieces if need be."""
 
-import dataclasses
 import functools
 import re
 import time
@@ -62,8 +61,14 @@ class Run(NamedTuple):
         return f"{self.task}_{self.variant}_s{self.seed}"
 
 
-def train_run(experiment: str, one: Run, workdir: epath.Path) -> Result:
+def train_run(experiment: str, one: Run, workdir: epath.Path, *, timed: bool = True) -> Result:
     """Trains a run, or what an interruption left of it, and evaluates it.
+
+    Args:
+      experiment: the folder of its result.
+      one: the run.
+      workdir: its folder.
+      timed: whether its mixing is timed.
 
     Raises:
       ValueError: the workdir holds an unfinished run with another configuration.
@@ -74,7 +79,7 @@ def train_run(experiment: str, one: Run, workdir: epath.Path) -> Result:
             "another --scratch."
         )
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
-    return run(one.config, workdir, resume=True, labels=labels)
+    return run(one.config, workdir, resume=True, labels=labels, timed=timed)
 
 
 def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
@@ -108,7 +113,7 @@ def make_missing(
     args: ReproduceArgs,
     planned: Iterable[Run],
     finish: Callable[[Run, Result, epath.Path], Result] = _as_it_is,
-    make: Callable[[str, Run, epath.Path], Result] = train_run,
+    make: Callable[[str, Run, epath.Path], Result] | None = None,
 ) -> list[Result]:
     """Makes every missing run that `only` names.
 
@@ -118,7 +123,8 @@ def make_missing(
       planned: all runs of the experiment.
       finish: (run, its result, its workdir) -> the result to write, with what only this experiment
         measures; can be pickled.
-      make: (experiment, run, its workdir) -> its result; can be pickled.
+      make: (experiment, run, its workdir) -> its result, without `mixing_ms` where runs share a
+        device; can be pickled. `train_run` when None.
 
     Returns:
       All results there are, to be rendered; none when the runs were only to be listed.
@@ -136,7 +142,8 @@ def make_missing(
     missing = [r for r, path in zip(wanted, paths) if not path.exists()]
     folder = epath.Path(args.scratch) / experiment
     alone = args.jobs == 1
-    one = functools.partial(_make_one, experiment, args.out, folder, make, finish, alone)
+    make = make or functools.partial(train_run, timed=alone)
+    one = functools.partial(_make_one, experiment, args.out, folder, make, finish)
     (_make_in_turn if alone else _make_side_by_side)(missing, one, args, folder)
     return load_results(args.out, experiment)
 
@@ -147,15 +154,12 @@ def _make_one(
     folder: epath.Path,
     make: Callable[[str, Run, epath.Path], Result],
     finish: Callable[[Run, Result, epath.Path], Result],
-    alone: bool,
     r: Run,
 ) -> None:
     """Makes a run, or the rest of it, and writes its result."""
     print(f"== {r.name}", flush=True)
     workdir = folder / r.name
     result = finish(r, make(experiment, r, workdir), workdir)
-    if not alone:  # milliseconds of a device that others keep busy say nothing
-        result = dataclasses.replace(result, mixing_ms=None)
     write_result(result, result_path(out, experiment, r.task, r.variant, r.seed))
     print(
         f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "
