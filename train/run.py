@@ -35,6 +35,7 @@ from routing_jax.train.metrics import read_metrics
 from routing_jax.train.step import init_state
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # those that a result depends on
+_ROUTER = "['router']"  # in the path of its parameters
 _EVAL_SEED_OFFSET = 1_000_003  # evaluation data of no training seed
 
 
@@ -180,7 +181,7 @@ def load_run(
 def starting_parameters(config: TrainConfig) -> Any:
     """The parameters of the run that `start_from` names, on this run's mesh.
 
-    Routers that the other run lacks, or has in other sizes, are drawn from this run's seed.
+    A router that the other run lacks, or has in other sizes, is drawn whole from this run's seed.
 
     Raises:
       ValueError: there is no such run, or what is no router differs from this model's.
@@ -197,21 +198,22 @@ def starting_parameters(config: TrainConfig) -> Any:
         for tree in (params, like)
     )
     sizes = [{name: leaf.shape for name, leaf in tree.items()} for tree in (found, wanted)]
-    differ = {name for name, _ in sizes[0].items() ^ sizes[1].items()}
-    if any("['router']" not in name for name in differ):
+    differ = {name.partition(_ROUTER) for name, _ in sizes[0].items() ^ sizes[1].items()}
+    if not all(router for _, router, _ in differ):
         raise ValueError(
             f"start_from is {config.start_from!r}, whose model has other parameters; it must be a "
             "run of a model with the same layers and sizes, its routers aside."
         )
     if not differ:
         return params
+    others = tuple(layer + router for layer, router, _ in differ)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     with jax.set_mesh(mesh):
         drawn = jax.jit(lambda: init_state(config).params, out_shardings=shardings)()
 
     def first(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        return leaf if name in differ else found[name]
+        return leaf if name.startswith(others) else found[name]
 
     return jax.tree.map_with_path(first, drawn)
 

@@ -274,8 +274,8 @@ class BlockRouter(nn.Module):
         if cfg.kind == "random":
             query, key = jax.lax.stop_gradient((query, key))
         return (
-            jnp.einsum("BMD,DKR->BMKR", x, query),
-            jnp.einsum("BJD,DKR->BJKR", blocks.means, key),
+            jnp.einsum("BMD,DKR->BMKR", x, query, precision="highest"),
+            jnp.einsum("BJD,DKR->BJKR", blocks.means, key, precision="highest"),
         )
 
     def _select(self, tiles, allowed, scores, wanted, bias, aux) -> BlockRouting:

@@ -85,13 +85,30 @@ def with_router(config: TrainConfig, **changes: Any) -> TrainConfig:
     return config.replace(model__blocks=dataclasses.replace(config.model.blocks, **changes))
 
 
+def blocks_listed(config: TrainConfig, percent: int) -> int:
+    """How many blocks a row lists for a sequence to cost that percentage; short rows are dense.
+
+    A share of what each row sees would cost the same, and leave early rows nothing to choose: a
+    query that comes soon after what it asks for could then be answered by no router.
+
+    >>> [blocks_listed(get_preset("block-lm"), percent) for percent in (5, 12, 25, 50)]
+    [3, 8, 17, 37]
+    """
+    blocks = config.model.blocks
+    seen = np.arange(1, -(-config.data.length // blocks.block_kv) + 1)
+    counts = range(blocks.forced, len(seen) + 1)
+    costs = [np.minimum(count, seen).sum() / seen.sum() for count in counts]
+    return counts[int(np.argmin(np.abs(np.array(costs) - percent / 100)))]
+
+
 def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
     """The run with a router at a budget: that percentage of attention's cost.
 
     'mass' adapts within twice the budget; for 'gates' λ rises until cost is down to it.
     """
     fraction = percent / 100
-    config = with_router(config, **ROUTERS[router], fraction=fraction)
+    listed = blocks_listed(config, percent)
+    config = with_router(config, **{"budget": "blocks", "blocks": listed} | ROUTERS[router])
     if router == "mass":
         config = with_router(config, fraction=min(1.0, 2 * fraction))
     if router == "gates":
@@ -223,7 +240,7 @@ def runs(
 
 
 def output_errors(config: TrainConfig, params: Any, tokens: Any) -> list[Row]:
-    """Output error of routers in a distilled model, at budgets and lengths up to its own.
+    """Output error of routers in a distilled model, at several shares of the blocks and lengths.
 
     Args:
       config: a 'distil' run.
@@ -233,7 +250,7 @@ def output_errors(config: TrainConfig, params: Any, tokens: Any) -> list[Row]:
     blocks, length = config.model.blocks, config.data.length
     routers = {
         f"{name}-{percent}": dataclasses.replace(
-            blocks, distil=False, fraction=percent / 100, **ROUTERS[name]
+            blocks, distil=False, budget="fraction", fraction=percent / 100, **ROUTERS[name]
         )
         for name in ("indexer", "pooled", "random", "sink-window")
         for percent in (5, 12, 25)

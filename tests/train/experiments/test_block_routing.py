@@ -98,13 +98,16 @@ def test_budgets_and_controls_are_those_of_their_names(task):
         elif router == "mass":
             assert blocks.fraction == percent / 50
         else:
-            assert (blocks.budget, blocks.fraction) == ("fraction", percent / 100)
+            seen = np.arange(1, config.data.length // blocks.block_kv + 1)
+            cost = np.minimum(blocks.blocks, seen).sum() / seen.sum()
+            assert blocks.budget == "blocks"
+            assert cost == pytest.approx(percent / 100, abs=0.02)
     window = control(base, "window-1k").model.blocks
     assert window.blocks * window.block_kv == 1024
     assert "full" in control(base, "full").model.mixers
     assert set(control(base, "conv").model.mixers) == {"conv"}
     assert parameters(control(base, "conv")) == pytest.approx(parameters(base), rel=0.02)
-    assert parameters(control(base, "full")) == pytest.approx(parameters(base), rel=0.05)
+    assert parameters(control(base, "full")) == pytest.approx(parameters(base), rel=0.06)
 
 
 SMALL = DecoderConfig(
