@@ -8,10 +8,11 @@ steps; so are the routers named '+scratch'.
 
 Command: `routing-jax reproduce block-routing --text FOLDER --jobs 8`; `--list` names the runs,
 `--only REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones
-resumed. `--only 'block-lm_(base|full|window-1k)'` first: where attention everywhere does not beat
+resumed. `--only 'block-lm_(full|window-1k)'` first: where attention everywhere does not beat
 the same model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
 Hardware and time: an estimated 1 to 3 minutes a run on an H100, a third of it compilation, and 280
-runs in all; in their order they can be cut anywhere.
+runs in all; in their order they can be cut anywhere. What a run goes on from is made before it, and
+again where its folder is lost.
 Expect: not measured yet.
 """
 

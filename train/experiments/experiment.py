@@ -102,6 +102,21 @@ def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
     return wanted
 
 
+def _with_starts(missing: Sequence[Run], planned: Sequence[Run], folder: epath.Path) -> list[Run]:
+    """The missing runs and, before them, those they go on from that are not in the folder."""
+    plan = {r.name: r for r in planned}
+    made = {r.name: r for r in missing}
+    todo = list(missing)
+    while todo:
+        before = plan.get(epath.Path(todo.pop().config.start_from).name)
+        if before is None or before.name in made:
+            continue
+        if not (folder / before.name / "result.json").exists():
+            made[before.name] = before
+            todo.append(before)
+    return [r for name, r in plan.items() if name in made]
+
+
 def _as_it_is(run: Run, result: Result, workdir: epath.Path) -> Result:
     """The result with nothing added."""
     del run, workdir
@@ -115,7 +130,9 @@ def make_missing(
     finish: Callable[[Run, Result, epath.Path], Result] = _as_it_is,
     make: Callable[[str, Run, epath.Path], Result] | None = None,
 ) -> list[Result]:
-    """Makes every missing run that `only` names.
+    """Makes every missing run that `only` names, and first what it goes on from.
+
+    A run that others go on from is made again where its folder is lost; its result stays.
 
     Args:
       experiment: the folder of the results.
@@ -133,14 +150,15 @@ def make_missing(
       ValueError: as `wanted_runs` and `train_run`.
       RuntimeError: with several jobs, some of them failed; they and their logs are named.
     """
+    planned = list(planned)
     wanted = wanted_runs(args, planned)
     paths = [result_path(args.out, experiment, r.task, r.variant, r.seed) for r in wanted]
     if args.list:
         for r, path in zip(wanted, paths):
             print(f"{r.name:<44} {'done' if path.exists() else ''}")
         return []
-    missing = [r for r, path in zip(wanted, paths) if not path.exists()]
     folder = epath.Path(args.scratch) / experiment
+    missing = _with_starts([r for r, p in zip(wanted, paths) if not p.exists()], planned, folder)
     alone = args.jobs == 1
     make = make or functools.partial(train_run, timed=alone)
     one = functools.partial(_make_one, experiment, args.out, folder, make, finish)
@@ -160,7 +178,9 @@ def _make_one(
     print(f"== {r.name}", flush=True)
     workdir = folder / r.name
     result = finish(r, make(experiment, r, workdir), workdir)
-    write_result(result, result_path(out, experiment, r.task, r.variant, r.seed))
+    path = result_path(out, experiment, r.task, r.variant, r.seed)
+    if not path.exists():  # it was made again for what goes on from it
+        write_result(result, path)
     print(
         f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "
         f"{result.usage:.4%}, cost {result.cost:.4f}, kv cost {result.kv_cost:.4f}, "

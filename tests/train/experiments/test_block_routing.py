@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from routing_jax.evals.by_position import head_usage, loss_by_position, position_edges
 from routing_jax.evals.evaluate import evaluate
-from routing_jax.evals.results import load_results
+from routing_jax.evals.results import Result, load_results
 from routing_jax.models import DecoderConfig, count_params, init_params
 from routing_jax.routers import BlockRouterConfig
 from routing_jax.train.config import config_to_dict
@@ -25,13 +26,40 @@ from routing_jax.train.experiments.block_routing import (
     runs,
     variant_config,
 )
-from routing_jax.train.experiments.experiment import Run
+from routing_jax.train.experiments.experiment import Run, make_missing
 from routing_jax.train.presets import get_preset
 from routing_jax.train.step import init_state, make_train_step
 
 from ...small_model import make_params
 
 BASE = get_preset("block-mqar-2048")
+RESULT = Result(
+    experiment="block-routing",
+    task="block-lm",
+    variant="base",
+    seed=0,
+    accuracy=0.5,
+    accuracy_first_place=None,
+    loss=1.0,
+    bits_per_byte=1.0,
+    usage=1.0,
+    usage_per_layer=[1.0],
+    cost=1.0,
+    kv_cost=1.0,
+    least_usage=None,
+    sequences=1,
+    steps=1,
+    tokens=1,
+    parameters=1,
+    minutes=0.1,
+    mixing_ms=None,
+    device="a device",
+    versions={},
+    config={},
+    history=[],
+    heatmap=None,
+    heatmap_tokens=None,
+)
 
 
 def parameters(config):
@@ -203,6 +231,32 @@ def test_reproducing_trains_goes_on_and_renders(tmp_path, monkeypatch, compile_c
     assert "indexer-25" in said
     assert "at 25 %: best is" in said
     assert (folder / "tradeoff.png").exists()
+
+
+def test_what_a_wanted_run_goes_on_from_is_made_too_and_again_where_it_is_lost(tmp_path):
+    plan = [run for run in runs(scratch=str(tmp_path / "scratch")) if run.task == "block-lm"]
+    made = []
+
+    def make(experiment, run, workdir):
+        made.append(run.name)
+        workdir.mkdir(parents=True)
+        (workdir / "result.json").write_text("")
+        return dataclasses.replace(RESULT, task=run.task, variant=run.variant, seed=run.seed)
+
+    def ask(only):
+        made.clear()
+        args = BlockRoutingArgs(str(tmp_path / "out"), str(tmp_path / "scratch"), only=only)
+        make_missing("block-routing", args, plan, make=make)
+        return made
+
+    base, distil = "block-lm_base_s0", "block-lm_distil_s0"
+    assert ask("indexer-25_s0") == [base, distil, "block-lm_indexer-25_s0"]
+    assert ask("(base|pooled-12)_s0") == ["block-lm_pooled-12_s0"]
+    shutil.rmtree(tmp_path / "scratch")
+    before = (tmp_path / "out" / "block-routing" / f"{base}.json").read_bytes()
+    assert ask("(base|full)_s0") == [base, "block-lm_full_s0"]
+    assert (tmp_path / "out" / "block-routing" / f"{base}.json").read_bytes() == before
+    assert ask("(base|full)_s0") == []
 
 
 def test_an_unknown_router_is_named():
