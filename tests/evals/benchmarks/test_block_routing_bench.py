@@ -14,6 +14,7 @@ from routing_jax.evals.benchmarks import block_routing
 from routing_jax.evals.benchmarks.block_routing_cases import cases, counted, dense_model
 from routing_jax.evals.benchmarks.block_routing_config import BlockRoutingBenchConfig
 from routing_jax.evals.benchmarks.block_routing_report import plot, table
+from routing_jax.evals.report import BLOCK_ROUTING_SPEED, readme_blocks
 from routing_jax.models import Decoder, DecoderConfig
 from routing_jax.routers import BlockRouterConfig
 
@@ -130,7 +131,7 @@ def test_routing_by_tree_outgrows_routing_by_one_level_no_more():
 
 
 def test_rows_are_complete_and_render(tmp_path, capsys):
-    out = tmp_path / "made" / "speed.json"
+    out = tmp_path / BLOCK_ROUTING_SPEED / "box.json"
     returned = block_routing.main(dataclasses.replace(CONFIG, passes=("forward",)), out)
     rows = json.loads(out.read_text())["rows"]
     assert rows == json.loads(json.dumps(returned))["rows"]
@@ -141,6 +142,9 @@ def test_rows_are_complete_and_render(tmp_path, capsys):
         assert 0 < row["router_cost"] < row["cost"]
     assert table(rows) in capsys.readouterr().out
     assert out.with_suffix(".png").stat().st_size > 1000
+    text = readme_blocks(tmp_path)["block-routing-speed-box"]
+    assert text.startswith(table(rows))
+    assert "2 query and 1 key/value heads of 8, width 12; model: conv,block" in text
 
 
 def test_what_fails_or_comes_late_costs_only_its_rows(monkeypatch, tmp_path):
