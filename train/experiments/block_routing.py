@@ -93,7 +93,7 @@ def blocks_listed(config: TrainConfig, percent: int) -> int:
     query that comes soon after what it asks for could then be answered by no router.
 
     >>> [blocks_listed(get_preset("block-lm"), percent) for percent in (5, 12, 25, 50)]
-    [3, 8, 17, 37]
+    [3, 8, 17, 38]
     """
     blocks = config.model.blocks
     seen = np.arange(1, -(-config.data.length // blocks.block_kv) + 1)
@@ -175,8 +175,8 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
       variant: its name; 'learned+scratch-25' is 'learned-25' trained from the start.
       folder: from another variant's name to the folder of its run.
 
-    >>> variant_config(get_preset("block-lm"), "pooled-12", str).model.blocks.fraction
-    0.12
+    >>> variant_config(get_preset("block-lm"), "pooled-12", str).model.blocks.blocks
+    8
     """
     steps = tuning_steps(base)
     if variant == "base":
