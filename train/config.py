@@ -141,7 +141,7 @@ class TrainConfig:
         are trained, and the sizes in `model` are its own. Empty to train a whole model.
       budget: of layer routers.
       start_from: folder of a run of the same parameters, whose newest checkpoint's are the first
-        ones here; empty to draw them from the seed.
+        ones here, but for routers that it lacks; empty to draw all from the seed.
     """
 
     data: RecallConfig | TextConfig | CharacterConfig | NeedleConfig | PromptConfig = field(
