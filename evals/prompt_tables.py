@@ -24,14 +24,34 @@ def with_interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(_Z * values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def _trials(runs: Sequence[Result], task: str, field: str) -> np.ndarray:
-    """[n], the mean over seeds of each trial's figure."""
+def mean_of_trials(runs: Sequence[Result], task: str, field: str) -> np.ndarray:
+    """Each trial's figure, the mean over seeds.
+
+    Args:
+      runs: one way of routing, a result a seed.
+      task: whose trials.
+      field: 'right' or 'nll'.
+
+    Returns:
+      [n].
+    """
     return np.mean([(run.details or {})["tasks"][task][field] for run in runs], axis=0)
+
+
+def counted_tasks(dense: Sequence[Result]) -> list[str]:
+    """The tasks with right answers that dense attention does often enough to tell anything.
+
+    Args:
+      dense: its results, one a seed.
+    """
+    tasks = (dense[0].details or {})["tasks"]
+    asked = [task for task in tasks if tasks[task]["nll"] is None]
+    return [t for t in asked if mean_of_trials(dense, t, "right").mean() >= LEAST_DENSE]
 
 
 def _points(dense: Sequence[Result], runs: Sequence[Result], task: str) -> str:
     """Right answers, and points more than dense attention's in the same trials."""
-    right, base = (_trials(group, task, "right") for group in (runs, dense))
+    right, base = (mean_of_trials(group, task, "right") for group in (runs, dense))
     text = f"{100 * right.mean():.1f} %"
     if runs is dense:
         return text + (" (too few)" if right.mean() < LEAST_DENSE else "")
@@ -41,7 +61,7 @@ def _points(dense: Sequence[Result], runs: Sequence[Result], task: str) -> str:
 
 def _perplexity(dense: Sequence[Result], runs: Sequence[Result]) -> str:
     """Perplexity of plain text, and per cent more than dense attention's on the same text."""
-    nll, base = (_trials(group, "text", "nll") for group in (runs, dense))
+    nll, base = (mean_of_trials(group, "text", "nll") for group in (runs, dense))
     text = f"{math.exp(nll.mean()):.2f}"
     if runs is dense:
         return text
@@ -52,7 +72,7 @@ def _perplexity(dense: Sequence[Result], runs: Sequence[Result]) -> str:
 
 def _nats(dense: Sequence[Result], runs: Sequence[Result], task: str) -> str:
     """Nats a token of the right answers, and how many more than dense attention's."""
-    nll, base = (_trials(group, task, "nll") for group in (runs, dense))
+    nll, base = (mean_of_trials(group, task, "nll") for group in (runs, dense))
     text = f"{nll.mean():.3f}"
     if runs is dense:
         return text

@@ -19,6 +19,7 @@ from routing_jax.evals.benchmarks.mixing import table as mixing_table
 from routing_jax.evals.block_findings import error_table, routing_findings
 from routing_jax.evals.block_plots import plot_errors, plot_positions
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
+from routing_jax.evals.prompt_plot import plot_prompts
 from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.provenance import dated_versions, named_device
 from routing_jax.evals.readme import update_blocks
@@ -95,7 +96,7 @@ def plot_results(folder: epath.PathLike) -> None:
     if results := load_results(folder, BLOCK_ROUTING):
         plot_block_routing(results, folder / BLOCK_ROUTING)
     if results := load_results(folder, FLUX):
-        plot_routers(results, folder / FLUX)
+        plot_prompts(results, folder / FLUX / "tradeoff.png")
     for path in sorted((folder / MIXING).glob("*.json")):
         rows = json.loads(path.read_text())["rows"]
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
@@ -147,25 +148,17 @@ def plot_moas(results: list[Result], folder: epath.Path) -> None:
             plot_layer_use(mixed, folder / f"use_{task}.png")
 
 
-def plot_routers(results: list[Result], folder: epath.Path) -> None:
-    """Quality against usage, of blocks or of layers: a mark a router, whatever its budget.
-
-    Args:
-      results: of the experiment.
-      folder: where the plot goes.
-    """
-    by_router = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
-    plot_tradeoff(by_router, folder / "tradeoff.png")
-
-
 def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
     """Quality against usage, bits per byte by position, and output error against cost.
+
+    Of quality a mark a router, whatever its budget.
 
     Args:
       results: of the experiment.
       folder: where the plots go.
     """
-    plot_routers(results, folder)
+    by_router = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
+    plot_tradeoff(by_router, folder / "tradeoff.png")
     for task in sorted({r.task for r in results}):
         mine = [r for r in results if r.task == task]
         plot_positions(mine, folder / f"positions_{task}.png")

@@ -27,7 +27,7 @@ def plot_quality(results: Sequence[Result], path: epath.PathLike) -> Figure:
         raise ValueError("results is empty; a plot needs at least one result.")
     tasks = list(dict.fromkeys(run.task for run in results))
     variants = list(dict.fromkeys(run.variant for run in results))
-    figure = new_figure(1.6 + 3.0 * len(tasks))
+    figure = new_figure(2.0 + 3.0 * len(tasks))
     for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False).flat, tasks):
         for i, variant in enumerate(variants):
             runs = [run for run in results if (run.task, run.variant) == (task, variant)]
@@ -58,7 +58,7 @@ def plot_quality(results: Sequence[Result], path: epath.PathLike) -> Figure:
         )
         for i, variant in enumerate(variants)
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     return save_figure(figure, path)
 
 

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from routing_jax.evals.prompt_plot import plot_prompts
 from routing_jax.evals.prompt_quality import (
     Chooser,
     fixed_layers,
@@ -35,7 +36,6 @@ from routing_jax.evals.prompt_quality import (
 )
 from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.report import FLUX as EXPERIMENT
-from routing_jax.evals.report import plot_routers
 from routing_jax.evals.results import Result, read_result
 from routing_jax.models import init_routers, merge_routers
 from routing_jax.routers import Answers, Retrieval, SparseMode
@@ -302,5 +302,5 @@ def reproduce(args: FluxArgs) -> int:
     if results:
         folder = epath.Path(args.out) / EXPERIMENT
         (folder / "table.md").write_text(flux_table(results) + "\n")
-        plot_routers(results, folder)
+        plot_prompts(results, folder / "tradeoff.png")
     return 0

@@ -142,5 +142,4 @@ def test_reproducing_scores_controls_and_routers_and_renders(args):
     assert all(r.sequences == 8 for r in results.values())
     folder = Path(args.out) / "flux"
     assert "static-50" in (folder / "table.md").read_text()
-    assert (folder / "tradeoff.png").stat().st_size > 1000
     assert flux.reproduce(asked) == 0  # all of it is there

@@ -1,0 +1,72 @@
+"""The plot of the experiment 'flux': what each way of routing loses, and what it saves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+from routing_jax.evals.plots import COLORS, INK, MARKERS, dress, new_figure, save_figure
+from routing_jax.evals.prompt_tables import counted_tasks, mean_of_trials, with_interval
+from routing_jax.evals.results import Result
+from routing_jax.evals.tables import natural_order, router_of
+
+
+def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | None:
+    """Right answers and nats against the share of sparse layers, beside dense attention's.
+
+    A row of panels for each task of which dense attention was measured with right answers and with
+    plain text; None, and no file, where there is none. Answers are means over the tasks that dense
+    attention does well enough; bars are paired 95 % intervals, means over seeds.
+
+    Args:
+      results: of the experiment.
+      path: where the plot goes.
+    """
+    groups: dict[str, dict[str, list[Result]]] = {}
+    for run in results:
+        groups.setdefault(run.task, {}).setdefault(run.variant, []).append(run)
+    shown = [
+        name
+        for name in sorted(groups, key=natural_order)
+        if "dense" in groups[name]
+        and counted_tasks(groups[name]["dense"])
+        and "text" in (groups[name]["dense"][0].details or {})["tasks"]
+    ]
+    if not shown:
+        return None
+    kinds = list(dict.fromkeys(router_of(v) for name in shown for v in groups[name]))
+    figure = new_figure(0.9 + 2.7 * len(shown))
+    panels = figure.subplots(len(shown), 2, squeeze=False)
+    seen: dict[str, Any] = {}
+    for (left, right), name in zip(panels, shown):
+        dense = groups[name]["dense"]
+        asked = counted_tasks(dense)
+        for variant in sorted(groups[name], key=natural_order):
+            runs = groups[name][variant]
+            i = kinds.index(router_of(variant))
+            style: dict[str, Any] = {
+                "color": COLORS[i % len(COLORS)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "linestyle": "none",
+                "capsize": 3,
+            }
+            sparse = 100 * (1 - np.mean([run.usage for run in runs]))
+            points = np.concatenate([
+                100 * (mean_of_trials(runs, task, "right") - mean_of_trials(dense, task, "right"))
+                for task in asked
+            ])  # fmt: skip
+            nats = mean_of_trials(runs, "text", "nll") - mean_of_trials(dense, "text", "nll")
+            for axes, values in ((left, points), (right, 100 * nats)):
+                mean, half = with_interval(values)
+                seen[router_of(variant)] = axes.errorbar(sparse, mean, yerr=half, **style)
+        for axes, label in ((left, "right answers, points"), (right, "nats of text, ×100")):
+            dress(axes)
+            axes.axhline(0, color=INK, linewidth=0.8)
+            axes.set(xlabel="sparse layers, %", ylabel=f"{label}\nmore than dense")
+        left.set_title(name, fontsize=11, loc="left")
+    figure.legend(
+        seen.values(), seen.keys(), loc="outside upper center", ncols=len(seen), frameon=False
+    )
+    return save_figure(figure, path)
