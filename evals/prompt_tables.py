@@ -87,9 +87,10 @@ def flux_table(results: Sequence[Result]) -> str:
         "per cent more than dense attention's. Nats: a token of the right answer; in brackets how "
         "many more than dense attention's. Intervals of 95 %, paired. All is scored after the "
         "prompt, by which alone layers are routed. Static: the layers whose sparsity costs least "
-        "on calibration text, of where the routers were trained. Random: other layers for each "
-        "prompt. (too few): dense attention "
-        f"answers less than {100 * LEAST_DENSE:.0f} %, so the task does not count. Prompts a task: "
+        "on calibration text, of where the routers were trained; static+tasks: on all tasks of the "
+        "training; static+routed: all but those that the trained routers attended fully most "
+        "often. Random: other layers for each prompt. (too few): dense attention answers "
+        f"less than {100 * LEAST_DENSE:.0f} %, so the task does not count. Prompts a task: "
         f"{' to '.join(f'{n:,}' for n in dict.fromkeys((trials[0], trials[-1])))}. "
         f"Device: {devices}."
     )

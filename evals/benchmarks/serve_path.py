@@ -1,5 +1,6 @@
 """A routed model's prefill and decode beside the same model dense with cuDNN's attention.
 
+A composed one beside them is routed alike, and its layers that are not sparse search for blocks.
 Layers are routed in a fixed pattern, with the routers' work in the times; weights are random.
 Prefill is the whole path from tokens to logits: host loop, routers, tables, pages. A sample of
 decoding is several steps, the choice of each token included. The router's own time stands by
@@ -31,7 +32,6 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
     kv_bytes,
     random_model,
     serving,
-    unrouted,
 )
 from routing_jax.evals.benchmarks.serve_path_config import (
     Part,
@@ -39,6 +39,7 @@ from routing_jax.evals.benchmarks.serve_path_config import (
     Who,
     default_config,
 )
+from routing_jax.evals.benchmarks.serve_path_floors import FLOORS_OF, least_milliseconds
 from routing_jax.evals.benchmarks.serve_path_report import Row, describe, table
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.generate.layer import Params, layer_params, route_prompts
@@ -106,7 +107,7 @@ def _time_router(config: ServePathConfig, size: Size, params: Params) -> Row:
 def _time_prefill(config: ServePathConfig, size: Size, params: Params, who: Who) -> Row:
     """Prompts from tokens to logits; and the bytes of keys and values that they leave."""
     batch, length = size.batch, size.length
-    decoder = config.decoder if who == "routed" else unrouted(config)
+    decoder = config.model_of(who)
     sizes, decided = serving(config, size), decisions(config, size)
     tokens = _tokens(config, batch, sizes.bucket(batch, length))
     if who == "dense":
@@ -149,7 +150,7 @@ def _time_prefill(config: ServePathConfig, size: Size, params: Params, who: Who)
 
 def _time_decode(config: ServePathConfig, size: Size, params: Params, who: Who) -> Row:
     """A step of decoding; and the bytes of keys and values that are held."""
-    decoder = config.decoder if who == "routed" else unrouted(config)
+    decoder = config.model_of(who)
     tokens = _tokens(config, size.batch, 1)[:, 0]
     before = _memory("bytes_in_use")
     past: Any
@@ -160,7 +161,7 @@ def _time_decode(config: ServePathConfig, size: Size, params: Params, who: Who) 
         def step() -> Any:
             return dense_decode(decoder, params, tokens, past)
     else:
-        sizes, past = serving(config, size), filled_memory(config, size)
+        sizes, past = serving(config, size), filled_memory(config, size, who)
         held = held_bytes(past)
 
         def step() -> Any:
@@ -186,7 +187,7 @@ def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, param
     decoder = config.decoder
     width = 2 * decoder.width + 2 * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
     wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    wanted += kv_bytes(config, size, who != "dense")
+    wanted += kv_bytes(config, size, who)
     if part == "prefill":
         wanted += size.batch * size.length * width * jnp.dtype(decoder.dtype).itemsize
     if wanted > _SHARE_OF_MEMORY * limit:
@@ -197,7 +198,7 @@ def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, param
 
 def _cases(config: ServePathConfig) -> Iterator[tuple[Part, Size, Who]]:
     """All rows, those of a control last."""
-    for group in (("routed", "dense"), ("kernels",)):
+    for group in (("routed", "composed", "dense"), ("kernels",)):
         peers = [who for who in config.who if who in group]
         for length, part in itertools.product(config.lengths, config.parts):
             batches = config.decode_batches if part == "decode" else config.prefill_batches
@@ -205,7 +206,7 @@ def _cases(config: ServePathConfig) -> Iterator[tuple[Part, Size, Who]]:
                 shares: tuple[float, ...] = (0.0,)
                 if part == "router":
                     shares *= who == "routed"
-                elif who == "routed":
+                elif who in ("routed", "composed"):
                     shares = config.sparse_shares
                 yield from ((part, Size(batch, length, share), who) for share in shares)
 
@@ -219,9 +220,11 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
 
     Returns:
       A JSON-ready dict: device, driver, versions, date, attention (the dense backend), config,
-      seconds taken, and rows. A row holds part, who, length, batch, sparse_share, milliseconds and
-      spread (interquartile range) of a prefill, of a step of decoding or of a layer's router,
-      samples, how many were taken, and kv_bytes, of keys and values held; a row that failed holds
+      seconds taken, and rows. A row holds part, who, length, batch, sparse_share, blocks (that a
+      search finds; None where no layer searches), least (milliseconds that the device would take at
+      least; None where that is not known), milliseconds and spread (interquartile range) of a
+      prefill, of a step of decoding or of a layer's router, samples, how many were taken, and
+      kv_bytes, of keys and values held, and of what pages are found by; a row that failed holds
       `error`, and None for the rest. device_bytes is by how much the device's memory in use grew
       for a row of decoding; None where it does not say. peak_bytes is the most that the device has
       held since the process began, weights included; None where an earlier row's was as much or
@@ -235,9 +238,12 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
         "seconds": 0.0,
         "rows": [],
     }
+    floors = FLOORS_OF in result["device"]
     params = random_model(config)
     for part, size, who in _cases(config):
         row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
+        row["blocks"] = config.blocks if config.model_of(who).sparse.searches else None
+        row["least"] = least_milliseconds(config, part, size, who) if floors else None
         before = _memory("peak_bytes_in_use")
         try:
             clock.check()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.page_pool import NO_PAGE, pages_needed, take_pages
-from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, dense_layers
+from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, Who, dense_layers
 from routing_jax.generate.config import ServingConfig
 from routing_jax.generate.layer import (
     Params,
@@ -51,15 +51,6 @@ def random_model(config: ServePathConfig) -> Params:
     return _random(shapes, config.seed, config.decoder.dtype)
 
 
-def unrouted(config: ServePathConfig) -> DecoderConfig:
-    """The model without its routers, whose parameters are then ignored.
-
-    >>> unrouted(ServePathConfig()).layers
-    'full*32'
-    """
-    return config.decoder.replace(layers=config.decoder.layers.replace("layer", "full"))
-
-
 def _depth(model: DecoderConfig) -> int:
     return len(model.mixers)
 
@@ -87,7 +78,7 @@ def decisions(config: ServePathConfig, size: Size) -> list[int]:
 def serving(config: ServePathConfig, size: Size) -> ServingConfig:
     """Paged memory with just the pages that these sequences hold."""
     limit = size.length + _made(config)
-    whole = jnp.array([decision == DENSE for decision in decisions(config, size)])
+    whole = _whole(config, size)
     pages = int(pages_needed(jnp.full(whole.shape, limit), whole, config.decoder.sparse).sum())
     return ServingConfig(
         pages=pages * size.batch,
@@ -99,50 +90,64 @@ def serving(config: ServePathConfig, size: Size) -> ServingConfig:
     )
 
 
+def _whole(config: ServePathConfig, size: Size) -> jax.Array:
+    """[L] bool, which layers keep everything."""
+    dense = jnp.array([decision == DENSE for decision in decisions(config, size)])
+    return dense if config.decoder.sparse.forgets else jnp.ones_like(dense)
+
+
 def _made(config: ServePathConfig) -> int:
     """Tokens that all samples of decoding make, the one that warms up too."""
     return config.steps * (config.repeats + 1)
 
 
-def kv_bytes(config: ServePathConfig, size: Size, paged: bool) -> int:
-    """Bytes of keys and values, before any is made."""
-    model = config.decoder
-    tokens = size.batch * (size.length + _made(config)) * _depth(model)
-    if paged:
-        sizes = serving(config, size)
-        tokens = sizes.pages * sizes.page_size
-    return 2 * tokens * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
-
-
-def filled_memory(config: ServePathConfig, size: Size) -> PagedMemory:
-    """Memory as a prefill leaves it, of random keys and values: a page repeated."""
+def kv_bytes(config: ServePathConfig, size: Size, who: Who) -> int:
+    """Bytes of keys and values, and of what pages are found by, before any is made."""
+    model = config.model_of(who)
+    vector = model.num_kv_heads * model.head_dim
+    token = 2 * vector * jnp.dtype(model.dtype).itemsize
+    if who == "dense":
+        return size.batch * (size.length + _made(config)) * _depth(model) * token
     sizes = serving(config, size)
-    memory = empty_memory(config.decoder, sizes)
+    sums = 4 * vector if model.sparse.answers == "topk" else 0
+    return sizes.pages * (sizes.page_size * token + sums)
+
+
+def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
+    """Memory as a prefill leaves it, of random keys and values: a page repeated."""
+    sizes, model = serving(config, size), config.model_of(who)
+    memory = empty_memory(model, sizes)
     limits = jnp.full(size.batch, sizes.length, jnp.int32)
-    pool, tables, wholes = memory.pool, [], []
-    for decision in decisions(config, size):
-        whole = jnp.full(size.batch, decision == DENSE)
-        pool, pages = take_pages(
-            pool, pages_needed(limits, whole, config.decoder.sparse), sizes.slots
-        )
+    pool, tables = memory.pool, []
+    wholes = jnp.broadcast_to(_whole(config, size)[:, None], memory.whole.shape)
+    for whole in wholes:
+        pool, pages = take_pages(pool, pages_needed(limits, whole, model.sparse), sizes.slots)
         tables.append(pages)
-        wholes.append(whole)
-    page = jax.random.normal(jax.random.key(config.seed), memory.keys.shape[1:], memory.keys.dtype)
+    dense = jnp.array([decision == DENSE for decision in decisions(config, size)])
+    searches = jnp.broadcast_to(model.sparse.searched_after(dense)[:, None], wholes.shape)
+    key = jax.random.key(config.seed)
+    page = jax.random.normal(key, memory.keys.shape[1:], memory.keys.dtype)
     fill = jax.jit(lambda held: held + page[None], donate_argnums=0)
+    sums = memory.sums
+    if sums is not None:  # of their own, so that pages all over the pool are found
+        sums = _normal(key, jnp.ones(()), sums.shape, "float32")
     return PagedMemory(
         fill(memory.keys),
         fill(memory.values),
         pool,
         jnp.stack(tables),
-        jnp.stack(wholes),
+        wholes,
+        searches,
         jnp.full(size.batch, size.length, jnp.int32),
+        sums,
     )
 
 
 def held_bytes(memory: PagedMemory) -> int:
-    """Bytes of the pages that the tables list."""
-    page = memory.keys.nbytes // memory.keys.shape[0]
-    return 2 * page * int((memory.tables != NO_PAGE).sum())
+    """Bytes of the pages that the tables list, and of what they are found by."""
+    arrays = (memory.keys, memory.values, memory.sums)
+    page = sum(array.nbytes // array.shape[0] for array in arrays if array is not None)
+    return page * int((memory.tables != NO_PAGE).sum())
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames=("x",))

@@ -1,5 +1,6 @@
 """What the serving benchmark measures, and how long it may take."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -8,11 +9,15 @@ import jax
 from routing_jax.attention import llama3_factors
 from routing_jax.evals.benchmarks.running import set_memory_fraction
 from routing_jax.models import DecoderConfig, with_layer_routing
-from routing_jax.routers import LayerRouterConfig, SparseModeConfig
+from routing_jax.routers import LayerRouterConfig, SparseMode, SparseModeConfig
 
 Part = Literal["router", "prefill", "decode"]
-Who = Literal["routed", "kernels", "dense"]
-"""routed: layers in a pattern. kernels: the same, all layers dense. dense: cuDNN's attention."""
+Who = Literal["routed", "composed", "kernels", "dense"]
+"""Who is measured.
+
+routed: layers in a pattern. composed: the same, its dense layers searching for blocks. kernels: all
+layers dense. dense: cuDNN's attention.
+"""
 Shape = Literal["llama-3.1-8b", "qwen3-4b", "tiny"]
 
 _SHAPES = {
@@ -60,12 +65,17 @@ class ServePathConfig:
     Attributes:
       model: whose shape: llama-3.1-8b, qwen3-4b, or tiny for a CPU.
       parts: what is measured of each length, in this order.
-      who: what is measured beside each other: 'routed', 'dense' (cuDNN's attention on a GPU, XLA's
-        elsewhere) and, after all rows of these two, 'kernels' (this library's, all layers dense).
+      who: what is measured beside each other: 'routed', 'composed' (whose layers that are not
+        sparse search for blocks, in prefill and for each token), 'dense' (cuDNN's attention on a
+        GPU, XLA's elsewhere) and, after all rows of these, 'kernels' (this library's, all layers
+        dense).
       lengths: tokens of the prompts, and of the sequences that are decoded, in this order.
       prefill_batches: prompts that are read together.
       decode_batches: sequences that are decoded together; what does not fit is reported so.
       sparse_shares: of the layers, in a fixed pattern; the routers are computed all the same.
+      mode: what sparse layers do, as in `SparseModeConfig`.
+      blocks: how many each search finds, besides sink and window: those of 'composed', and of
+        sparse layers in mode topk.
       sink: first tokens that sparse layers see.
       window: tokens before a query that sparse layers see.
       block: keys a block, and tokens a page.
@@ -86,6 +96,8 @@ class ServePathConfig:
     prefill_batches: tuple[int, ...] = (1,)
     decode_batches: tuple[int, ...] = (1, 3, 12)
     sparse_shares: tuple[float, ...] = (0.75,)
+    mode: SparseMode = "streaming"
+    blocks: int = 8
     sink: int = 128
     window: int = 1024
     block: int = 128
@@ -118,7 +130,7 @@ class ServePathConfig:
         for share in self.sparse_shares:
             if not 0 <= share <= 1:
                 raise ValueError(f"sparse_shares holds {share}; each must lie between 0 and 1.")
-        for name in ("chunk", "steps", "repeats"):
+        for name in ("blocks", "chunk", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
@@ -130,6 +142,8 @@ class ServePathConfig:
         'layer*36'
         """
         sparse = SparseModeConfig(
+            mode=self.mode,
+            blocks=self.blocks,
             sink=self.sink,
             window=self.window,
             block_q=self.block,
@@ -137,6 +151,25 @@ class ServePathConfig:
             implementation=self.attention,
         )
         return with_layer_routing(_SHAPES[self.model], LayerRouterConfig(pool=self.pool), sparse)
+
+    def model_of(self, who: Who) -> DecoderConfig:
+        """The model as one of those who are measured has it.
+
+        Parameters are the same for all: without routers, theirs are ignored.
+
+        >>> ServePathConfig().model_of("dense").layers
+        'full*32'
+        >>> ServePathConfig().model_of("composed").sparse.answers
+        'topk'
+        """
+        model = self.decoder
+        if who == "composed":
+            sparse = dataclasses.replace(model.sparse, retrieval="topk", answers="topk")
+            return model.replace(sparse=sparse)
+        if who == "routed":
+            return model
+        sparse = dataclasses.replace(model.sparse, mode="streaming")  # nobody is sparse or searches
+        return model.replace(layers=model.layers.replace("layer", "full"), sparse=sparse)
 
 
 def dense_layers(layers: int, sparse_share: float) -> tuple[bool, ...]:

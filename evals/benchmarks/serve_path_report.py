@@ -8,7 +8,13 @@ from routing_jax.evals.provenance import dated_versions, named_device
 
 Row = dict[str, Any]
 
-_NAMES = {"routed": "routed", "kernels": "all dense, our kernels", "dense": "dense"}
+_NAMES = {  # in the order of their columns
+    "dense": "dense",
+    "routed": "routed",
+    "composed": "composed",
+    "kernels": "all dense, our kernels",
+}
+_PATTERNED = ("routed", "composed")
 _TITLES = {
     "prefill": "**Prefill**, milliseconds from tokens to logits",
     "decode": "**Decode**, milliseconds a step",
@@ -20,8 +26,11 @@ def _size(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _column(row: Mapping[str, Any]) -> str:
-    share = f", {100 * row['sparse_share']:.3g} % sparse" if row["who"] == "routed" else ""
-    return _NAMES[row["who"]] + share
+    name = _NAMES[row["who"]]
+    if row["who"] not in _PATTERNED:
+        return name
+    search = f" (best {row['blocks']} blocks)" if row["blocks"] else ""
+    return f"{name}{search}, {100 * row['sparse_share']:.3g} % sparse"
 
 
 def _number(value: float) -> str:
@@ -73,16 +82,48 @@ def _most_tokens(rows: Sequence[Row]) -> str:
     return f"Most tokens a second in all, for sequences {', '.join(said)}." if said else ""
 
 
+def _floors(rows: Sequence[Row]) -> str:
+    """A line a size: the least time of each, and how much of that speed was reached."""
+    timed = [row for row in rows if row["milliseconds"] and row["least"]]
+    if not timed:
+        return ""
+    columns = _columns(timed)
+    heads = ["", "tokens", "batch", *columns]
+    lines = [
+        "**Least** milliseconds that arithmetic and memory allow, and the share of that speed "
+        "that was reached",
+        "",
+        f"| {' | '.join(heads)} |",
+        "| --- |" + " ---: |" * (len(heads) - 1),
+    ]
+    found = {(row["part"], _size(row), _column(row)): row for row in timed}
+    for part, size in dict.fromkeys((part, size) for part, size, _ in found):
+        here = [found.get((part, size, column)) for column in columns]
+        cells = [
+            f"{_number(row['least'])} ({100 * row['least'] / row['milliseconds']:.0f} %)"
+            if row
+            else ""
+            for row in here
+        ]
+        lines.append(f"| {' | '.join([part, str(size[0]), str(size[1]), *cells])} |")
+    return "\n".join(lines)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    by_name = sorted(rows, key=lambda row: (list(_NAMES).index(row["who"]), _column(row)))
+    return list(dict.fromkeys(map(_column, by_name)))
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: for prefill and decode a line a size, then the routers' own time.
+    """Markdown: for prefill and decode a line a size, then floors and the routers' own time.
 
     Ratios of times are speed-ups over dense; those of memory are shares of it. Tokens a second
     are of all sequences of the batch.
 
     >>> size = {"part": "decode", "length": 8, "batch": 2, "sparse_share": 0.5, "spread": 0.0,
-    ...         "device_bytes": None}
-    >>> dense = size | {"who": "dense", "milliseconds": 4.0, "kv_bytes": 2**31}
-    >>> fast = size | {"who": "routed", "milliseconds": 2.0, "kv_bytes": 2**30}
+    ...         "blocks": None, "device_bytes": None}
+    >>> dense = size | {"who": "dense", "milliseconds": 4.0, "least": 3.0, "kv_bytes": 2**31}
+    >>> fast = size | {"who": "routed", "milliseconds": 2.0, "least": 1.8, "kv_bytes": 2**30}
     >>> print(table([fast, dense]))
     **Decode**, milliseconds a step
     <BLANKLINE>
@@ -93,6 +134,13 @@ dense | KV GiB, routed |
     <BLANKLINE>
     Most tokens a second in all, for sequences of 8 tokens: dense 500 (batch 2); routed, 50 % \
 sparse 1,000 (batch 2, 2.00×).
+    <BLANKLINE>
+    **Least** milliseconds that arithmetic and memory allow, and the share of that speed that was \
+reached
+    <BLANKLINE>
+    |  | tokens | batch | dense | routed, 50 % sparse |
+    | --- | ---: | ---: | ---: | ---: |
+    | decode | 8 | 2 | 3 (75 %) | 1.8 (90 %) |
     """
     blocks = []
     for part, title in _TITLES.items():
@@ -100,9 +148,9 @@ sparse 1,000 (batch 2, 2.00×).
         if not mine:
             continue
         found = {(_size(row), _column(row)): row for row in mine}
-        columns = sorted({_column(row) for row in mine})
-        routed = next((c for c in columns if c.startswith("routed")), None)
-        shown = [c for c in ("dense", routed) if c is not None]
+        columns = _columns(mine)
+        first = [next((c for c in columns if c.startswith(n)), None) for n in _PATTERNED]
+        shown = [c for c in ("dense", *first) if c is not None]
         short = [c.split(",")[0] for c in shown]
         rate = "tokens/s, "
         heads = ["tokens", "batch", *columns]
@@ -124,7 +172,8 @@ sparse 1,000 (batch 2, 2.00×).
             cells += [_memory(row, dense) for row in picked]
             lines.append(f"| {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
-    blocks += filter(None, [_most_tokens([row for row in rows if row["part"] == "decode"])])
+    decoded = [row for row in rows if row["part"] == "decode"]
+    blocks += filter(None, [_most_tokens(decoded), _floors(rows)])
     routers = [row for row in rows if row["part"] == "router" and row["milliseconds"]]
     if routers:
         said = ", ".join(
@@ -141,7 +190,7 @@ def describe(row: Row) -> str:
 
     >>> describe({"part": "decode", "who": "dense", "length": 8, "batch": 2, "sparse_share": 0.0,
     ...           "milliseconds": 2.0, "spread": 0.1, "samples": 3, "kv_bytes": 2**30,
-    ...           "device_bytes": None, "peak_bytes": 2**31})
+    ...           "blocks": None, "device_bytes": None, "peak_bytes": 2**31})
     'decode 2×8 dense: 2 ms ± 0.1, KV 1 GiB, peak 2.0 GiB'
     """
     name = f"{row['part']} {row['batch']}×{row['length']} {_column(row)}"
@@ -154,6 +203,16 @@ def describe(row: Row) -> str:
     return f"{name}: {times}{held}{peak}"
 
 
+def _composition(result: Mapping[str, Any]) -> str:
+    if not any(row["who"] == "composed" for row in result["rows"]):
+        return ""
+    found = f"{result['config']['blocks']} blocks of {result['config']['block']} keys"
+    return (
+        f"; composed: the other layers see the same and the {found} of nearest mean key, for each "
+        "tile of the prompt and for each token"
+    )
+
+
 def caption(result: Mapping[str, Any]) -> str:
     """What a serving benchmark ran on, from its result file.
 
@@ -163,8 +222,9 @@ def caption(result: Mapping[str, Any]) -> str:
     config = result["config"]
     return (
         f"{named_device(result)}: the shape of {config['model']} with random weights; dense "
-        f"layers attend by {result['attention']}; sparse ones see {config['sink']} first tokens "
-        f"and a window of {config['window']}, in a fixed pattern, the routers computed. Median of "
-        f"up to {config['repeats']} samples, a decode sample being {config['steps']} tokens. "
+        f"layers attend by {result['attention']}; sparse ones ({config['mode']}) see "
+        f"{config['sink']} first tokens and a window of {config['window']}, in a fixed pattern, "
+        f"the routers computed{_composition(result)}. Median of up to {config['repeats']} samples, "
+        f"a decode sample being {config['steps']} tokens. "
         f"{dated_versions(result)}"
     )

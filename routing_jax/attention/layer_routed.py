@@ -4,6 +4,9 @@ Flux Attention (arXiv 2604.07394). One call over one block table serves the batc
 are dense or sparse. Training makes a second one, of what was not chosen, for the gradient of its
 straight-through gate. Prefill decides, decoding obeys. A prompt so short that sparse attention
 would see all of it is attended fully, whatever its router says: nothing could be saved on it.
+
+Rows of the table are those of tiles. Where tokens after the prompt search each for itself, they are
+gathered and attend by rows of their own, so that one pass gives what decoding gives.
 """
 
 from typing import NamedTuple
@@ -16,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from routing_jax.attention.block_routed import block_routed_cost
 from routing_jax.attention.cache import LayerCache, write_kv
 from routing_jax.attention.mixer import LayerReport, Mode, check_mode
+from routing_jax.attention.page_search import add_to_sums, near_pages, search_pages
 from routing_jax.attention.per_shard import block_attention_over_batch_and_heads
 from routing_jax.attention.projections import (
     HeadsConfig,
@@ -25,17 +29,18 @@ from routing_jax.attention.projections import (
     project_queries,
     turn,
 )
+from routing_jax.attention.searched_answers import search_alone
 from routing_jax.kernels import (
     ATTENTION,
     block_sparse_decode,
     contiguous_pages,
     decode_attention,
     dense_pages,
-    listed_pages,
     row_lengths,
     where_pages,
 )
 from routing_jax.kernels.block_table import visible_blocks
+from routing_jax.kernels.padding import pad_axis
 from routing_jax.routers import (
     LayerRouter,
     LayerRouterConfig,
@@ -45,7 +50,6 @@ from routing_jax.routers import (
     block_sums,
     layer_table,
     mean_key_scores,
-    streaming_table,
 )
 
 
@@ -70,9 +74,31 @@ class LayerMemory(NamedTuple):
 
     Attributes:
       dense: [B] bool, the sequences that attend fully.
+      sums: [B,J,K,H] float32, of the keys of each block; None where no token searches them.
     """
 
     dense: jax.Array
+    sums: jax.Array | None = None
+
+
+def empty_layer_memory(
+    sparse: SparseModeConfig, heads: HeadsConfig, batch: int, blocks: int
+) -> LayerMemory:
+    """The memory before a prompt.
+
+    Args:
+      sparse: what a sequence's tokens attend to.
+      heads: head counts and sizes.
+      batch: B.
+      blocks: J, of the cache.
+
+    >>> empty_layer_memory(SparseModeConfig(), HeadsConfig(1, 1, 8), 2, 4).dense.tolist()
+    [False, False]
+    """
+    sums = None
+    if sparse.answers == "topk":
+        sums = jnp.zeros((batch, blocks, heads.num_kv_heads, heads.head_dim))
+    return LayerMemory(jnp.zeros(batch, bool), sums)
 
 
 def layer_routed_cost(
@@ -180,7 +206,7 @@ class LayerRouted(nn.Module):
             cache = write_kv(cache, k, v, positions)
         if mode == "decode":
             assert cache is not None  # the decoder refuses this mode without one
-            y, report = self._step(q, positions, cache)
+            y, cache, report = self._step(q, k, positions, cache)
             return project_out(y, weights), cache, report
 
         if prompts is None:
@@ -200,22 +226,28 @@ class LayerRouted(nn.Module):
             choice, gate = choice | short, jnp.where(short, 1.0, gate)
         routing = LayerRouting(routing.routing._replace(choice=choice), gate)
         self.sow("intermediates", "gate", routing.gate)
-        y, report = self._whole(q, k, v, positions, prompts.lengths, routing, mode)
+        y, sums, report = self._whole(q, k, v, positions, prompts.lengths, routing, mode)
         if cache is not None:
-            cache = cache._replace(memory=LayerMemory(routing.routing.choice))
+            if self.sparse.answers == "full":
+                sums = None
+            else:
+                blocks = cache.keys.shape[1] // self.sparse.block_kv
+                sums = pad_axis(sums[:, :blocks], 1, blocks)
+            cache = cache._replace(memory=LayerMemory(routing.routing.choice, sums))
         return project_out(y, weights), cache, report
 
     def _whole(self, q, k, v, positions, lengths, routing, mode):
         cfg, T = self.sparse, positions.shape[1]
         starts = jnp.arange(0, T, cfg.block_q, dtype=jnp.int32)[None]
-        scores = None
+        sums = means = scores = None
         if cfg.searches:
             sums, sizes = block_sums(k.reshape(*k.shape[:2], -1), positions >= 0, cfg.block_kv)
-            means = (sums / jnp.maximum(sizes, 1)[..., None]).reshape(*sums.shape[:2], *k.shape[2:])
+            sums = sums.reshape(*sums.shape[:2], *k.shape[2:])
+            means = sums / jnp.maximum(sizes, 1)[..., None, None]
             scores = mean_key_scores(q[:, :: cfg.block_q], means)
 
         def attend(dense, q, k, v):
-            return block_attention_over_batch_and_heads(
+            y = block_attention_over_batch_and_heads(
                 q,
                 k,
                 v,
@@ -225,6 +257,11 @@ class LayerRouted(nn.Module):
                 None,
                 cfg.implementation,
             )
+            if cfg.answers == "full":
+                return y
+            assert means is not None  # such answers are searched for
+            answers = positions >= lengths[:, None]
+            return search_alone(cfg, y, q, k, v, means, dense, answers, lengths)
 
         choice, gate = routing.routing.choice, routing.gate
         if mode == "masked":
@@ -249,9 +286,13 @@ class LayerRouted(nn.Module):
             self.heads,
             cfg.block_q * cfg.block_kv,
         )
-        return y, report._replace(
-            aux=-jnp.mean(binary_entropy(routing.routing.logits)),
-            choice=choice[:, None] & (positions >= 0),
+        return (
+            y,
+            sums,
+            report._replace(
+                aux=-jnp.mean(binary_entropy(routing.routing.logits)),
+                choice=choice[:, None] & (positions >= 0),
+            ),
         )
 
     def _work(self, num_tokens: int) -> int:
@@ -263,35 +304,52 @@ class LayerRouted(nn.Module):
             work += (num_tokens + tiles * blocks) * heads.num_kv_heads * heads.head_dim
         return work
 
-    def _step(self, q, positions, cache):
-        cfg, place, dense = self.sparse, positions[:, 0], cache.memory.dense
+    def _step(self, q, k, positions, cache):
+        cfg, heads, length = self.sparse, self.heads, positions[:, 0] + 1
+        dense, sums = cache.memory
         B, S = cache.keys.shape[:2]
-        at = jnp.maximum(place, 0)
-        visible = jnp.where(place >= 0, at // cfg.block_kv + 1, 0)[:, None]
-        if cfg.forgets:
-            row = streaming_table(cfg, at[:, None] // cfg.block_q * cfg.block_q)
-            table = contiguous_pages(B, S // cfg.block_kv)
-            pages = where_pages(
-                dense,
-                dense_pages(table, place + 1, cfg.block_kv),
-                listed_pages(table, row.counts[:, :, 0], row.indices[:, :, 0]),
-            )
+        J = S // cfg.block_kv
+        visible = -(-length // cfg.block_kv)
+        searches = cfg.searched_after(dense)
+        work = jnp.float32(0)
+        if cfg.rereads and not cfg.forgets and sums is None:  # they all do
+            y = decode_attention(q, cache.keys, cache.values, length)
+            listed = visible[:, None]
+        else:
+            table = contiguous_pages(B, J)
+            pages = near_pages(table, length, jnp.ones_like(dense), cfg)
+            if sums is not None:
+                at = jnp.maximum(length - 1, 0)
+                target = jnp.arange(B, dtype=jnp.int32) * J + at // cfg.block_kv
+                target = jnp.where((length > 0) & (length <= S), target, B * J)
+                pool = sums.reshape(B * J, *sums.shape[2:])
+                pool = add_to_sums(pool, target, at % cfg.block_kv, k[:, 0])
+                pages = search_pages(pages, table, q[:, 0], pool, length, searches, cfg)
+                sums = pool.reshape(sums.shape)
+                work = jnp.sum(jnp.where(searches, visible, 0)) * jnp.float32(
+                    heads.num_kv_heads * heads.head_dim
+                )
+            if cfg.rereads:
+                everywhere = (dense | (not cfg.forgets)) & ~searches
+                everything = dense_pages(table, length, cfg.block_kv)
+                pages = where_pages(everywhere, everything, pages)
 
-            def pool(cached):
+            def pool_of(cached):
                 return cached.reshape(-1, cfg.block_kv, *cached.shape[2:]).astype(q.dtype)
 
-            y = block_sparse_decode(q, pool(cache.keys), pool(cache.values), pages, place + 1)
-            listed = jnp.where(visible[:, None] > 0, row.counts, 0)
-        else:
-            y = decode_attention(q, cache.keys, cache.values, place + 1)
-            listed = visible[:, None]
+            found = block_sparse_decode(
+                q, pool_of(cache.keys), pool_of(cache.values), pages, length
+            )
+            assert isinstance(found, jax.Array)  # no log-sum-exp was asked for
+            y, listed = found, pages.counts
         report = layer_routed_cost(
             dense.astype(jnp.float32),
+            listed[..., None],
+            listed[..., None],
             visible[:, None],
-            listed,
-            visible,
-            jnp.float32(0),
-            self.heads,
+            work,
+            heads,
             cfg.block_kv,
         )
-        return y, report._replace(choice=dense[:, None] & (positions >= 0))
+        cache = cache._replace(memory=LayerMemory(dense, sums))
+        return y, cache, report._replace(choice=dense[:, None] & (positions >= 0))

@@ -8,11 +8,14 @@ can't read them in place, and decoding is bound by the bytes of weights, keys an
 """
 
 import functools
+import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.page_pool import NO_PAGE, held_pages, slot_of_block
+from routing_jax.attention.page_search import add_to_sums, near_pages, search_pages
 from routing_jax.generate.config import ServingConfig
 from routing_jax.generate.layer import (
     Params,
@@ -24,7 +27,7 @@ from routing_jax.generate.layer import (
 )
 from routing_jax.generate.paged_prefill import PagedMemory
 from routing_jax.generate.sampling import Sampling, choose_tokens
-from routing_jax.kernels import PageList, block_sparse_decode
+from routing_jax.kernels import PageList, block_sparse_decode, dense_pages, where_pages
 from routing_jax.models import DecoderConfig
 
 
@@ -55,24 +58,54 @@ def read_tokens(
     slots = slot_of_block((positions // sparse.block_kv)[None], memory.whole, sparse)
     target = jnp.take_along_axis(memory.tables, slots[:, :, None], axis=2)[:, :, 0]
     target = jnp.where(used[None] & (target != NO_PAGE), target, serving.pages)
-    lists = jax.vmap(lambda table, whole: held_pages(table, lengths, whole, sparse))(
+    find = held_pages if memory.sums is None else near_pages
+    lists = jax.vmap(lambda table, whole: find(table, lengths, whole, sparse))(
         memory.tables, memory.whole
     )
+    every = _Pages(target, lists, memory.tables, memory.whole, memory.searches)
 
-    def read(held: tuple, of_layer: tuple) -> tuple[tuple, None]:
-        own, page, pages = of_layer
-        return _read_layer(config, serving, own, lengths, page, pages, *held), None
+    def read(held: tuple, of_layer: tuple) -> tuple[tuple, jax.Array]:
+        own, pages = of_layer
+        return _read_layer(config, serving, own, lengths, pages, memory.sums, *held)
 
     held = embed_tokens(config, params, tokens[:, None]), memory.keys, memory.values
     if config.scan:
-        held, _ = jax.lax.scan(read, held, (params["layers"]["block_0"], target, lists))
+        held, added = jax.lax.scan(read, held, (params["layers"]["block_0"], every))
     else:
+        keys_of_layers = []
         for layer in range(len(config.mixers)):
-            pages = PageList(*(part[layer] for part in lists))
-            held, _ = read(held, (layer_params(params, layer), target[layer], pages))
+            pages = jax.tree.map(operator.itemgetter(layer), every)
+            held, one = read(held, (layer_params(params, layer), pages))
+            keys_of_layers.append(one)
+        added = jnp.stack(keys_of_layers)
     x, keys, values = held
+    sums = memory.sums
+    if sums is not None:
+        # Once for all layers, as no search reads the newest page. All of them must have been made,
+        # or the sums would be copied for those that might come later.
+        x, added = jax.lax.optimization_barrier((x, added))
+        offset = jnp.broadcast_to(positions % serving.page_size, target.shape)
+        sums = add_to_sums(sums, target, offset, added)
     logits = read_out(config, params, x[:, 0])
-    return logits, memory._replace(keys=keys, values=values, lengths=lengths)
+    return logits, memory._replace(keys=keys, values=values, sums=sums, lengths=lengths)
+
+
+class _Pages(NamedTuple):
+    """What a layer holds of each sequence; with L in front, of all layers.
+
+    Attributes:
+      target: [B] int32, the page of the newest token; P where there is none.
+      lists: what it attends to in any case: all that is held, or sink and window.
+      table: [B,C] int32.
+      whole: [B] bool.
+      searches: [B] bool.
+    """
+
+    target: jax.Array
+    lists: PageList
+    table: jax.Array
+    whole: jax.Array
+    searches: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("config", "serving"))  # lowered once for all layers
@@ -81,20 +114,26 @@ def _read_layer(
     serving: ServingConfig,
     params: Params,
     lengths: jax.Array,
-    target: jax.Array,
-    pages: PageList,
+    held: _Pages,
+    sums: jax.Array | None,
     x: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    target, pages, table, whole, searches = held
     positions = jnp.maximum(lengths - 1, 0)
     offset = positions % serving.page_size
     q, k, v = project(config, params, x, positions[:, None])
     keys = keys.at[target, offset].set(k[:, 0], mode="drop")
     values = values.at[target, offset].set(v[:, 0], mode="drop")
+    if sums is not None:
+        pages = search_pages(pages, table, q[:, 0], sums, lengths, searches, config.sparse)
+        if config.sparse.rereads:
+            everything = dense_pages(table, lengths, serving.page_size)
+            pages = where_pages(whole & ~searches, everything, pages)
     attended = block_sparse_decode(q, keys, values, pages, lengths, implementation=serving.decoding)
     assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
-    return finish(config, params, x, attended), keys, values
+    return (finish(config, params, x, attended), keys, values), k[:, 0]
 
 
 def decode_tokens(

@@ -48,8 +48,10 @@ class PagedMemory(NamedTuple):
       values: [P,page_size,K,H].
       pool: which pages are free.
       tables: [L,B,C] int32, the pages that a layer of a sequence owns; −1 for none.
-      whole: [L,B] bool, whether it keeps everything, and attends to it from now on.
+      whole: [L,B] bool, whether it keeps everything, and attends to it from now on or searches it.
+      searches: [L,B] bool, whether its tokens search what it keeps, each by its own query.
       lengths: [B] int32, tokens whose keys are held; 0 where there is no sequence.
+      sums: [P,K,H] float32, of the keys of each page; None where no layer searches them.
     """
 
     keys: jax.Array
@@ -57,7 +59,9 @@ class PagedMemory(NamedTuple):
     pool: PagePool
     tables: jax.Array
     whole: jax.Array
+    searches: jax.Array
     lengths: jax.Array
+    sums: jax.Array | None = None
 
 
 def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
@@ -74,7 +78,9 @@ def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
         new_pool(serving.pages),
         jnp.full((L, B, serving.slots), NO_PAGE, jnp.int32),
         jnp.zeros((L, B), bool),
+        jnp.zeros((L, B), bool),
         jnp.zeros(B, jnp.int32),
+        jnp.zeros((shape[0], *shape[2:])) if config.sparse.answers == "topk" else None,
     )
 
 
@@ -121,11 +127,12 @@ def prefill_layer(
 
     place = jnp.arange(T, dtype=jnp.int32)[None]
     starts = jnp.arange(0, T, sparse.block_q, dtype=jnp.int32)[None]
-    scores = None
+    scores = sums = None
     if sparse.searches:
         sums, sizes = block_sums(k.reshape(B, T, -1), place < lengths[:, None], page_size)
-        means = sums / jnp.maximum(sizes, 1)[..., None]
-        scores = mean_key_scores(q[:, :: sparse.block_q], means.reshape(B, -1, *k.shape[2:]))
+        sums = sums.reshape(B, -1, *k.shape[2:])
+        means = sums / jnp.maximum(sizes, 1)[..., None, None]
+        scores = mean_key_scores(q[:, :: sparse.block_q], means)
     if sparse.reach < T:
         attended = block_sparse_attention(
             q,
@@ -151,12 +158,17 @@ def prefill_layer(
         blocks = new.reshape(-1, *held.shape[1:])
         return held.at[target].set(blocks, mode="drop", unique_indices=True)
 
+    if memory.sums is not None:
+        assert sums is not None  # a memory has sums where the model searches
+        memory = memory._replace(sums=write(memory.sums, sums))
+
     memory = memory._replace(
         keys=write(memory.keys, k),
         values=write(memory.values, v),
         pool=pool,
         tables=memory.tables.at[layer, rows].set(pages),
         whole=memory.whole.at[layer, rows].set(whole),
+        searches=memory.searches.at[layer, rows].set(sparse.searched_after(dense)),
         lengths=memory.lengths.at[rows].set(lengths),
     )
     return finish_prompts(config, params, x, attended, lengths, chunk), memory

@@ -44,6 +44,7 @@ from routing_jax.routers.losses import balance_loss
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
 from routing_jax.routers.sparse_modes import (
+    Answers,
     Retrieval,
     SparseMode,
     SparseModeConfig,
@@ -54,6 +55,7 @@ from routing_jax.routers.sparse_modes import (
 from routing_jax.routers.token import TokenRouter, TokenRouterConfig, TokenRouting, seen_before
 
 __all__ = [
+    "Answers",
     "BlockRouter",
     "BlockRouterConfig",
     "BlockRouting",

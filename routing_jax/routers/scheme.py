@@ -29,6 +29,7 @@ class SchemesConfig:
         cheaper scheme reads a part of what a dearer one reads; else each has its own.
       hidden: width of the router's hidden layer.
       gate_dropout: of soft gates in training, the rest scaled up, not renormalised.
+      gate_noise: whether hard gates have Gumbel noise in training, so that tokens explore.
       temperature: of the soft gate behind the straight-through gradient of a hard one.
     """
 
@@ -37,6 +38,7 @@ class SchemesConfig:
     nested: bool = False
     hidden: int = 96
     gate_dropout: float = 0.0
+    gate_noise: bool = True
     temperature: float = 1.0
 
     def __post_init__(self):
@@ -124,7 +126,7 @@ class SchemeRouter(nn.Module):
     """Weighs the schemes for each token; parameters `hidden` [D,R] and `out` [R,E].
 
     `__call__(x [B,T,D], valid [B,T], rng) -> SchemeRouting`. With `rng`, in training, soft gates
-    have dropout and hard ones Gumbel noise.
+    have dropout and hard ones, with gate_noise, Gumbel noise.
     """
 
     config: SchemesConfig
@@ -145,8 +147,9 @@ class SchemeRouter(nn.Module):
             # float32: a choice between near equals must not flip by rounding.
             logits = jax.nn.gelu(x.astype(jnp.float32) @ hidden, approximate=False) @ out
         if cfg.kind == "random":
-            logits, rng = jax.lax.stop_gradient(logits), None
-        gate = categorical_gate(logits, rng, cfg.temperature)
+            logits = jax.lax.stop_gradient(logits)
+        explores = cfg.kind == "hard" and cfg.gate_noise
+        gate = categorical_gate(logits, rng if explores else None, cfg.temperature)
         if cfg.one_each:
             gates, choice = gate.value, jnp.argmax(gate.choice, axis=-1)
         else:

@@ -18,6 +18,7 @@ from routing_jax.routers.block_scores import dot_scores
 
 SparseMode = Literal["streaming", "triangle", "topk"]
 Retrieval = Literal["full", "topk"]
+Answers = Literal["full", "topk"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ class SparseModeConfig:
         rule, arXiv 2502.13189).
       retrieval: what a layer does that is routed to full attention. full: it attends to everything.
         topk: while it reads the prompt, to what sparse layers of mode topk attend to.
+      answers: what tokens after the prompt do in a layer that searches, in either place. full: they
+        attend to everything. topk: each attends to sink and window, and to the blocks whose mean
+        key is nearest to its own query.
       sink: first tokens of the sequence that every query sees.
       window: tokens before a query that it sees; its own block is one of the window's blocks.
-      last: for triangle and topk, how many last tokens of the prompt attend everywhere, as all
-        that follow the prompt do.
+      last: for triangle and topk, how many last tokens of the prompt attend everywhere, as what
+        follows the prompt does where `answers` does not say otherwise.
       blocks: for topk, in either place, key blocks besides sink and window.
       block_q: queries a tile; divides block_kv.
       block_kv: keys a block.
@@ -49,6 +53,7 @@ class SparseModeConfig:
 
     mode: SparseMode = "streaming"
     retrieval: Retrieval = "full"
+    answers: Answers = "full"
     sink: int = 128
     window: int = 1024
     last: int = 128
@@ -66,6 +71,15 @@ class SparseModeConfig:
             raise ValueError(
                 f"sparse.retrieval is {self.retrieval!r}; accepted: "
                 f"{', '.join(get_args(Retrieval))}."
+            )
+        if self.answers not in get_args(Answers):
+            raise ValueError(
+                f"sparse.answers is {self.answers!r}; accepted: {', '.join(get_args(Answers))}."
+            )
+        if self.answers == "topk" and not self.searches:
+            raise ValueError(
+                f"sparse.answers is 'topk', sparse.mode {self.mode!r} and sparse.retrieval "
+                f"{self.retrieval!r}; one of the last two must be topk."
             )
         for name in ("sink", "window", "last", "blocks", "block_q", "block_kv"):
             if getattr(self, name) < 1:
@@ -118,6 +132,17 @@ class SparseModeConfig:
         return self.mode == "streaming"
 
     @property
+    def rereads(self) -> bool:
+        """Whether, once a prompt is read, some samples' tokens attend to everything.
+
+        >>> SparseModeConfig().rereads
+        True
+        >>> SparseModeConfig(retrieval="topk", answers="topk").rereads
+        False
+        """
+        return self.answers == "full" or self.retrieval == "full" or self.mode == "triangle"
+
+    @property
     def searches(self) -> bool:
         """Whether some samples attend to blocks that score best.
 
@@ -125,6 +150,28 @@ class SparseModeConfig:
         (False, True)
         """
         return "topk" in (self.mode, self.retrieval)
+
+    def searched(self, dense: jax.Array) -> jax.Array:
+        """Which samples attend to blocks that score best.
+
+        Args:
+          dense: bool, the samples routed to full attention.
+
+        >>> SparseModeConfig(retrieval="topk").searched(jnp.array([True, False])).tolist()
+        [True, False]
+        """
+        return jnp.where(dense, self.retrieval == "topk", self.mode == "topk")
+
+    def searched_after(self, dense: jax.Array) -> jax.Array:
+        """Which samples' tokens search by their own queries once the prompt is read.
+
+        Args:
+          dense: bool, the samples routed to full attention.
+
+        >>> SparseModeConfig(retrieval="topk").searched_after(jnp.array([True, False])).tolist()
+        [False, False]
+        """
+        return self.searched(dense) & (self.answers == "topk")
 
 
 def streaming_table(config: SparseModeConfig, starts: jax.Array) -> BlockTable:
@@ -214,6 +261,7 @@ def layer_table(
         )
     ends = starts + config.block_q
     last = ends > (lengths - config.last)[:, None]
+    last &= (starts < lengths[:, None]) | ~config.searched_after(dense)[:, None]
     whole = jnp.where(
         dense[:, None], (config.retrieval == "full") | last, (config.mode != "streaming") & last
     )
@@ -225,11 +273,11 @@ def layer_table(
         near = blocks > own - config.window_blocks
         ranked = jnp.where(near, jnp.finfo(jnp.float32).max, scores)
         # A sample that does not search has room for sink and window, which outrank all others.
-        searches = jnp.where(dense, config.retrieval == "topk", config.mode == "topk")
-        room = config.sink_blocks + config.window_blocks + config.blocks * searches
+        least = config.sink_blocks + config.window_blocks
+        room = least + jnp.where(config.searched(dense), config.blocks, 0)
         table = table_from_scores(
             ranked,
-            config.sink_blocks + config.window_blocks + config.blocks,
+            least + config.blocks,
             block_q=config.block_q,
             block_kv=config.block_kv,
             sinks=config.sink_blocks,

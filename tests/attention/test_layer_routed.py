@@ -218,7 +218,16 @@ def test_a_gates_gradient_survives_sixteen_bits():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"retrieval": "topk"}, pytest.param({"mode": "triangle"}, marks=pytest.mark.slow)],
+    [
+        {},
+        {"retrieval": "topk"},
+        {"retrieval": "topk", "answers": "topk"},
+        pytest.param({"mode": "triangle"}, marks=pytest.mark.slow),
+        pytest.param({"mode": "topk", "answers": "topk"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"mode": "triangle", "retrieval": "topk", "answers": "topk"}, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_prefill_decides_and_decoding_obeys(changes):
     config = MODEL.replace(sparse=dataclasses.replace(SPARSE, **changes))

@@ -22,19 +22,21 @@ def visible(q, k, dense, sparse, prompt):
     T, K = k.shape[:2]
     cfg, size = sparse, sparse.block_kv
     near = cfg.window // size
+    rule = cfg.retrieval if dense else cfg.mode
     seen = np.zeros((T, K, T), bool)
-    for head, start in np.ndindex(K, -(-T // size)):
-        tile, own = slice(start * size, start * size + size), start
-        rule = cfg.retrieval if dense else cfg.mode
-        everywhere = rule == "full" or (rule != "streaming" and tile.stop > prompt - cfg.last)
+    for t, head in np.ndindex(T, K):
+        own, chooser = t // size, t // size * size
+        everywhere = rule == "full" or (rule != "streaming" and chooser + size > prompt - cfg.last)
+        if rule == cfg.answers == "topk" and t >= prompt:
+            everywhere, chooser = False, t
         blocks = {*range(min(cfg.sink // size, own + 1)), *range(max(0, own + 1 - near), own + 1)}
         if rule == "topk":
-            first = q[tile.start].reshape(K, -1, q.shape[-1])[head].mean(0)
+            query = q[chooser].reshape(K, -1, q.shape[-1])[head].mean(0)
             means = [k[j * size : j * size + size, head].mean(0) for j in range(own)]
-            best = sorted(range(own), key=lambda j: -(means[j] @ first))
+            best = sorted(range(own), key=lambda j: -(means[j] @ query))
             blocks |= {*[j for j in best if j not in blocks][: cfg.blocks]}
         for block in range(own + 1) if everywhere else blocks:
-            seen[tile, head, block * size : block * size + size] = True
+            seen[t, head, block * size : block * size + size] = True
     return seen & np.tri(T, dtype=bool)[:, None]
 
 

@@ -124,6 +124,70 @@ def test_layers_routed_to_full_may_search_the_prompt_and_then_see_all_of_it():
     assert np.abs(read - everything).max() > 0.02
 
 
+SEARCHES = {"retrieval": "topk", "answers": "topk", "last": 4, "blocks": 1}
+
+
+def searching(model=MODEL, **changes):
+    return model.replace(sparse=dataclasses.replace(model.sparse, **(SEARCHES | changes)))
+
+
+# In a layer of each kind some sequence searches, streams or attends to everything.
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({}, PATTERNS[3]),
+        pytest.param({"mode": "topk", "blocks": 2}, PATTERNS[1], marks=pytest.mark.slow),
+        pytest.param({"mode": "topk", "retrieval": "full"}, PATTERNS[2], marks=pytest.mark.slow),
+        pytest.param({"mode": "triangle"}, PATTERNS[3], marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_search_by_their_own_queries_as_one_pass_over_prompt_and_answer(changes, pattern):
+    model = searching(**changes)
+    requests = [Request(prompt(n), max_new_tokens=m) for n, m in [(23, 14), (5, 20), (8, 1)]]
+    made, _ = serve(requests, pattern, model)
+    of_pass = model.replace(scan=False)
+
+    def expected(request, model):
+        return greedy(
+            model, make_params(UNROLLED), request.tokens, request.max_new_tokens,
+            [d == DENSE for d in pattern],
+        )[0]  # fmt: skip
+
+    assert made == [expected(request, of_pass) for request in requests]
+    reading = of_pass.replace(sparse=dataclasses.replace(of_pass.sparse, answers="full"))
+    assert made != [expected(request, reading) for request in requests]
+
+
+def test_sums_of_pages_are_those_of_the_keys_they_hold():
+    engine = Engine(searching(), make_params(MODEL), SERVING, PATTERNS[3])
+    for seed in range(5):  # more than there are rows, so that pages change hands
+        engine.add(Request(prompt(13 + seed, seed), 18 + seed))
+    checked = 0
+    for _ in engine.run():
+        memory = jax.device_get(engine.memory)
+        for (layer, row), whole in np.ndenumerate(memory.whole):
+            filled = memory.lengths[row] // 4
+            blocks = np.arange(filled)[0 if whole else max(1, filled - 1) :]
+            slots = blocks if whole else 1 + (blocks - 1) % 2
+            pages = memory.tables[layer, row][slots]
+            np.testing.assert_allclose(
+                memory.sums[pages], memory.keys[pages].sum(axis=1), rtol=1e-4, atol=1e-4
+            )
+            checked += len(pages)
+    assert checked > 500
+
+
+def test_prompts_that_decide_for_themselves_search_each_for_itself():
+    requests = [Request(prompt(n, seed), 6) for seed in range(2) for n in (30, 17, 8, 7)]
+    made, engine = serve(requests, ROUTED, searching())
+    params = make_params(UNROLLED)
+    expected = [greedy(searching(UNROLLED), params, r.tokens, 6, [None] * LAYERS) for r in requests]
+    decided = np.array([decisions for _, decisions in expected])
+    assert (decided.any(0) & ~decided.all(0)).any()
+    assert made == [tokens for tokens, _ in expected]
+    assert engine.free_pages == SERVING.pages
+
+
 @pytest.mark.parametrize(
     ("model", "who"), [(FULL, DENSE), pytest.param(MODEL, ROUTED, marks=pytest.mark.slow)]
 )

@@ -52,6 +52,12 @@ def test_a_hard_gate_opens_as_often_as_its_probability_says():
     np.testing.assert_allclose(gate.choice.mean(0), jax.nn.softmax(logits[0]), atol=0.015)
 
 
+def test_without_noise_training_takes_what_evaluation_takes():
+    noisy, quiet = (route(jax.random.key(0), kind="hard", gate_noise=n) for n in (True, False))
+    np.testing.assert_array_equal(quiet.routing.choice, route(kind="hard").routing.choice)
+    assert np.any(np.asarray(noisy.routing.choice) != np.asarray(quiet.routing.choice))
+
+
 def test_a_hard_gate_has_the_gradient_of_the_soft_one():
     logits = jnp.array([0.3, -0.2, 0.9])
     weights = jnp.array([1.0, 2.0, -3.0])

@@ -47,7 +47,10 @@ def wanted_blocks(cfg, scores, lengths, dense):
     for b, k, m in np.ndindex(out.shape[:3]):
         own, row = m * Q // KV, out[b, k, m]
         rule = {"full": "dense"}.get(cfg.retrieval, cfg.retrieval) if dense[b] else cfg.mode
-        if rule == "dense" or (rule != "streaming" and m * Q + Q > lengths[b] - cfg.last):
+        last = m * Q + Q > lengths[b] - cfg.last
+        if rule == cfg.answers == "topk":
+            last &= m * Q < lengths[b]
+        if rule == "dense" or (rule != "streaming" and last):
             row[:] = True
             continue
         row[: min(cfg.sink // KV, own + 1)] = True
@@ -63,15 +66,20 @@ RULES = [("streaming", "full"), ("triangle", "full"), ("topk", "full"),
          ("streaming", "topk"), ("triangle", "topk"), ("topk", "topk")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "retrieval"), RULES)
-def test_rows_are_those_that_the_words_say(mode, retrieval):
-    cfg, dense = config(mode, retrieval), np.array([True, False, False])
+@pytest.mark.parametrize(
+    ("mode", "retrieval", "answers"),
+    [*((*rule, "full") for rule in RULES), *((*rule, "topk") for rule in RULES[2:])],
+)
+def test_rows_are_those_that_the_words_say(mode, retrieval, answers):
+    cfg, dense = config(mode, retrieval, answers=answers), np.array([True, False, False])
     scores = arrays()[3] if cfg.searches else None
     table = layer_table(cfg, jnp.array(dense), STARTS, jnp.array(LENGTHS), scores)
     want = wanted_blocks(cfg, None if scores is None else np.asarray(scores), LENGTHS, dense)
     assert (listed(table) == want).all()
     assert (table.counts[0] == -1).all() == (retrieval == "full")
     assert (table.counts[1] == -1).any() == (mode != "streaming")
+    # Of a prompt of 50 tokens, whose sample is routed to full attention, the answer's rows are few.
+    assert (table.counts[0, :, 13:] == -1).all() == (retrieval == "full" or answers == "full")
 
 
 def test_streaming_is_sink_and_window():
@@ -124,6 +132,8 @@ def test_scores_belong_to_topk_alone():
     ("changes", "said"),
     [
         ({"retrieval": "dense"}, "sparse.retrieval is 'dense'; accepted: full, topk."),
+        ({"answers": "dense"}, "sparse.answers is 'dense'; accepted: full, topk."),
+        ({"answers": "topk"}, "sparse.mode 'streaming' and sparse.retrieval 'full'; one of the"),
         ({"window": 0}, "sparse.window is 0; it must be at least 1."),
         ({"block_q": 16}, "sparse.block_q is 16; it must divide sparse.block_kv = 8."),
         ({"implementation": "cudnn"}, "sparse.implementation is 'cudnn'; accepted: xla, "),

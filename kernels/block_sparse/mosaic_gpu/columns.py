@@ -14,7 +14,7 @@ class Column:
     """The query tiles that see one key block of one kv head, in chunks of 64 rows, in a kernel.
 
     Steps go through the tiles that list the block, then through those of dense rows that see it,
-    each in ascending order; and within a tile through the chunks of the group's heads.
+    each in ascending order; and within a tile through the chunks of its heads.
 
     Attributes:
       batch: the sequence; this and the next two are the program's place in the grid.
@@ -23,8 +23,11 @@ class Column:
       steps: chunks to visit.
     """
 
-    def __init__(self, geometry: Geometry, inputs, columns):
+    def __init__(self, geometry: Geometry, inputs, columns, heads: int, part: jax.Array | int = 0):
+        """A column of `heads` heads of the group, those from part·heads on."""
         self._geometry, self._inputs, self._columns = geometry, inputs, columns
+        self._first_head = part * heads
+        self._chunks = heads * geometry.block_q // WARPGROUP_ROWS  # a tile
         self.batch, self.kv_head, self.block = (
             lax.axis_index(name) for name in ("batch", "kv_head", "block")
         )
@@ -33,12 +36,12 @@ class Column:
         self._listed = columns.offsets[(*self._table, self.block + 1)] - self._first_entry
         runs = (*at(columns.dense_counts.shape, self.batch, self.kv_head), self.block)
         self._first_dense = columns.first_dense[runs]
-        self.steps = (self._listed + columns.dense_counts[runs]) * geometry.chunks
+        self.steps = (self._listed + columns.dense_counts[runs]) * self._chunks
 
     def entry(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The tile of a step and the block's slot in its row; C for a dense row."""
         geometry = self._geometry
-        nth = lax.div(step, geometry.chunks)
+        nth = lax.div(step, self._chunks)
         place = jnp.minimum(self._first_entry + nth, geometry.M * geometry.C - 1)
         nth_dense = jnp.clip(self._first_dense + nth - self._listed, 0, geometry.M - 1)
         entry = self._columns.entries[(*self._table, place)]
@@ -50,9 +53,9 @@ class Column:
     def chunk(self, step: jax.Array, tile: jax.Array) -> tuple[jax.Array, pl.Slice]:
         """The query head and the rows of T of a step in its tile."""
         geometry = self._geometry
-        group_head, offset = geometry.place(lax.rem(step, geometry.chunks))
+        head, offset = geometry.place(lax.rem(step, self._chunks))
         rows = pl.ds(tile * geometry.block_q + offset, WARPGROUP_ROWS)
-        return self.kv_head * geometry.G + group_head, rows
+        return self.kv_head * geometry.G + self._first_head + head, rows
 
     def fetch(self, chunk: tuple[jax.Array, pl.Slice], output, rings, stage, full) -> None:
         """Starts copying a chunk's queries, d_out, lse and δ to a stage of their rings.

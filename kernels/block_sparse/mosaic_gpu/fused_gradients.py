@@ -1,19 +1,21 @@
 """The backward pass on Hopper in one kernel: dk and dv, and dq by additions in global memory.
 
-Programs are those of `key_gradients`: one a key block and kv head, walking the query tiles that
-see it and the heads of the group. Two passes compute S and dP twice, seven products a pair of
-tiles; here it is five, since each program also adds what its keys give to dq. Other programs add to
-the same rows, in the order in which they come, and float32 sums depend on their order: gradients of
-q differ in their last bits from run to run. Those of k and v do not.
+A program takes one key block, as in `key_gradients`, and a part of the group's heads. It walks the
+query tiles that see the block. Two passes compute S and dP twice, seven products a pair of tiles;
+here it is five, since each program also adds what its keys give to dq. Other programs add to the
+same rows, in the order in which they come, and float32 sums depend on their order: gradients of q
+differ in their last bits from run to run. Those of k and v do not: what the parts of the group give
+to them is added afterwards, rounded once more.
 
 K and V of the block stay in shared memory. A step takes 64 queries of one head. There is a compute
 warpgroup for every 64 keys (two for blocks of 128) and one for memory. In step i a compute
 warpgroup
 
-1. waits until the stage of the ring is `full` and issues Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ for its keys;
+1. waits until the stage of the ring is `full` and issues Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ for its keys,
+   then waits until all have read the dSᵀ of two steps before (`ds_empty`);
 2. computes Pᵀ = exp2(Sᵀ − lse) while dPᵀ is running, then dSᵀ = Pᵀ·(dPᵀ − δ), rounds both to 16
-   bits, and writes dSᵀ to one of two buffers in shared memory, once all have read what lay there
-   two steps before (`ds_empty`), and says so (`ds_full`);
+   bits, writes dSᵀ to the buffer in shared memory that was freed, one of two, and says so
+   (`ds_full`);
 3. waits for the others' dSᵀ of step i − 1 and issues dS·K of that step, for all keys of the block
    and its own share of the head dim; then dv += Pᵀ·dO and dk += dSᵀ·Q of step i, which stay in
    registers;
@@ -26,11 +28,12 @@ That dS·K comes a step late lets one warpgroup be up to a step ahead, so that t
 for one while the other computes exponentials. The memory warpgroup streams Q, dO, lse and δ.
 
 At head dim 128 and blocks of 128, of 227 KB: K and V 64, dSᵀ 32, dq tiles 32, three stages of the
-ring 98. A step moves 33 KB in and 32 KB out between shared memory and the L2 cache. dq is four
-bytes a value and misses the cache where programs that run at a time stand at different tiles. They
-take the blocks of one head after another, all from the last tile to the first, which is probably
-not enough for groups of four heads of 128 (LOG.md, 7). What it costs besides is writing zeros
-before and rounding after, 10 bytes a value of q.
+ring 98. A step moves 33 KB in and 32 KB out between shared memory and the L2 cache; were they to
+miss it, main memory would take longer than the products. Programs stand at different tiles, so what
+they use at a time is nearly all of dq, Q and dO of the heads they take: 34 MB a head of 128 and 32k
+queries. So all programs that run at a time take the same heads, as few as the cache asks for
+(`_heads`); where that is less than the group, dk and dv of each part of it are written and read
+again. dq costs besides, in zeros before and rounding after, 10 bytes a value of q.
 """
 
 import functools
@@ -49,6 +52,7 @@ from routing_jax.kernels.mosaic_arrays import accumulator, tiled_smem
 
 _ROWS = WARPGROUP_ROWS
 _STAGES = 3
+_CACHE_BYTES = 25_000_000  # half of the L2 cache: what one of its two partitions holds
 
 
 def fits_fused(geometry: Geometry, arrays: Arrays) -> bool:
@@ -64,15 +68,18 @@ def fused_gradients(
     geometry: Geometry, arrays: Arrays, output: Output, columns: Columns
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients dq, dk and dv, like the padded q, k and v; dq is not bitwise repeatable."""
-    warpgroups = geometry.block_kv // _ROWS
+    warpgroups, heads = geometry.block_kv // _ROWS, _heads(geometry)
     dtype, H = arrays.q.dtype, geometry.H
+    B, S, K, parts = *arrays.k.shape[:3], geometry.G // heads
     share = H // warpgroups  # columns of dq that a warpgroup computes, and reads of K
     operands, tree = jax.tree.flatten((arrays, output, columns))
 
     def entry(*refs):
         inputs, out, by_column = jax.tree.unflatten(tree, refs[: len(operands)])
         pl.run_scoped(
-            functools.partial(_program, geometry, inputs, out, by_column, refs[len(operands) :]),
+            functools.partial(
+                _program, geometry, heads, inputs, out, by_column, refs[len(operands) :]
+            ),
             tiled_smem((geometry.block_kv, H), dtype, share),
             tiled_smem((geometry.block_kv, H), dtype),
             tiled_smem((_STAGES, _ROWS, H), dtype, share),
@@ -91,29 +98,40 @@ def fused_gradients(
 
     kernel = plgpu.kernel(
         entry,
-        out_type=(jax.ShapeDtypeStruct(arrays.k.shape, dtype),) * 2,
-        grid=(geometry.J, geometry.K, geometry.B),
-        grid_names=("block", "kv_head", "batch"),
+        out_type=(jax.ShapeDtypeStruct((B, S, K * parts, H), dtype),) * 2,
+        grid=(B, K, parts, geometry.J),  # the last axis varies fastest
+        grid_names=("batch", "kv_head", "part", "block"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     dq_sum = jax.new_ref(jnp.zeros(arrays.q.shape, jnp.float32))
-    dk, dv = kernel(*operands, dq_sum)
+    dk, dv = (
+        x.reshape(B, S, K, parts, H).sum(axis=3, dtype=jnp.float32).astype(dtype)
+        for x in kernel(*operands, dq_sum)
+    )
     dq = jax.freeze(dq_sum) * (geometry.scale / LOG2_E)
     return dq.astype(dtype), dk, dv
 
 
+def _heads(geometry: Geometry) -> int:
+    """How many heads of the group a program takes: as many as the cache holds, at least one."""
+    head_bytes = geometry.T * geometry.H * 8  # dq in float32, Q and dO in 16 bits
+    most = max(_CACHE_BYTES // head_bytes, 1)
+    return max(n for n in range(1, geometry.G + 1) if geometry.G % n == 0 and n <= most)
+
+
 def _program(
-    geometry: Geometry, inputs, output, columns, results, k_smem, v_smem, q_smem, do_smem,
-    lse_smem, delta_smem, ds_smem, dq_smem, kv_full, full, empty, ds_full, ds_empty,
+    geometry: Geometry, heads: int, inputs, output, columns, results, k_smem, v_smem, q_smem,
+    do_smem, lse_smem, delta_smem, ds_smem, dq_smem, kv_full, full, empty, ds_full, ds_empty,
 ):  # fmt: skip
     """One program: see the module."""
     dq_sum, dk_out, dv_out = results
     warpgroups = geometry.block_kv // _ROWS
     share = geometry.H // warpgroups
     warpgroup = lax.axis_index("warpgroup")
-    column = Column(geometry, inputs, columns)
+    part = lax.axis_index("part")
+    column = Column(geometry, inputs, columns, heads, part)
     batch, kv_head, steps = column.batch, column.kv_head, column.steps
     block_start = column.block * geometry.block_kv
 
@@ -160,6 +178,8 @@ def _program(
             def products(scores, d_weights):
                 plgpu.wgmma(scores, own_k, q_smem.at[stage].transpose((1, 0)))
                 plgpu.wgmma(d_weights, own_v, do_smem.at[stage].transpose((1, 0)))
+                if not first:  # here, so that nothing keeps the exponentials behind dP
+                    pl.when(step >= 2)(lambda: plgpu.barrier_wait(ds_empty.at[buffer]))
                 logits = plgpu.wgmma_accumulator_load(scores, wait_n=1)
                 logits = hide_later(
                     geometry, inputs, logits, batch, q_rows, first_key, padding=True
@@ -176,8 +196,6 @@ def _program(
 
             piece = plgpu.ACC((_ROWS, _ROWS), jnp.float32)
             p, ds = pl.run_scoped(products, piece, piece)
-            if not first:
-                pl.when(step >= 2)(lambda: plgpu.barrier_wait(ds_empty.at[buffer]))
             ds_smem.at[buffer, own_keys][...] = ds
             plgpu.commit_smem()
             plgpu.barrier_arrive(ds_full.at[buffer])
@@ -221,11 +239,12 @@ def _program(
         state = lax.fori_loop(0, some, functools.partial(add_chunk, first=True), state)
         state = lax.fori_loop(some, steps, add_chunk, state)
         (dk, dv), _, _ = lax.fori_loop(0, some, add_last_dq, state)
+        sum_head = kv_head * (geometry.G // heads) + part
         # V's rows are this warpgroup's alone; K's may still be read by the other.
         for total, result in ((dv, dv_out), (dk * (geometry.scale / LOG2_E), dk_out)):
             own_v[...] = total.astype(v_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_v, result.at[batch, pl.ds(first_key, _ROWS), kv_head])
+            plgpu.copy_smem_to_gmem(own_v, result.at[batch, pl.ds(first_key, _ROWS), sum_head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == warpgroups)

@@ -89,7 +89,7 @@ def _program(
     """One program: see the module."""
     warpgroups = geometry.block_kv // _ROWS
     warpgroup = lax.axis_index("warpgroup")
-    column = Column(geometry, inputs, columns)
+    column = Column(geometry, inputs, columns, geometry.G)
     batch, kv_head, steps = column.batch, column.kv_head, column.steps
 
     @pl.when(warpgroup < warpgroups)

@@ -21,7 +21,6 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
     kv_bytes,
     random_model,
     serving,
-    unrouted,
 )
 from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, dense_layers
 from routing_jax.evals.report import readme_blocks
@@ -39,7 +38,7 @@ def test_the_paged_and_the_published_model_are_one():
     model, params = CONFIG.decoder, random_model(CONFIG)
     size = Size(1, 64, 0.0)  # as in the rows below, whose programs are compiled then
     sizes, tokens = serving(CONFIG, size), jax.random.randint(jax.random.key(1), (1, 64), 0, 64)
-    plain = unrouted(CONFIG)
+    plain = CONFIG.model_of("dense")
     logits, cache = dense_prefill(plain, params, tokens, 32, 4)
     lengths = jnp.full(1, 64, jnp.int32)
     memory = empty_memory(model, sizes)
@@ -60,37 +59,67 @@ def test_the_paged_and_the_published_model_are_one():
     assert len(set(seen)) > 2
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_memory_is_what_its_pattern_holds(share):
-    size = Size(2, 64, share)
-    blocks = (64 + 6) // 8 + 1
-    pages = sum(blocks if dense else 2 for dense in dense_layers(4, share))
-    memory = filled_memory(CONFIG, size)
-    assert held_bytes(memory) == kv_bytes(CONFIG, size, True) == 2 * pages * 2 * (8 * 2 * 8 * 4)
+@pytest.mark.parametrize("mode", ["streaming", "triangle"])
+@pytest.mark.parametrize(("who", "share"), [("routed", 0.0), ("routed", 1.0), ("composed", 0.5)])
+def test_memory_is_what_its_pattern_holds(who, share, mode):
+    config, size = dataclasses.replace(CONFIG, mode=mode), Size(2, 64, share)
+    blocks, dense = (64 + 6) // 8 + 1, dense_layers(4, share)
+    kept = [blocks if one or mode != "streaming" else 2 for one in dense]
+    pages, token, sums = 2 * sum(kept), 2 * (2 * 8 * 4), (who == "composed") * 2 * 8 * 4
+    memory = filled_memory(config, size, who)
+    assert held_bytes(memory) == kv_bytes(config, size, who) == pages * (8 * token + sums)
     assert int(memory.pool.available) == 0
-    assert sorted(memory.tables[memory.tables >= 0].tolist()) == list(range(2 * pages))
+    assert sorted(memory.tables[memory.tables >= 0].tolist()) == list(range(pages))
+    searches = np.array(dense)[:, None] & (who == "composed")
+    np.testing.assert_array_equal(memory.searches, np.broadcast_to(searches, (4, 2)))
+
+
+def test_memory_is_that_of_a_prefill():
+    """Pages, flags and sums lie where prefill puts them, so that decoding does the same work."""
+    size = Size(1, 64, 0.5)
+    model, sizes = CONFIG.model_of("composed"), serving(CONFIG, size)
+    length = jnp.full(1, 64, jnp.int32)
+    _, read = prefill_prompts(
+        model, sizes, random_model(CONFIG), decisions(CONFIG, size), jnp.zeros((1, 64), int),
+        length, jnp.full(1, sizes.length), jnp.arange(1), empty_memory(model, sizes),
+    )  # fmt: skip
+    filled = filled_memory(CONFIG, size, "composed")
+    same = ("pool", "tables", "whole", "searches", "lengths")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *([getattr(memory, name) for name in same] for memory in (read, filled)),
+    )
+    assert jax.tree.map(jnp.shape, read) == jax.tree.map(jnp.shape, filled)
 
 
 def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     out = tmp_path / "serve-path" / "cpu.json"
-    result = serve_path.main(CONFIG, out)
-    rows = [(row["part"], row["who"], row["batch"], row["sparse_share"]) for row in result["rows"]]
-    assert rows == [
-        ("router", "routed", 1, 0.0),
-        ("prefill", "routed", 1, 0.0),
-        ("prefill", "dense", 1, 0.0),
-        ("decode", "routed", 1, 0.0),
-        ("decode", "dense", 1, 0.0),
+    who = ("routed", "composed", "dense")
+    result = serve_path.main(dataclasses.replace(CONFIG, who=who, blocks=2), out)
+    rows = [
+        (row["part"], row["who"], row["batch"], row["sparse_share"], row["blocks"])
+        for row in result["rows"]
     ]
+    assert rows == [
+        ("router", "routed", 1, 0.0, None),
+        *((part, one, 1, 0.0, 2 if one == "composed" else None)
+          for part in ("prefill", "decode") for one in who),
+    ]  # fmt: skip
     assert all(row["milliseconds"] > 0 and "error" not in row for row in result["rows"])
     # A row whose time is spent takes no second sample; the router's has its own measure.
-    assert [row["samples"] for row in result["rows"]] == [2, 1, 1, 1, 1]
+    assert [row["samples"] for row in result["rows"]] == [2, 1, 1, 1, 1, 1, 1]
+    assert all(row["least"] is None for row in result["rows"])  # of a device that it knows
     assert all((row["kv_bytes"] > 0) == (row["part"] != "router") for row in result["rows"])
     assert json.loads(out.read_text())["rows"] == result["rows"]
     block = readme_blocks(tmp_path)["serve-path-cpu"]
     assert "| 64 | 1 |" in block
     assert "the shape of tiny with random weights" in block
-    assert "prefill 1×64 routed, 0 % sparse:" in capsys.readouterr().out
+    assert "| tokens | batch | dense | routed, 0 % sparse | composed (best 2 blocks), 0 %" in block
+    assert "KV GiB, routed | KV GiB, composed (best 2 blocks) |" in block
+    assert "composed: the other layers see the same and the 2 blocks of 8 keys of nearest" in block
+    said = capsys.readouterr().out
+    assert "prefill 1×64 routed, 0 % sparse:" in said
+    assert "decode 1×64 composed (best 2 blocks), 0 % sparse:" in said
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_measured(tmp_path, monkeypatch):
@@ -142,6 +171,8 @@ def test_what_fails_costs_its_own_row_only(monkeypatch):
         (["--who", "routed", "dens"], "who"),
         (["--lengths", "0"], "lengths holds 0; each must be at least 1"),
         (["--sparse-shares", "1.5"], "sparse_shares holds 1.5; each must lie between 0 and 1"),
+        (["--blocks", "0"], "blocks is 0; it must be at least 1"),
+        (["--mode", "dense"], "mode"),
         (["--repeats", "0"], "repeats is 0; it must be at least 1"),
         (["--model", "gpt"], "model"),
     ],

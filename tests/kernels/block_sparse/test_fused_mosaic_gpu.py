@@ -14,6 +14,7 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionOptions,
     AttentionOutputs,
 )
+from routing_jax.kernels.block_sparse.mosaic_gpu import fused_gradients
 from routing_jax.kernels.block_sparse.mosaic_gpu.backward import backward
 
 from ..cuda_lowering import lower_for_cuda
@@ -41,10 +42,35 @@ class FusedSuite(AttentionSuite):
         )
 
 
+# Cases and how many heads of the group a program takes, where the cache would not hold them all.
+FEWER_HEADS = (
+    ("groups of 3, head dim 64", 1),
+    ("groups of 16, head dim 96", 4),
+    ("groups of 4, head dim 128", 1),
+    ("groups of 4, head dim 128", 2),
+    ("compacted queries in segments", 1),
+    ("one table and bias for all, no dense row", 1),
+)
+
+
+def _hold(monkeypatch, heads: int, T: int, H: int) -> None:
+    """Makes the cache as small as what that many heads use."""
+    jax.clear_caches()  # the backward pass may have been traced for these shapes
+    monkeypatch.setattr(fused_gradients, "_CACHE_BYTES", heads * T * -(-H // 64) * 64 * 8)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_gradients_equal_masked_dense_attention(name):
     FusedSuite().check_against_oracle(FUSED[name], "bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "heads"), FEWER_HEADS)
+def test_programs_that_take_a_part_of_the_group_add_up(name, heads, monkeypatch):
+    case = FUSED[name]
+    _hold(monkeypatch, heads, case.T, case.H)
+    FusedSuite().check_against_oracle(case, "bfloat16")
 
 
 @pytest.mark.gpu
@@ -62,15 +88,20 @@ def _table(kind: str, T: int, K: int, block_q: int, block_kv: int):
     return dense_table(T, T, **blocks) if kind == "dense" else window_table(T, T, 3, **blocks)
 
 
-@functools.partial(jax.jit, static_argnames=("deterministic", "implementation"))
-def _gradients(operands, table, d_out, *, deterministic, implementation="mosaic_gpu"):
-    def attend(q, k, v):
-        return block_sparse_attention(
-            q, k, v, table, deterministic=deterministic, implementation=implementation
-        )
+def _gradients(deterministic: bool, implementation: str = "mosaic_gpu"):
+    """A function of operands, table and d_out, traced anew."""
 
-    _, pull_back = jax.vjp(attend, *operands)
-    return [x.astype(jnp.float32) for x in pull_back(d_out)]
+    @jax.jit
+    def gradients(operands, table, d_out):
+        def attend(q, k, v):
+            return block_sparse_attention(
+                q, k, v, table, deterministic=deterministic, implementation=implementation
+            )
+
+        _, pull_back = jax.vjp(attend, *operands)
+        return [x.astype(jnp.float32) for x in pull_back(d_out)]
+
+    return gradients
 
 
 def _operands(T: int, K: int, G: int, H: int):
@@ -82,25 +113,26 @@ def _operands(T: int, K: int, G: int, H: int):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("kind", "H", "G"),
+    ("kind", "H", "G", "heads"),
     [
-        ("random", 128, 4),
-        ("random", 64, 3),
-        ("window", 128, 3),
-        ("window", 64, 1),
-        ("dense", 128, 1),
-        ("dense", 64, 4),
+        ("random", 128, 4, 4),
+        ("random", 128, 4, 1),
+        ("random", 64, 3, 3),
+        ("window", 128, 3, 1),
+        ("window", 64, 1, 1),
+        ("dense", 128, 1, 1),
+        ("dense", 64, 4, 2),
     ],
 )
-def test_many_programs_add_to_the_same_rows(kind, H, G):
+def test_many_programs_add_to_the_same_rows(kind, H, G, heads, monkeypatch):
     """More programs than multiprocessors, whose additions meet; twice, for dk and dv bit by bit."""
     T, K = 4096, 8
+    _hold(monkeypatch, heads, T, H)
     operands, d_out = _operands(T, K, G, H)
     table = _table(kind, T, K, 128, 128)
-    first, again, expected = (
-        _gradients(operands, table, d_out, deterministic=deterministic)
-        for deterministic in (False, False, True)
-    )
+    fused = _gradients(deterministic=False)
+    first, again = (fused(operands, table, d_out) for _ in range(2))
+    expected = _gradients(deterministic=True)(operands, table, d_out)
     for got, want in zip(first, expected):
         got, want = np.asarray(got), np.asarray(want)
         assert np.linalg.norm(got - want) <= 0.005 * np.linalg.norm(want)
@@ -115,8 +147,8 @@ def test_keys_that_pad_the_last_block_add_nothing_however_small_the_logits():
     k, v = k[:, :100], v[:, :100]
     q, k = q.at[..., 0].set(100.0), k.at[..., 0].set(-16.0)
     table = dense_table(256, 100, block_q=64, block_kv=64)
-    got = _gradients((q, k, v), table, d_out, deterministic=False)
-    expected = _gradients((q, k, v), table, d_out, deterministic=True, implementation="xla")
+    got = _gradients(deterministic=False)((q, k, v), table, d_out)
+    expected = _gradients(deterministic=True, implementation="xla")((q, k, v), table, d_out)
     for one, other in zip(got, expected):  # the first column is a sum that vanishes
         one, other = np.asarray(one)[..., 1:], np.asarray(other)[..., 1:]
         assert np.isfinite(one).all()
@@ -135,27 +167,40 @@ LOWERED = {
 }
 
 
-@pytest.mark.parametrize("name", LOWERED)
-def test_lowers_for_hopper_to_as_few_kernels_as_the_call_allows(name):
-    case, kernels = LOWERED[name]
+def _lowered(case: Case) -> str:
     arguments, _ = make_inputs(case, "bfloat16")
     options = AttentionOptions(arguments.pop("causal"), 0.125, deterministic=False)
     inputs = jax.eval_shape(lambda: AttentionInputs(**arguments))
     lse = jax.ShapeDtypeStruct(inputs.q.shape[:3], jnp.float32)
     outputs = AttentionOutputs(inputs.q, lse)
-    text = lower_for_cuda(functools.partial(backward, options), inputs, outputs, inputs.q, lse)
+    return lower_for_cuda(functools.partial(backward, options), inputs, outputs, inputs.q, lse)
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_hopper_to_as_few_kernels_as_the_call_allows(name):
+    case, kernels = LOWERED[name]
+    text = _lowered(case)
     assert text.count("custom_call @mosaic_gpu") == kernels
     # dq is added to zeros that the kernel gets as an operand.
     assert text.count("stablehlo.output_operand_alias<") == (1 if kernels == 1 else 0)
+
+
+@pytest.mark.parametrize(("name", "heads"), FEWER_HEADS[-4:])
+def test_heads_that_the_cache_does_not_hold_are_left_to_other_programs(name, heads, monkeypatch):
+    case = FUSED[name]
+    _hold(monkeypatch, heads, case.T, case.H)
+    S = -(-(case.S or case.T) // case.block_kv) * case.block_kv
+    text = _lowered(case)
+    assert text.count("custom_call @mosaic_gpu") == 1
+    # dk and dv of each part, which are then added up.
+    assert text.count(f"tensor<{case.B}x{S}x{case.K}x{case.G // heads}x{case.H}xbf16>") >= 2
 
 
 def test_elsewhere_gradients_are_the_same():
     arguments, (d_out, _) = make_inputs(Case(B=1, K=1, G=1, T=64, dense=0.0, bias=False))
     operands = [arguments.pop(name) for name in "qkv"]
     two, one = (
-        _gradients(
-            operands, arguments["table"], d_out, deterministic=deterministic, implementation="xla"
-        )
+        _gradients(deterministic, "xla")(operands, arguments["table"], d_out)
         for deterministic in (True, False)
     )
     jax.tree.map(np.testing.assert_array_equal, two, one)

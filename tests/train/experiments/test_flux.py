@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from routing_jax.evals.results import load_results
@@ -35,6 +36,7 @@ def test_every_router_has_its_controls_on_the_same_prompts(args):
     variants = {run.variant for run in plan}
     assert {f"{kind}-{p}" for kind in ("static", "random") for p in PERCENT} <= variants
     assert {"dense", "sparse", "routed", "routed+curriculum"} <= variants
+    assert {"static+tasks-75", "static+routed"} <= variants
     for run in plan:
         assert run.config.data == plan[0].config.data
         assert run.config.curriculum.max_steps == 2
@@ -44,11 +46,20 @@ def test_every_router_has_its_controls_on_the_same_prompts(args):
     assert curriculum.config.curriculum.peak > 0 == curriculum.config.budget.rate
 
 
+def test_what_searches_is_the_same_in_all_runs_and_named(args):
+    plan = list(runs(dataclasses.replace(args, retrieval="topk", answers="topk")))
+    assert {run.task for run in plan} == {"tiny-text-streaming-topk-answers-512"}
+    sparse = {run.config.model.sparse for run in plan}
+    assert [(s.mode, s.retrieval, s.answers) for s in sparse] == [("streaming", "topk", "topk")]
+    with pytest.raises(ValueError, match="one of the last two must be topk"):
+        list(runs(dataclasses.replace(args, answers="topk")))
+
+
 def test_elsewhere_routers_are_those_that_were_trained_at_home(args):
     asked = dataclasses.replace(args, elsewhere=("stdlib",), lengths=(400,))
     plan = list(runs(asked))
     names = [run.name for run in plan]
-    moved = [run for run in plan if run.config.start_from]
+    moved = [run for run in plan if run.config.start_from and run.variant == "routed"]
     places = ("tiny-text-streaming-512-elsewhere-stdlib", "tiny-text-streaming-400")
     assert {run.task for run in moved} == set(places)
     for run in moved:
@@ -113,7 +124,7 @@ def test_routers_and_ranking_of_home_are_measured_on_maths_and_in_another_model(
 
 @pytest.mark.slow
 def test_reproducing_scores_controls_and_routers_and_renders(args):
-    only = "512_dense|static-50|random-50|routed_s0|curriculum_s0|400_dense"
+    only = "512_dense|static-50|tasks-75|random-50|routed_s0|curriculum_s0|400_dense"
     asked = dataclasses.replace(args, only=only, lengths=(400,))
     assert flux.reproduce(asked) == 0
     made = load_results(args.out, "flux")
@@ -121,11 +132,18 @@ def test_reproducing_scores_controls_and_routers_and_renders(args):
     there = {r.variant: r for r in made if r.task.endswith("400")}
     assert list(there) == ["dense", "routed"]
     assert there["routed"].steps == 0
-    assert list(results) == ["dense", "random-50", "routed+curriculum", "routed", "static-50"]
+    static = ["static+routed", "static+tasks-75", "static-50"]
+    assert list(results) == ["dense", "random-50", "routed+curriculum", "routed", *static]
     assert results["dense"].usage == 1
     assert results["static-50"].usage == results["random-50"].usage == 0.5
-    assert len(results["static-50"].details["sensitivity"]) == 2
+    assert all(len(results[v].details["sensitivity"]) == 2 for v in static[1:])
     assert results["routed"].steps == 2
+    # Whatever the prompt: the layers that routers favoured, as many as they had.
+    favoured = np.array(results["static+routed"].usage_per_layer)
+    assert set(favoured) <= {0.0, 1.0}
+    use = np.array(results["routed"].usage_per_layer)
+    assert favoured.sum() == round(use.sum())
+    assert use[favoured == 1].sum() == np.sort(use)[::-1][: round(use.sum())].sum()
     assert all(r.sequences == 8 for r in results.values())
     folder = Path(args.out) / "flux"
     assert "static-50" in (folder / "table.md").read_text()

@@ -49,8 +49,9 @@ def test_variants_differ_in_what_they_are_named_for():
             kind = config.model.schemes.kind
             assert kind in variant, variant
             assert config.model.schemes.nested == variant.startswith("nested"), variant
-        assert (config.curriculum.peak > 0) == variant.endswith("kv-cost"), variant
-        if variant.endswith("kv-cost"):
+            assert config.model.schemes.gate_noise == (not variant.endswith("no-noise")), variant
+        assert (config.curriculum.peak > 0) == ("kv-cost" in variant), variant
+        if "kv-cost" in variant:
             assert (config.curriculum.weighs, config.curriculum.explore) == ("kv_cost", 0)
     weights = {
         VARIANTS[f"soft+balance-{w}"](BASE).curriculum.explore for w in ("0", "0.1", "1", "10")
