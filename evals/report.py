@@ -10,11 +10,14 @@ from etils import epath
 from routing_jax.evals.benchmarks import (
     attention_plot,
     attention_report,
+    block_routing_report,
     serve_path_report,
     tpu_schedule_plot,
     tpu_schedule_report,
 )
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
+from routing_jax.evals.block_findings import error_table, routing_findings
+from routing_jax.evals.block_plots import plot_errors, plot_positions
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
 from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.provenance import dated_versions, named_device
@@ -31,6 +34,7 @@ BLOCK_ROUTING = "block-routing"
 FLUX = "flux"
 MIXING = "mixing"
 ATTENTION = "attention"
+BLOCK_ROUTING_SPEED = "block-routing-speed"
 TPU_SCHEDULE = "tpu-schedule"
 SERVE_PATH = "serve-path"
 
@@ -59,13 +63,14 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
     if results := load_results(folder, MOAS):
         blocks[MOAS] = moas_table(results)
     if results := load_results(folder, BLOCK_ROUTING):
-        blocks[BLOCK_ROUTING] = block_routing_table(results)
+        blocks[BLOCK_ROUTING] = block_routing_text(results)
     if results := load_results(folder, FLUX):
         blocks[FLUX] = flux_table(results)
     for name, table, caption in (
         (MIXING, mixing_table, benchmark_caption),
         (MOAS_TIMES, times_table, times_caption),
         (ATTENTION, attention_report.table, attention_report.caption),
+        (BLOCK_ROUTING_SPEED, block_routing_report.table, block_routing_report.caption),
         (TPU_SCHEDULE, tpu_schedule_report.table, tpu_schedule_report.caption),
         (SERVE_PATH, serve_path_report.table, serve_path_report.caption),
     ):
@@ -87,15 +92,20 @@ def plot_results(folder: epath.PathLike) -> None:
         plot_routed_attention(results, folder / ROUTED_ATTENTION)
     if results := load_results(folder, MOAS):
         plot_moas(results, folder / MOAS)
-    for name in (BLOCK_ROUTING, FLUX):
-        if results := load_results(folder, name):
-            plot_routers(results, folder / name)
+    if results := load_results(folder, BLOCK_ROUTING):
+        plot_block_routing(results, folder / BLOCK_ROUTING)
+    if results := load_results(folder, FLUX):
+        plot_routers(results, folder / FLUX)
     for path in sorted((folder / MIXING).glob("*.json")):
         rows = json.loads(path.read_text())["rows"]
         shown = [r for r in rows if r["part"] == "mixing" and r["milliseconds"] and r["usage"]]
         if shown:
             plot_speed(shown, path.with_suffix(".png"))
-    for name, drawn in ((ATTENTION, attention_plot), (TPU_SCHEDULE, tpu_schedule_plot)):
+    for name, drawn in (
+        (ATTENTION, attention_plot),
+        (BLOCK_ROUTING_SPEED, block_routing_report),
+        (TPU_SCHEDULE, tpu_schedule_plot),
+    ):
         for path in sorted((folder / name).glob("*.json")):
             drawn.plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
 
@@ -146,6 +156,30 @@ def plot_routers(results: list[Result], folder: epath.Path) -> None:
     """
     by_router = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
     plot_tradeoff(by_router, folder / "tradeoff.png")
+
+
+def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
+    """Quality against usage, bits per byte by position, and output error against cost.
+
+    Args:
+      results: of the experiment.
+      folder: where the plots go.
+    """
+    plot_routers(results, folder)
+    for task in sorted({r.task for r in results}):
+        mine = [r for r in results if r.task == task]
+        plot_positions(mine, folder / f"positions_{task}.png")
+        plot_errors(mine, folder / f"errors_{task}.png")
+
+
+def block_routing_text(results: list[Result]) -> str:
+    """The experiment's table, what follows from it, and the output errors.
+
+    Args:
+      results: of the experiment.
+    """
+    parts = block_routing_table(results), routing_findings(results), error_table(results)
+    return "\n\n".join(part for part in parts if part)
 
 
 def report(folder: epath.PathLike, readme: epath.PathLike | None) -> None:

@@ -8,9 +8,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from routing_jax.evals.benchmarks import attention, mixing, serve_path, tpu_schedule
+from routing_jax.evals.benchmarks import (
+    attention,
+    block_routing,
+    mixing,
+    serve_path,
+    tpu_schedule,
+)
 from routing_jax.evals.benchmarks.attention import AttentionBenchConfig
 from routing_jax.evals.benchmarks.attention_flex import leave_memory_for_torch
+from routing_jax.evals.benchmarks.block_routing import BlockRoutingBenchConfig
 from routing_jax.evals.benchmarks.mixing import MixingBenchConfig
 from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, take_all_memory
 from routing_jax.evals.benchmarks.tpu_schedule import TpuScheduleConfig
@@ -217,6 +224,19 @@ class BenchAttentionArgs:
 
 
 @dataclass(frozen=True)
+class BenchBlockRoutingArgs:
+    """Measure block routing, router and table included, beside dense attention.
+
+    Attributes:
+      config: what is measured.
+      out: the JSON file to write; a plot goes beside it.
+    """
+
+    config: Annotated[BlockRoutingBenchConfig, tyro.conf.arg(name="")]
+    out: str = "runs/bench/block-routing.json"
+
+
+@dataclass(frozen=True)
 class BenchTpuScheduleArgs:
     """Count what the TPU compiler makes of block-sparse attention, beside splash attention.
 
@@ -247,7 +267,7 @@ class BenchServePathArgs:
 
 
 def bench_command(args: Sequence[str]) -> int:
-    """Runs `bench mixing`, `bench attention`, `bench serve-path` or `bench tpu-schedule`."""
+    """Runs one of the benchmarks by its name."""
     name = args[0] if args else "nothing"
     if name == "mixing":
         default = BenchArgs(mixing.default_config())
@@ -260,6 +280,12 @@ def bench_command(args: Sequence[str]) -> int:
             BenchAttentionArgs, args[1:], "routing-jax bench attention", default_attention
         )
         attention.main(wanted.config, Path(wanted.out))
+    elif name == "block-routing":
+        block_routing.take_all_memory()  # before default_config starts the device
+        default_routing = BenchBlockRoutingArgs(block_routing.default_config())
+        title = "routing-jax bench block-routing"
+        routing = parse(BenchBlockRoutingArgs, args[1:], title, default_routing)
+        block_routing.main(routing.config, Path(routing.out))
     elif name == "serve-path":
         take_all_memory()  # before default_config starts the device
         default_path = BenchServePathArgs(serve_path.default_config())
@@ -270,7 +296,7 @@ def bench_command(args: Sequence[str]) -> int:
         tpu_schedule.main(asked.config, Path(asked.out))
     else:
         raise ValueError(
-            "bench takes 'mixing', 'attention', 'serve-path' or 'tpu-schedule'; "
+            "bench takes 'mixing', 'attention', 'block-routing', 'serve-path' or 'tpu-schedule'; "
             f"{name!r} was given."
         )
     return 0

@@ -183,7 +183,7 @@ TRAIN = ["train", "recall-128", *NEW]
         (["reproduce", "routed-attention", "--only", "("], r"only is '\(', which is no regular e"),
         (
             ["bench", "chess"],
-            "bench takes 'mixing', 'attention', 'serve-path' or 'tpu-schedule'",
+            "bench takes 'mixing', 'attention', 'block-routing', 'serve-path' or 'tpu-schedule'",
         ),
     ],
 )

@@ -142,8 +142,9 @@ class TrainConfig:
         are trained, and the sizes in `model` are its own. Empty to train a whole model.
       budget: of layer routers.
       start_from: folder of a run of the same parameters, whose newest checkpoint's are the first
-        ones here; empty to draw them from the seed. Of a task in the tokens of a published model,
-        this model, a folder or GGUF file: all of it is trained, and sizes are its own.
+        ones here, but for routers that it lacks; empty to draw all from the seed. Of a task in the
+        tokens of a published model, this model, a folder or GGUF file: all of it is trained, and
+        sizes are its own.
     """
 
     data: (

@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -36,8 +35,10 @@ from routing_jax.train.data import (
 from routing_jax.train.finetune import save_finetuned, with_published
 from routing_jax.train.loop import Trained, abstract_state, load_base, train, train_mesh
 from routing_jax.train.metrics import read_metrics
+from routing_jax.train.step import init_state
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # those that a result depends on
+_ROUTER = "['router']"  # in the path of its parameters
 _EVAL_SEED_OFFSET = 1_000_003  # evaluation data of no training seed
 
 
@@ -183,8 +184,10 @@ def load_run(
 def starting_parameters(config: TrainConfig) -> Any:
     """The parameters of the run or published model that `start_from` names, on this run's mesh.
 
+    A router that the other run lacks, or has in other sizes, is drawn whole from this run's seed.
+
     Raises:
-      ValueError: there is no such run, or its parameters are not those of this model.
+      ValueError: there is no such run, or what is no router differs from this model's.
     """
     mesh = train_mesh(config)
     if isinstance(config.data, TokenConfig):
@@ -195,13 +198,30 @@ def starting_parameters(config: TrainConfig) -> Any:
         _, params, _ = load_run(config.start_from, mesh=mesh)
     except CheckpointError as e:  # whose intact step is no step of this run
         raise CheckpointError(f"start_from is {config.start_from!r}: {e}") from e
-    shapes = [jax.tree.map(jnp.shape, p) for p in (params, abstract_state(config, mesh).params)]
-    if shapes[0] != shapes[1]:
+    like = abstract_state(config, mesh).params
+    found, wanted = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (params, like)
+    )
+    sizes = [{name: leaf.shape for name, leaf in tree.items()} for tree in (found, wanted)]
+    differ = {name.partition(_ROUTER) for name, _ in sizes[0].items() ^ sizes[1].items()}
+    if not all(router for _, router, _ in differ):
         raise ValueError(
             f"start_from is {config.start_from!r}, whose model has other parameters; it must be a "
-            "run of a model with the same layers and sizes."
+            "run of a model with the same layers and sizes, its routers aside."
         )
-    return params
+    if not differ:
+        return params
+    others = tuple(layer + router for layer, router, _ in differ)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    with jax.set_mesh(mesh):
+        drawn = jax.jit(lambda: init_state(config).params, out_shardings=shardings)()
+
+    def first(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        return leaf if name.startswith(others) else found[name]
+
+    return jax.tree.map_with_path(first, drawn)
 
 
 def evaluate_run(
@@ -246,7 +266,12 @@ def evaluate_run(
 
 
 def finish_run(
-    config: TrainConfig, workdir: str | epath.Path, trained: Trained, *, labels: dict[str, str]
+    config: TrainConfig,
+    workdir: str | epath.Path,
+    trained: Trained,
+    *,
+    labels: dict[str, str],
+    timed: bool = True,
 ) -> Result:
     """Evaluates a trained model and writes `result.json` and the plots.
 
@@ -255,6 +280,7 @@ def finish_run(
       workdir: its folder.
       trained: the end of training.
       labels: experiment, task and variant names for the result.
+      timed: whether mixing is timed, which compiles it once more.
     """
     workdir = epath.Path(workdir)
     params = trained.state.params
@@ -267,7 +293,7 @@ def finish_run(
         batches(config.data, split="validation", seed=config.seed + _EVAL_SEED_OFFSET, batch_size=1)
     )
     heat = None
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and "block" not in config.model.mixers:  # where tokens are routed
         heat = routed_tokens(config.model, params, sample.tokens)[0].astype(int).tolist()
     names = None
     if isinstance(config.data, RecallConfig):
@@ -293,7 +319,7 @@ def finish_run(
         tokens=trained.step * config.batch_tokens,
         parameters=count_params(params),
         minutes=trained.seconds / 60,
-        mixing_ms=_mixing_ms(config, params),
+        mixing_ms=_mixing_ms(config, params) if timed else None,
         device=all_devices(),
         versions={"routing_jax": routing_jax.__version__, **versions(_PACKAGES)},
         config=config_to_dict(config),
@@ -335,6 +361,7 @@ def run(
     resume_step: int | None = None,
     quiet: bool = False,
     labels: dict[str, str] | None = None,
+    timed: bool = True,
 ) -> Result:
     """Trains, evaluates and reports one run.
 
@@ -345,6 +372,7 @@ def run(
       resume_step: go on from this checkpoint.
       quiet: print nothing.
       labels: experiment, task and variant, as the result names them.
+      timed: whether the trained mixing is timed; it says nothing on a device that others share.
 
     Returns:
       The result, also in `workdir/result.json`.
@@ -372,7 +400,7 @@ def run(
         return finish_routers(config, frozen, workdir, trained, labels=labels)
     if isinstance(config.data, TokenConfig):
         save_finetuned(config, workdir, trained.state.params)
-    return finish_run(config, workdir, trained, labels=labels)
+    return finish_run(config, workdir, trained, labels=labels, timed=timed)
 
 
 __all__ = [

@@ -32,7 +32,7 @@ from routing_jax.evals.benchmarks.attention_config import (
     default_config,
 )
 from routing_jax.evals.benchmarks.attention_plot import plot
-from routing_jax.evals.benchmarks.attention_programs import Program, ceilings, programs
+from routing_jax.evals.benchmarks.attention_programs import ceilings, programs
 from routing_jax.evals.benchmarks.attention_report import (
     Row,
     break_even,
@@ -41,14 +41,13 @@ from routing_jax.evals.benchmarks.attention_report import (
     with_ratios,
 )
 from routing_jax.evals.benchmarks.environment import environment, ptxas_version
+from routing_jax.evals.benchmarks.program import Program, compile_program, measure
 from routing_jax.evals.benchmarks.running import Clock, error_text, record
-from routing_jax.evals.benchmarks.timing import Timing, chained, time_program
+from routing_jax.evals.benchmarks.timing import Timing
 from routing_jax.kernels import default_implementation
 
 __all__ = ["AttentionBenchConfig", "default_config", "main", "run"]
 
-# What a call is expected to reach at best, to choose how many to chain: FLOPs and bytes a ms.
-_FLOPS_PER_MS, _BYTES_PER_MS = 5e11, 2.5e9
 _UNITS = {"decode": "GB/s", "copy": "GB/s", "table": None}
 
 
@@ -80,30 +79,6 @@ def _failed(row: Row, error: Exception) -> Row:
     return row | missing | {"error": error_text(error)}
 
 
-def _calls(config: AttentionBenchConfig, program: Program, sets: int) -> int:
-    """How many calls one compiled program chains: about `target_ms` of them."""
-    expected = max(program.work / _FLOPS_PER_MS, program.bytes_read() / _BYTES_PER_MS)
-    return -(-int(max(1, min(config.chain, config.target_ms / expected))) // sets) * sets
-
-
-def _sets(config: AttentionBenchConfig, program: Program) -> int:
-    """How many input sets together exceed the cache."""
-    return 1 + config.cache_bytes // program.bytes_read()
-
-
-def _compile(config: AttentionBenchConfig, program: Program) -> Callable:
-    sets = _sets(config, program)
-    shapes = [jax.eval_shape(lambda: program.state(0))] * sets
-    return chained(program.step, _calls(config, program, sets)).lower(shapes).compile()
-
-
-def _measure(config: AttentionBenchConfig, program: Program, compiled: Callable) -> Timing:
-    sets = _sets(config, program)
-    states = [program.state(config.seed + 10 * i) for i in range(sets)]
-    calls = _calls(config, program, sets)
-    return time_program(compiled, states, calls, config.repeats, config.target_ms)[0]
-
-
 def _flex_row(config: AttentionBenchConfig, case: Case, listed: int, clock: Clock) -> Row:
     row = _row(case, case.part, "flex", listed)
     try:
@@ -129,7 +104,7 @@ def _rows(config: AttentionBenchConfig, part: Part, clock: Clock) -> Iterator[Ro
         def compiled(program: Program) -> Any:
             try:
                 clock.check()
-                return _compile(config, program)
+                return compile_program(config, program)
             except Exception as error:  # one that cannot compile must not cost the others
                 return error
 
@@ -150,7 +125,7 @@ def _rows(config: AttentionBenchConfig, part: Part, clock: Clock) -> Iterator[Ro
                 if isinstance(compiled, Exception):
                     raise compiled
                 clock.check()
-                yield _timed(row, program.work, _measure(config, program, compiled))
+                yield _timed(row, program.work, measure(config, program, compiled))
             except Exception as error:
                 yield _failed(row, error)
         if case and part != "table" and attention_flex.takes(config, case):

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from routing_jax.evals.benchmarks.attention_cases import (
 )
 from routing_jax.evals.benchmarks.attention_config import AttentionBenchConfig, Part
 from routing_jax.evals.benchmarks.mixing_inputs import normal
+from routing_jax.evals.benchmarks.program import Program
 from routing_jax.evals.benchmarks.timing import State
 from routing_jax.kernels import (
     block_sparse_attention,
@@ -31,43 +31,6 @@ from routing_jax.kernels import (
     table_from_scores,
     transpose_table,
 )
-
-
-class Program(NamedTuple):
-    """One step of one peer.
-
-    Attributes:
-      peer: who does it.
-      work: FLOPs or bytes of a call that its rate counts; 0 where a rate says nothing.
-      step: State -> State, with what it writes added or replaced.
-      inputs: makes what the step reads from a seed.
-      reads: bytes that a call reads; None for all of the inputs.
-    """
-
-    peer: str
-    work: float
-    step: Callable[[State], State]
-    inputs: Callable[[int], State]
-    reads: int | None = None
-
-    def bytes_read(self) -> int:
-        """`reads`, or the size of the inputs."""
-        if self.reads is not None:
-            return self.reads
-        leaves = jax.tree.leaves(jax.eval_shape(self.inputs, 0))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-    def state(self, seed: int) -> State:
-        """Inputs, and room for the outputs: nan, which shows where a part is never written."""
-        inputs = self.inputs(seed)
-        written = jax.eval_shape(self.step, inputs)
-
-        def fill(shape: jax.ShapeDtypeStruct) -> jax.Array:
-            value = jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0
-            return jnp.full(shape.shape, value, shape.dtype)
-
-        outputs = {name: leaf for name, leaf in written.items() if name not in inputs}
-        return inputs | jax.tree.map(fill, outputs)
 
 
 def attention_inputs(config: AttentionBenchConfig, case: Case, seed: int) -> State:

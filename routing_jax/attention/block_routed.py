@@ -38,9 +38,9 @@ from routing_jax.routers import (
     block_divergence,
     block_features,
     block_router_work,
-    block_sums,
     competing_blocks,
     pooled_attention,
+    router_inputs,
 )
 
 
@@ -161,7 +161,7 @@ class BlockRouted(nn.Module):
         return project_out(y, weights), cache, report._replace(choice=positions >= 0)
 
     def _whole(self, x, q, k, v, positions, segment_ids, cache, noise, mode):
-        cfg, (B, T) = self.router, positions.shape
+        cfg, T = self.router, positions.shape[1]
         # A token's place in its row says which keys it sees; positions may restart in a packed row.
         index = jnp.arange(T, dtype=jnp.int32)[None]
         places = jnp.where(positions >= 0, index, -1)
@@ -174,20 +174,7 @@ class BlockRouted(nn.Module):
                 f"{cfg.block_kv}: every row is dense.",
                 stacklevel=2,
             )
-        features = block_features(cfg, x, k)
-        sums, sizes = block_sums(features, positions >= 0, cfg.block_kv, segment_ids)
-        starts = index[:, :: cfg.block_q]
-        tiles = TileQueries(
-            x[:, :: cfg.block_q],
-            q[:, :: cfg.block_q],
-            jnp.broadcast_to(starts, (B, starts.shape[1])),
-            None if segment_ids is None else segment_ids[:, :: cfg.block_q],
-        )
-        ends = jnp.minimum(jnp.arange(1, num_blocks + 1) * cfg.block_kv, T) - 1
-        blocks = KeyBlocks(
-            sums / jnp.maximum(sizes, 1)[..., None],
-            None if segment_ids is None else segment_ids[:, ends],
-        )
+        tiles, blocks, sums = router_inputs(cfg, x, q, k, positions >= 0, segment_ids)
         routing = BlockRouter(cfg, self.heads.num_kv_heads, name="router")(tiles, blocks, noise)
 
         if cfg.is_dense(num_blocks) and routing.bias is None:

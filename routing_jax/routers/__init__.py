@@ -7,6 +7,7 @@ from routing_jax.routers.block import (
     TileQueries,
     block_features,
     block_router_work,
+    router_inputs,
 )
 from routing_jax.routers.block_budget import (
     competing_blocks,
@@ -99,6 +100,7 @@ __all__ = [
     "pattern_scores",
     "pool_queries",
     "pooled_attention",
+    "router_inputs",
     "row_limits",
     "seen_before",
     "select_blocks",

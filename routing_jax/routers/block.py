@@ -18,7 +18,12 @@ from routing_jax.routers.block_budget import (
     select_candidates,
 )
 from routing_jax.routers.block_config import FIXED, BlockRouterConfig
-from routing_jax.routers.block_scores import assign_clusters, dot_scores, pattern_scores
+from routing_jax.routers.block_scores import (
+    assign_clusters,
+    block_sums,
+    dot_scores,
+    pattern_scores,
+)
 from routing_jax.routers.coarse_to_fine import beam_scores, beam_search, score_listed
 from routing_jax.routers.gates import binary_entropy, binary_gate, straight_through
 from routing_jax.routers.routing import Routing
@@ -102,11 +107,56 @@ def block_features(config: BlockRouterConfig, x: jax.Array, keys: jax.Array) -> 
     return x if config.kind in ("learned", "clusters") else jax.lax.stop_gradient(x)
 
 
+def router_inputs(
+    config: BlockRouterConfig,
+    x: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    valid: jax.Array,
+    segment_ids: jax.Array | None = None,
+) -> tuple[TileQueries, KeyBlocks, jax.Array]:
+    """What a router reads of whole sequences: every tile's first query, every block's mean.
+
+    Args:
+      config: the router.
+      x: [B,T,D], the layer's input.
+      q: [B,T,N,H].
+      k: [B,T,K,H].
+      valid: [B,T] bool; other tokens are not pooled.
+      segment_ids: [B,T] int32 or None.
+
+    Returns:
+      (the tiles, the blocks, [B,J,F] float32, what each block's features add up to).
+
+    >>> x, heads = jnp.ones((1, 6, 3)), jnp.ones((1, 6, 1, 2))
+    >>> config = BlockRouterConfig(block_q=2, block_kv=4)
+    >>> tiles, blocks, _ = router_inputs(config, x, heads, heads, jnp.ones((1, 6), bool))
+    >>> tiles.starts.tolist(), blocks.means.shape
+    ([[0, 2, 4]], (1, 2, 3))
+    """
+    B, T = valid.shape
+    num_blocks = -(-T // config.block_kv)
+    sums, sizes = block_sums(block_features(config, x, k), valid, config.block_kv, segment_ids)
+    starts = jnp.arange(0, T, config.block_q, dtype=jnp.int32)[None]
+    ends = jnp.minimum(jnp.arange(1, num_blocks + 1) * config.block_kv, T) - 1
+    tiles = TileQueries(
+        x[:, :: config.block_q],
+        q[:, :: config.block_q],
+        jnp.broadcast_to(starts, (B, starts.shape[1])),
+        None if segment_ids is None else segment_ids[:, :: config.block_q],
+    )
+    blocks = KeyBlocks(
+        sums / jnp.maximum(sizes, 1)[..., None],
+        None if segment_ids is None else segment_ids[:, ends],
+    )
+    return tiles, blocks, sums
+
+
 def block_router_work(
     config: BlockRouterConfig,
     *,
     tokens: jax.Array,
-    tiles: int,
+    tiles: int | jax.Array,
     blocks: int,
     width: int,
     kv_heads: int,
@@ -130,7 +180,8 @@ def block_router_work(
     >>> float(block_router_work(config, **work))  # 128·4 to pool, 2·2·4 to score
     528.0
     """
-    tokens = jnp.float32(tokens)
+    # Floats from the start: over a batch of long sequences, int32 would wrap around.
+    tokens, rows = jnp.float32(tokens), jnp.float32(tiles)
     if config.kind in FIXED:
         return 0 * tokens
     scored = blocks
@@ -138,12 +189,12 @@ def block_router_work(
         listed = config.capacity(blocks)
         scored = beam_scores(blocks, config.fanout, listed) + listed
     if config.feature_width is None:
-        return tokens * (kv_heads * head_dim) + tiles * scored * kv_heads * head_dim
+        return (tokens + rows * scored) * (kv_heads * head_dim)
     per_row = (width + scored) * kv_heads * config.feature_width
     # Every block is projected once, and its features are pooled again at each level of a tree.
     return (
         tokens * width
-        + tiles * per_row
+        + rows * per_row
         + tokens / config.block_kv * (width * kv_heads * config.feature_width)
     )
 
@@ -223,8 +274,8 @@ class BlockRouter(nn.Module):
         if cfg.kind == "random":
             query, key = jax.lax.stop_gradient((query, key))
         return (
-            jnp.einsum("BMD,DKR->BMKR", x, query),
-            jnp.einsum("BJD,DKR->BJKR", blocks.means, key),
+            jnp.einsum("BMD,DKR->BMKR", x, query, precision="highest"),
+            jnp.einsum("BJD,DKR->BJKR", blocks.means, key, precision="highest"),
         )
 
     def _select(self, tiles, allowed, scores, wanted, bias, aux) -> BlockRouting:

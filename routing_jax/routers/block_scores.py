@@ -1,6 +1,7 @@
 """Scores of key blocks: pooled features, dot products, clusters, and fixed patterns.
 
-Everything is float32, so that a choice near its threshold does not flip by rounding.
+Everything is float32, and no product rounds its inputs, as accelerators would: a choice near its
+threshold must not flip between prefill and decoding.
 """
 
 from typing import NamedTuple
@@ -45,7 +46,8 @@ def block_sums(
         counts &= segments == segments[:, :, -1:]
     weights = counts.astype(jnp.float32)
     blocks = cut(features.astype(jnp.float32))
-    return jnp.einsum("BJPF,BJP->BJF", blocks, weights), weights.sum(axis=2)
+    # No product of matrices: a sum reads the features as they are, whatever their dtype.
+    return (blocks * weights[..., None]).sum(axis=2), weights.sum(axis=2)
 
 
 def dot_scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
@@ -61,7 +63,8 @@ def dot_scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
     >>> float(dot_scores(jnp.ones((1, 1, 1, 4)), jnp.ones((1, 1, 1, 4)))[0, 0, 0, 0])
     2.0
     """
-    return jnp.einsum("BMKR,BJKR->BKMJ", queries, keys) * queries.shape[-1] ** -0.5
+    scores = jnp.einsum("BMKR,BJKR->BKMJ", queries, keys, precision="highest")
+    return scores * queries.shape[-1] ** -0.5
 
 
 class Clusters(NamedTuple):
@@ -102,7 +105,8 @@ def assign_clusters(
     def log_together(queries, keys):
         tiles, blocks = (jax.nn.log_softmax(x, axis=-1) for x in (queries, keys))
         # log Σ_e exp(a+b) by a matrix product of what is at most 1: nothing as large as M×J×E.
-        share = jnp.einsum("BMKE,BJKE->BKMJ", jnp.exp(tiles), jnp.exp(blocks))
+        shares = jnp.exp(tiles), jnp.exp(blocks)
+        share = jnp.einsum("BMKE,BJKE->BKMJ", *shares, precision="highest")
         return jnp.log(jnp.maximum(share, 1e-20))
 
     scores = log_together(queries, keys)

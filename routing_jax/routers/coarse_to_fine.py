@@ -105,4 +105,5 @@ def score_listed(queries: jax.Array, keys: jax.Array, listed: jax.Array) -> jax.
     """
     batch, heads = (jnp.arange(n)[:, None, None, None] for n in listed.shape[:2])
     at = batch, jnp.clip(listed, 0, keys.shape[1] - 1), heads.reshape(1, -1, 1, 1)
-    return jnp.einsum("BKMR,BKMXR->BKMX", queries, keys[at]) * queries.shape[-1] ** -0.5
+    scores = jnp.einsum("BKMR,BKMXR->BKMX", queries, keys[at], precision="highest")
+    return scores * queries.shape[-1] ** -0.5

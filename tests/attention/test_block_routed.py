@@ -258,6 +258,14 @@ def test_more_blocks_than_there_are_is_dense_and_says_so():
     assert float(report.usage) == 1
 
 
+@pytest.mark.filterwarnings("default")
+def test_too_many_blocks_are_told_once_for_all_layers_and_calls(recwarn):
+    router = dataclasses.replace(ROUTERS["pooled"], blocks=9)
+    for _ in range(2):  # layers of a model, and programs of a run
+        BlockRouted(HEADS, router).apply({"params": make_params(router)}, inputs(), PLACES)
+    assert len([w for w in recwarn if "every row is dense" in str(w.message)]) == 1
+
+
 def test_a_whole_budget_is_full_attention_but_for_the_gate():
     for kind, budget in (("indexer", "blocks"), ("learned", "fraction")):
         router = dataclasses.replace(PLAIN, kind=kind, budget=budget, blocks=6, fraction=1.0)
@@ -306,6 +314,17 @@ def test_cost_of_a_dense_table_is_one_and_the_router():
     report = block_routed_cost(listed, visible, jnp.float32(6 * 64), HeadsConfig(1, 1, 8), 4)
     assert float(report.cost) == 1 + 1
     assert float(report.usage) == float(report.kv_cost) == 1
+
+
+@pytest.mark.parametrize("budget", ["blocks", "fraction"])
+def test_one_sequence_may_be_shorter_than_a_block(budget):
+    router = dataclasses.replace(ROUTERS["learned"], budget=budget)
+    params = make_params(router)
+    y, _, report = runner(router)(params, inputs()[:, :3], PLACES[:, :3])
+    weights = {name: leaf for name, leaf in params.items() if name != "router"}
+    full = FullAttention(HEADS).apply({"params": weights}, inputs()[:, :3], PLACES[:, :3])[0]
+    np.testing.assert_allclose(y, full, rtol=1e-4, atol=1e-5)  # own blocks have no gate
+    assert float(report.usage) == 1
 
 
 def test_a_kernel_that_lacks_the_block_size_says_what_can():

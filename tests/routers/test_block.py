@@ -258,6 +258,19 @@ def test_overhead_is_small_at_the_sizes_it_is_meant_for(kind):
         assert float(work) < 0.05 * dense
 
 
+@pytest.mark.parametrize("kind", ["pooled", "learned"])
+def test_work_of_many_long_sequences_is_counted_past_two_thousand_million(kind):
+    """In a layer, tiles and tokens are counted on the device, in 32 bits."""
+    config = BlockRouterConfig(kind=kind)
+    work = functools.partial(
+        block_router_work, config, blocks=2048, width=4096, kv_heads=8, head_dim=128
+    )
+    got = jax.jit(lambda n: work(tokens=64 * n, tiles=n))(jnp.int32(4 * 2048))
+    pooled = 64 * 8192 * 1024 + 8192 * 2048 * 1024
+    learned = 64 * 8192 * 4096 + 8192 * ((4096 + 2048) * 256 + 4096 * 256)
+    assert float(got) == pytest.approx(pooled if kind == "pooled" else learned, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

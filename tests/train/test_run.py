@@ -1,5 +1,6 @@
 """A run's folder: what is refused before anything is written, and what is read back."""
 
+import dataclasses
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from routing_jax.train.run import (
     run,
     starting_parameters,
 )
+from routing_jax.train.step import init_state
 
 from ..processes import finish, start_python
 
@@ -111,6 +113,20 @@ def test_a_run_starts_from_anothers_parameters(tiny_run, finished, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere holds no run"):
         run(tiny_run.replace(start_from="nowhere"), tmp_path / "third", quiet=True)
     assert not (tmp_path / "third").exists()
+
+
+def test_routers_that_the_other_run_lacks_are_drawn(tiny_run, finished):
+    """A run goes on from a model with other routers, or with none."""
+    folder, _ = finished
+    router = dataclasses.replace(tiny_run.model.router, hidden=3)
+    config = tiny_run.replace(start_from=str(folder), seed=5, model__router=router)
+    params, (_, found, _) = starting_parameters(config), load_run(folder)
+    drawn = init_state(config).params
+    for path, leaf in jax.tree.leaves_with_path(params):
+        source = drawn if "router" in jax.tree_util.keystr(path) else found
+        for key in path:
+            source = source[key.key]
+        np.testing.assert_array_equal(leaf, source)
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_is(tiny_run, finished):

@@ -1,27 +1,35 @@
 """Block routing measured: routers, controls and budgets on recall, needles and text.
 
-Command: `routing-jax reproduce block-routing --text FOLDER`; `--list` names the runs, `--only
-REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
-`--only 'full|window-1k'` first: where attention everywhere does not beat the same model limited
-to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: one H100; an estimated 10 to 30 minutes a run, and about 300 runs in all.
+A model learns with attention everywhere ('base'), and from it every variant goes on under its rows:
+dense train, then sparse fine-tune, the recipe that is known to work, and a third of the time of
+training each from the start. 'full' goes on with attention everywhere. What cannot go on, the model
+limited to 1,024 tokens, linear attention and convolutions, is trained from the start for as many
+steps; so are the routers named '+scratch'.
+
+Command: `routing-jax reproduce block-routing --text FOLDER --jobs 8`; `--list` names the runs,
+`--only REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones
+resumed. `--only 'block-lm_(full|window-1k)'` first: where attention everywhere does not beat
+the same model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
+Hardware and time: an estimated 1 to 3 minutes a run on an H100, a third of it compilation, and 280
+runs in all; in their order they can be cut anywhere. What a run goes on from is made before it, and
+again where its folder is lost.
 Expect: not measured yet.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from routing_jax.evals.attention_error import Row, attention_errors
 from routing_jax.evals.by_position import head_usage, loss_by_position, position_edges
 from routing_jax.evals.report import BLOCK_ROUTING as EXPERIMENT
-from routing_jax.evals.report import plot_routers
+from routing_jax.evals.report import block_routing_text, plot_block_routing
 from routing_jax.evals.results import Result
-from routing_jax.evals.tables import block_routing_table
 from routing_jax.train.config import TrainConfig
 from routing_jax.train.data import TextConfig, batches
 from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing
@@ -47,8 +55,10 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "strided": {"kind": "strided"},
     "bigbird": {"kind": "bigbird"},
 }
-MAIN = ("learned", "pooled", "indexer", "random", "sink-window")
-TASKS = ("block-mqar-2048", "block-lm", "block-needle-4096", "block-multi-needle-4096")
+STRONGEST = ("learned", "pooled", "indexer")
+BASELINES = ("random", "sink-window")  # what a learned router must beat
+TASKS = ("block-lm", "block-mqar-2048", "block-needle-4096", "block-multi-needle-4096")
+SEEDS = 3  # where a difference is to be judged; one seed elsewhere
 
 
 @dataclass(frozen=True)
@@ -57,14 +67,39 @@ class BlockRoutingArgs(ReproduceArgs):
 
     Attributes:
       text: corpus of the language-model runs, as --data.source takes it.
+      strongest: the routers that get three seeds at 12 and 25 %, and one at 5 and 50 %; choose them
+        by the first seeds of all.
     """
 
     text: str = "stdlib"
+    strongest: tuple[str, ...] = STRONGEST
+
+    def __post_init__(self):
+        super().__post_init__()
+        for router in self.strongest:
+            if router not in ROUTERS:
+                raise ValueError(f"strongest holds {router!r}; accepted: {', '.join(ROUTERS)}.")
 
 
 def with_router(config: TrainConfig, **changes: Any) -> TrainConfig:
     """The run with some fields of its block router changed."""
     return config.replace(model__blocks=dataclasses.replace(config.model.blocks, **changes))
+
+
+def blocks_listed(config: TrainConfig, percent: int) -> int:
+    """How many blocks a row lists for a sequence to cost that percentage; short rows are dense.
+
+    A share of what each row sees would cost the same, and leave early rows nothing to choose: a
+    query that comes soon after what it asks for could then be answered by no router.
+
+    >>> [blocks_listed(get_preset("block-lm"), percent) for percent in (5, 12, 25, 50)]
+    [3, 8, 17, 38]
+    """
+    blocks = config.model.blocks
+    seen = np.arange(1, -(-config.data.length // blocks.block_kv) + 1)
+    counts = range(blocks.forced, len(seen) + 1)
+    costs = [np.minimum(count, seen).sum() / seen.sum() for count in counts]
+    return counts[int(np.argmin(np.abs(np.array(costs) - percent / 100)))]
 
 
 def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
@@ -73,7 +108,8 @@ def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
     'mass' adapts within twice the budget; for 'gates' λ rises until cost is down to it.
     """
     fraction = percent / 100
-    config = with_router(config, **ROUTERS[router], fraction=fraction)
+    listed = blocks_listed(config, percent)
+    config = with_router(config, **{"budget": "blocks", "blocks": listed} | ROUTERS[router])
     if router == "mass":
         config = with_router(config, fraction=min(1.0, 2 * fraction))
     if router == "gates":
@@ -103,57 +139,132 @@ def control(config: TrainConfig, name: str) -> TrainConfig:
     return config.replace(model__layers=config.model.layers.replace("block", name))
 
 
-def distilled(config: TrainConfig) -> TrainConfig:
-    """Attention everywhere while an indexer learns where it looks: phase 1 of 'indexer'."""
-    config = with_router(config, kind="indexer", fraction=1.0, distil=True)
-    return config.replace(curriculum__explore=1.0)
+def tuning_steps(config: TrainConfig) -> int:
+    """Steps that a variant takes after its base: half of the base's hold.
+
+    >>> tuning_steps(get_preset("block-lm"))
+    450
+    """
+    return config.curriculum.hold_steps // 2
 
 
-def fine_tuned(config: TrainConfig, percent: int, start_from: str) -> TrainConfig:
-    """Phase 2 of 'indexer': the rows of the distilled indexer, half as long at half the rate."""
+def from_the_start(config: TrainConfig) -> TrainConfig:
+    """The run with the steps that a base and what follows it take together."""
     plan = config.curriculum
-    return routed(config, "indexer", percent).replace(
+    return config.replace(curriculum__hold_steps=plan.hold_steps + tuning_steps(config))
+
+
+def tuned(config: TrainConfig, start_from: str, steps: int) -> TrainConfig:
+    """The run as one that goes on from another, at half the learning rate."""
+    return config.replace(
         start_from=start_from,
         curriculum__lengths=(),
         curriculum__learn_steps=0,
-        curriculum__hold_steps=(plan.learn_steps + plan.hold_steps) // 2,
+        curriculum__ramp_steps=0,
+        curriculum__hold_steps=steps,
+        curriculum__explore_fades=False,  # there is no other phase in which to distil or balance
         optimizer__learning_rate=config.optimizer.learning_rate / 2,
     )
 
 
-def runs(text: str = "stdlib", scratch: str = "runs/reproduce") -> Iterator[Run]:
+def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]) -> TrainConfig:
+    """The run of a variant: a control, 'distil', or a router and its budget in percent.
+
+    Args:
+      base: the task's preset.
+      variant: its name; 'learned+scratch-25' is 'learned-25' trained from the start.
+      folder: from another variant's name to the folder of its run.
+
+    >>> variant_config(get_preset("block-lm"), "pooled-12", str).model.blocks.blocks
+    8
+    """
+    steps = tuning_steps(base)
+    if variant == "base":
+        return control(base, "full")
+    if variant == "full":
+        return tuned(control(base, "full"), folder("base"), steps)
+    if variant == "distil":  # attention everywhere, while an indexer learns where it looks
+        config = with_router(base, kind="indexer", fraction=1.0, distil=True)
+        return tuned(config, folder("base"), steps // 2).replace(curriculum__explore=1.0)
+    router, _, percent = variant.rpartition("-")
+    if not percent.isdigit():
+        return from_the_start(control(base, variant))
+    name, _, scratch = router.partition("+")
+    if scratch:
+        return routed(from_the_start(base), name, int(percent))
+    if name == "indexer":
+        return tuned(routed(base, name, int(percent)), folder("distil"), steps - steps // 2)
+    return routed(tuned(base, folder("base"), steps), name, int(percent))
+
+
+def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Variants and seeds by need: cut anywhere, what was made is a comparison that can be read."""
+    main = dict.fromkeys((*strongest, *BASELINES))
+    yield from itertools.product(("base", "full", "window-1k"), range(SEEDS))
+    yield "distil", 0
+    for percent in (25, 12):
+        yield from ((f"{router}-{percent}", 0) for router in ROUTERS)
+    for seed in range(1, SEEDS):
+        if "indexer" in main:
+            yield "distil", seed
+        for percent in (25, 12):
+            yield from ((f"{router}-{percent}", seed) for router in main)
+    yield from ((name, 0) for name in ("linear", "conv"))
+    yield from ((f"{router}+scratch-25", 0) for router in main if router != "indexer")
+    for percent in (5, 50):
+        yield from ((f"{router}-{percent}", 0) for router in main)
+
+
+def runs(
+    text: str = "stdlib",
+    scratch: str = "runs/reproduce",
+    strongest: Sequence[str] = STRONGEST,
+) -> Iterator[Run]:
     """All runs of the experiment, in the order in which they are made.
 
     Args:
       text: corpus of the language-model runs.
-      scratch: where the runs stand; a fine-tuned one starts from its distilled one there.
+      scratch: where the runs stand; one that goes on from another finds it there.
+      strongest: routers with several seeds, and all budgets.
     """
-    for task in TASKS:
-        base = get_preset(task)
-        if isinstance(base.data, TextConfig):
-            base = base.replace(data__source=text)
+    for variant, seed in _variants(strongest):
+        for task in TASKS:
+            base = get_preset(task)
+            if isinstance(base.data, TextConfig):
+                base = base.replace(data__source=text)
 
-        def planned(variant: str, config: TrainConfig, seeds: int, task: str = task):
-            return [Run(task, variant, s, config.replace(seed=s)) for s in range(seeds)]
+            def folder(other: str, task: str = task, seed: int = seed) -> str:
+                return str(epath.Path(scratch) / EXPERIMENT / f"{task}_{other}_s{seed}")
 
-        yield from planned("full", control(base, "full"), 3)
-        yield from planned("window-1k", control(base, "window-1k"), 3)
-        for name in ("linear", "conv"):
-            yield from planned(name, control(base, name), 1)
-        yield from planned("distil", distilled(base), 3)
-        for router, percent in itertools.product(ROUTERS, (25, 12, 50, 5)):
-            variant = f"{router}-{percent}"
-            for seed in range(3 if router in MAIN and percent in (12, 25) else 1):
-                if router == "indexer":
-                    before = epath.Path(scratch) / EXPERIMENT / f"{task}_distil_s{seed}"
-                    config = fine_tuned(base, percent, str(before))
-                else:
-                    config = routed(base, router, percent)
-                yield Run(task, variant, seed, config.replace(seed=seed))
+            config = variant_config(base, variant, folder)
+            yield Run(task, variant, seed, config.replace(seed=seed))
+
+
+def output_errors(config: TrainConfig, params: Any, tokens: Any) -> list[Row]:
+    """Output error of routers in a distilled model, at several shares of the blocks and lengths.
+
+    Args:
+      config: a 'distil' run.
+      params: its parameters.
+      tokens: [B,T] int32, held out.
+    """
+    blocks, length = config.model.blocks, config.data.length
+    routers = {
+        f"{name}-{percent}": dataclasses.replace(
+            blocks, distil=False, budget="fraction", fraction=percent / 100, **ROUTERS[name]
+        )
+        for name in ("indexer", "pooled", "random", "sink-window")
+        for percent in (5, 12, 25)
+    }
+    lengths = [length // share for share in (8, 4, 2, 1)]
+    return attention_errors(config.model, params, tokens, routers, lengths)
 
 
 def with_details(run: Run, result: Result, workdir: epath.Path) -> Result:
-    """The result with what only this experiment measures: use by head, bits by position."""
+    """The result with what only this experiment measures.
+
+    Use by head; of text, bits by position; and of the first distilled model, output errors.
+    """
     config, params, _ = load_run(workdir)
     size = max(1, min(_SHOWN, config.batch_tokens // config.data.length))
     stream = batches(config.data, split="validation", seed=config.seed, batch_size=size)
@@ -165,14 +276,17 @@ def with_details(run: Run, result: Result, workdir: epath.Path) -> Result:
         edges = position_edges(config.data.length)
         nats = loss_by_position(config.model, params, shown, edges)
         details |= {"edges": edges, "bits_per_byte": [n / float(np.log(2)) for n in nats]}
+        if run.variant == "distil" and run.seed == 0:
+            details["attention_error"] = output_errors(config, params, shown[0].tokens[:2])
     return dataclasses.replace(result, details=details)
 
 
 def reproduce(args: BlockRoutingArgs) -> int:
     """Makes every missing run that `only` names, then renders; returns the exit code."""
-    results = make_missing(EXPERIMENT, args, runs(args.text, args.scratch), with_details)
+    planned = runs(args.text, args.scratch, args.strongest)
+    results = make_missing(EXPERIMENT, args, planned, with_details)
     if results:
         folder = epath.Path(args.out) / EXPERIMENT
-        (folder / "table.md").write_text(block_routing_table(results) + "\n")
-        plot_routers(results, folder)
+        (folder / "table.md").write_text(block_routing_text(results) + "\n")
+        plot_block_routing(results, folder)
     return 0

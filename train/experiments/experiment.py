@@ -1,6 +1,5 @@
 """What all experiments share: runs by name, made once, in pieces if need be."""
 
-import dataclasses
 import functools
 import re
 import time
@@ -62,8 +61,14 @@ class Run(NamedTuple):
         return f"{self.task}_{self.variant}_s{self.seed}"
 
 
-def train_run(experiment: str, one: Run, workdir: epath.Path) -> Result:
+def train_run(experiment: str, one: Run, workdir: epath.Path, *, timed: bool = True) -> Result:
     """Trains a run, or what an interruption left of it, and evaluates it.
+
+    Args:
+      experiment: the folder of its result.
+      one: the run.
+      workdir: its folder.
+      timed: whether its mixing is timed.
 
     Raises:
       ValueError: the workdir holds an unfinished run with another configuration.
@@ -74,7 +79,7 @@ def train_run(experiment: str, one: Run, workdir: epath.Path) -> Result:
             "another --scratch."
         )
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
-    return run(one.config, workdir, resume=True, labels=labels)
+    return run(one.config, workdir, resume=True, labels=labels, timed=timed)
 
 
 def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
@@ -97,6 +102,21 @@ def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
     return wanted
 
 
+def _with_starts(missing: Sequence[Run], planned: Sequence[Run], folder: epath.Path) -> list[Run]:
+    """The missing runs and, before them, those they go on from that are not in the folder."""
+    plan = {r.name: r for r in planned}
+    made = {r.name: r for r in missing}
+    todo = list(missing)
+    while todo:
+        before = plan.get(epath.Path(todo.pop().config.start_from).name)
+        if before is None or before.name in made:
+            continue
+        if not (folder / before.name / "result.json").exists():
+            made[before.name] = before
+            todo.append(before)
+    return [r for name, r in plan.items() if name in made]
+
+
 def _as_it_is(run: Run, result: Result, workdir: epath.Path) -> Result:
     """The result with nothing added."""
     del run, workdir
@@ -108,9 +128,11 @@ def make_missing(
     args: ReproduceArgs,
     planned: Iterable[Run],
     finish: Callable[[Run, Result, epath.Path], Result] = _as_it_is,
-    make: Callable[[str, Run, epath.Path], Result] = train_run,
+    make: Callable[[str, Run, epath.Path], Result] | None = None,
 ) -> list[Result]:
-    """Makes every missing run that `only` names.
+    """Makes every missing run that `only` names, and first what it goes on from.
+
+    A run that others go on from is made again where its folder is lost; its result stays.
 
     Args:
       experiment: the folder of the results.
@@ -118,7 +140,8 @@ def make_missing(
       planned: all runs of the experiment.
       finish: (run, its result, its workdir) -> the result to write, with what only this experiment
         measures; can be pickled.
-      make: (experiment, run, its workdir) -> its result; can be pickled.
+      make: (experiment, run, its workdir) -> its result, without `mixing_ms` where runs share a
+        device; can be pickled. `train_run` when None.
 
     Returns:
       All results there are, to be rendered; none when the runs were only to be listed.
@@ -127,16 +150,18 @@ def make_missing(
       ValueError: as `wanted_runs` and `train_run`.
       RuntimeError: with several jobs, some of them failed; they and their logs are named.
     """
+    planned = list(planned)
     wanted = wanted_runs(args, planned)
     paths = [result_path(args.out, experiment, r.task, r.variant, r.seed) for r in wanted]
     if args.list:
         for r, path in zip(wanted, paths):
             print(f"{r.name:<44} {'done' if path.exists() else ''}")
         return []
-    missing = [r for r, path in zip(wanted, paths) if not path.exists()]
     folder = epath.Path(args.scratch) / experiment
+    missing = _with_starts([r for r, p in zip(wanted, paths) if not p.exists()], planned, folder)
     alone = args.jobs == 1
-    one = functools.partial(_make_one, experiment, args.out, folder, make, finish, alone)
+    make = make or functools.partial(train_run, timed=alone)
+    one = functools.partial(_make_one, experiment, args.out, folder, make, finish)
     (_make_in_turn if alone else _make_side_by_side)(missing, one, args, folder)
     return load_results(args.out, experiment)
 
@@ -147,16 +172,15 @@ def _make_one(
     folder: epath.Path,
     make: Callable[[str, Run, epath.Path], Result],
     finish: Callable[[Run, Result, epath.Path], Result],
-    alone: bool,
     r: Run,
 ) -> None:
     """Makes a run, or the rest of it, and writes its result."""
     print(f"== {r.name}", flush=True)
     workdir = folder / r.name
     result = finish(r, make(experiment, r, workdir), workdir)
-    if not alone:  # milliseconds of a device that others keep busy say nothing
-        result = dataclasses.replace(result, mixing_ms=None)
-    write_result(result, result_path(out, experiment, r.task, r.variant, r.seed))
+    path = result_path(out, experiment, r.task, r.variant, r.seed)
+    if not path.exists():  # it was made again for what goes on from it
+        write_result(result, path)
     print(
         f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "
         f"{result.usage:.4%}, cost {result.cost:.4f}, kv cost {result.kv_cost:.4f}, "

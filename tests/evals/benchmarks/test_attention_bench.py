@@ -21,6 +21,7 @@ from routing_jax.evals.benchmarks.attention_cases import (
     random_pages,
 )
 from routing_jax.evals.benchmarks.attention_report import break_even, table, with_ratios
+from routing_jax.evals.benchmarks.program import count_sets
 
 CONFIG = attention.AttentionBenchConfig(
     peers=("block_sparse", "dense"),
@@ -207,10 +208,11 @@ def test_sets_outgrow_the_cache_by_what_a_call_reads() -> None:
     case = cases(CONFIG, "decode")[1]
     listed = listed_blocks(case, 0)
     assert listed == 2 * 2 * 3
-    (program,) = attention_programs.programs(CONFIG, case, listed)
+    (reading,) = attention_programs.programs(CONFIG, case, listed)
     size = 2 * listed * 8 * 16 * 4
     for cache, sets in ((size - 1, 1), (size, 2), (3 * size, 4)):
-        assert attention._sets(dataclasses.replace(CONFIG, cache_bytes=cache), program) == sets
+        config = dataclasses.replace(CONFIG, cache_bytes=cache)
+        assert count_sets(config, reading) == sets
 
 
 def rows_of(*measured: tuple[str, int, float, float]) -> list[dict[str, Any]]:

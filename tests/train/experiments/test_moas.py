@@ -119,7 +119,8 @@ def test_what_only_this_experiment_measures_goes_into_its_files(texts, tmp_path,
     plan = [Run("steps-500", "soft", seed, BASE.replace(seed=seed)) for seed in range(2)]
     made = []
 
-    def run(config, workdir, *, resume, labels):
+    def run(config, workdir, *, resume, labels, timed):
+        assert timed
         made.append(config.seed)
         return dataclasses.replace(example, seed=config.seed, **labels)
 

@@ -80,11 +80,12 @@ def lab(tiny_run, example, tmp_path, monkeypatch):
     plan = [Run("recall-128", "routed", seed, tiny_run.replace(seed=seed)) for seed in range(3)]
     made, clock = [], [0.0]
 
-    def run(config, workdir, *, resume, labels):
+    def run(config, workdir, *, resume, labels, timed):
         assert resume
         assert workdir.name == f"{labels['task']}_{labels['variant']}_s{config.seed}"
         made.append(config.seed)
         clock[0] += 120
+        labels = labels if timed else labels | {"mixing_ms": None}
         return dataclasses.replace(example, seed=config.seed, **labels)
 
     monkeypatch.setattr(routed_attention, "runs", lambda text: iter(plan))

@@ -1,0 +1,143 @@
+"""How fast block routing is, end to end with router and table, beside dense attention.
+
+`run` times four parts at each length, forward and training: attention with queries, keys and
+values given, the whole layer, the router alone, and a whole model. Dense attention is cuDNN's on a
+GPU and XLA's elsewhere; it is timed in the same run, by the same chained calls.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from routing_jax.evals.benchmarks.block_routing_cases import Case, cases
+from routing_jax.evals.benchmarks.block_routing_config import (
+    BlockRoutingBenchConfig,
+    Part,
+    default_config,
+    take_all_memory,
+)
+from routing_jax.evals.benchmarks.block_routing_report import Row, describe, plot, table
+from routing_jax.evals.benchmarks.environment import environment
+from routing_jax.evals.benchmarks.program import compile_program, measure
+from routing_jax.evals.benchmarks.running import Clock, error_text, record
+from routing_jax.evals.benchmarks.timing import Timing
+from routing_jax.kernels import default_implementation
+
+__all__ = ["BlockRoutingBenchConfig", "default_config", "main", "run", "take_all_memory"]
+
+
+def _rows(config: BlockRoutingBenchConfig, part: Part, clock: Clock) -> Iterator[Row]:
+    """The rows of one part. All its programs are compiled before any is timed."""
+    found = {
+        (length, passing): cases(config, part, passing, length)
+        for length in config.lengths
+        for passing in config.passes
+    }
+
+    def compiled(case: Case) -> Callable:
+        clock.check()
+        return compile_program(config, case.program)
+
+    with concurrent.futures.ThreadPoolExecutor(config.compile_threads) as pool:
+        programs = {
+            at: [pool.submit(compiled, case) for case in some] for at, some in found.items()
+        }
+
+    def timed(case: Case, program: concurrent.futures.Future) -> tuple[Timing | None, str | None]:
+        try:
+            ready = program.result()
+            clock.check()
+            return measure(config, case.program, ready), None
+        except Exception as error:  # one size that fails must not cost the others
+            return None, error_text(error)
+
+    for (length, passing), some in found.items():
+        if not some:
+            continue
+        futures = programs[length, passing]
+        dense, dense_error = timed(some[0], futures[0])
+        for case, future in zip(some[1:], futures[1:]):
+            routed, routed_error = timed(case, future)
+            assert case.counts is not None
+            row = {
+                "part": part,
+                "pass": passing,
+                "length": length,
+                "router": case.router,
+                "budget": case.budget,
+                "cost": case.counts.cost,
+                "router_cost": case.counts.router,
+                "milliseconds": routed and routed.milliseconds,
+                "spread": routed and routed.spread,
+                "dense_milliseconds": dense and dense.milliseconds,
+                "dense_spread": dense and dense.spread,
+                "speedup": dense and routed and dense.milliseconds / routed.milliseconds,
+            }
+            failed = {"routed": routed_error, "dense": dense_error}
+            errors = [f"{name}: {error}" for name, error in failed.items() if error]
+            yield row | ({"error": "; ".join(errors)} if errors else {})
+
+
+def run(
+    config: BlockRoutingBenchConfig, report: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Measures everything the config asks for.
+
+    Args:
+      config: sizes, budgets and timing.
+      report: called with the result so far after each row.
+
+    Returns:
+      A JSON-ready dict: device, driver, versions, date, attention (the dense backend), config,
+      seconds taken, and rows. A row holds part, pass, length, router, budget, cost and router_cost
+      (multiply-adds ÷ dense attention's, counted), milliseconds and spread (interquartile range)
+      of one call, the same for dense, and speedup; for part 'router', dense is the forward pass of
+      attention. A row that failed holds `error`, and None for what is missing.
+    """
+    start, clock = time.monotonic(), Clock(config.seconds)
+    result: dict[str, Any] = {
+        **environment(),
+        "attention": default_implementation(jax.numpy.dtype(config.dtype)),
+        "config": dataclasses.asdict(config),
+        "seconds": 0.0,
+        "rows": [],
+    }
+    for part in config.parts:
+        for row in _rows(config, part, clock):
+            result["rows"].append(row)
+            result["seconds"] = round(time.monotonic() - start, 1)
+            if report is not None:
+                report(result)
+    return result
+
+
+def main(config: BlockRoutingBenchConfig, out: Path) -> dict[str, Any]:
+    """Runs the benchmark, prints each row and the tables, and writes JSON and a plot beside it.
+
+    The file is replaced after every row, so a run that is cut off keeps what it measured.
+
+    Args:
+      config: see `run`.
+      out: the JSON file to write; its folder is made. The plot gets its name with '.png'.
+
+    Returns:
+      The result of `run`.
+    """
+
+    def heading(result: dict[str, Any]) -> str:
+        return f"{result['device']}, {config.dtype}, dense attention by {result['attention']}"
+
+    return record(
+        functools.partial(run, config),
+        Path(out),
+        describe=describe,
+        table=table,
+        heading=heading,
+        plot=plot,
+    )

@@ -1,0 +1,119 @@
+"""What is said of block routing follows from its results, and nothing is said without seeds."""
+
+import pytest
+
+from routing_jax.evals.block_findings import error_table, routing_findings
+from routing_jax.evals.block_plots import plot_errors, plot_positions
+from routing_jax.evals.report import block_routing_text, plot_block_routing
+
+
+@pytest.fixture
+def make_run(make_result):
+    """(variant, figure, seed, details) -> a result; the figure is bits per byte, or accuracy."""
+
+    def make(variant, figure, seed=0, details=None, task="block-lm"):
+        text = task == "block-lm"
+        return make_result(
+            experiment="block-routing",
+            task=task,
+            variant=variant,
+            seed=seed,
+            bits_per_byte=figure if text else None,
+            accuracy=0.5 if text else figure,
+            accuracy_first_place=None,
+            details=details,
+        )
+
+    return make
+
+
+def seeds(make_run, variant, figures, **other):
+    return [make_run(variant, f, seed, **other) for seed, f in enumerate(figures)]
+
+
+def test_a_lead_counts_from_two_standard_errors_over_both_controls(make_run):
+    full = [make_run("full", 1.0), make_run("window-1k", 1.05)]
+    random = seeds(make_run, "random-25", (1.10, 1.11, 1.12))
+    fixed = seeds(make_run, "sink-window-25", (1.04, 1.05, 1.06))
+    worse = [make_run("strided-25", 1.3)]
+    clear = [*seeds(make_run, "pooled-25", (1.0, 1.01, 1.02)), make_run("learned-25", 1.2)]
+    said = routing_findings([*full, *random, *fixed, *worse, *clear]).split("\n")
+    assert said[0] == (
+        "- block-lm: attention everywhere has 4.76 % fewer bits per byte than the same model "
+        "limited to 1,024 tokens (2 % are needed), so it tests routing."
+    )
+    assert said[1] == (
+        "- block-lm at 25 %: best is pooled, bits per byte 1.0100 (+1.00 % against attention "
+        "everywhere); 0.100 better than random (12.2 standard errors); 0.0400 better than "
+        "sink-window (4.9 standard errors); better than its controls."
+    )
+    near = seeds(make_run, "pooled-25", (1.035, 1.045, 1.055))
+    assert "not better than all of its controls." in routing_findings([*random, *fixed, *near])
+
+
+def test_one_seed_proves_nothing_and_a_text_without_distance_is_told(make_run):
+    said = routing_findings(
+        [
+            make_run("full", 1.0),
+            make_run("window-1k", 1.01),
+            make_run("learned-12", 1.0),
+            make_run("random-12", 1.1),
+        ]
+    )
+    assert "0.99 % fewer" in said
+    assert "so it cannot test routing" in said
+    assert "0.100 better than random (one seed)." in said
+    assert "its controls" not in said
+
+
+def test_accuracy_is_better_the_higher_it_is(make_run):
+    def runs(variant, *figures):
+        return seeds(make_run, variant, figures, task="block-mqar-2048")
+
+    said = routing_findings(
+        [*runs("full", 1.0), *runs("window-1k", 0.5), *runs("learned-25", 0.9, 0.92),
+         *runs("tree-25", 0.3), *runs("random-25", 0.95, 0.97)]
+    )  # fmt: skip
+    assert "accuracy 100.00% with attention everywhere, 50.00% within 1,024 tokens" in said
+    assert "best is learned, accuracy 0.9100" in said
+    assert "0.0500 worse than random (3.5 standard errors); not better than all" in said
+
+
+ERRORS = [
+    {"router": f"pooled-{p}", "length": n, "error": error, "cost": p / 100}
+    for n, scale in ((1024, 1.0), (2048, 2.0))
+    for p, error in ((5, 0.2 * scale), (25, 0.05 * scale))
+]
+
+
+def test_errors_stand_beside_their_cost_and_the_least_cost_of_a_tenth(make_run):
+    assert error_table([make_run("full", 1.0)]) == ""
+    table = error_table([make_run("distil", 1.0, details={"attention_error": ERRORS})])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
+    assert lines[2] == ["pooled", "5", "0.200 at 0.050", "0.400 at 0.050"]
+    assert lines[-1] == ["pooled: cost of error 0.1", "", "0.183", "0.250"]
+
+
+def test_plots_show_what_there_is(make_run, tmp_path):
+    full = {"edges": [256, 512], "bits_per_byte": [2.0, 1.0]}
+    near = {"edges": [256, 512], "bits_per_byte": [2.0, 1.1]}
+    results = [
+        make_run("full", 1.0, details=full),
+        make_run("window-1k", 1.1, details=near),
+        make_run("pooled-25", 1.1, details=near),
+        make_run("pooled-12", 1.1, details=near),
+        make_run("distil", 1.0, details=full | {"attention_error": ERRORS}),
+    ]
+    axes = plot_positions(results, tmp_path / "positions.png").axes[0]
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert lines["pooled-25"] == pytest.approx([0, 10])
+    assert "pooled-12" not in lines
+    panels = plot_errors(results, tmp_path / "errors.png").axes
+    assert [axes.get_title() for axes in panels] == ["1,024 tokens", "2,048 tokens"]
+    assert plot_positions(results[1:], tmp_path / "none.png") is None
+    assert plot_errors(results[:1], tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
+    plot_block_routing(results, tmp_path)
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn >= {"tradeoff.png", "positions_block-lm.png", "errors_block-lm.png"}
+    assert "cost of error" in block_routing_text(results)
