@@ -18,6 +18,7 @@ from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.models import (
     Decoder,
+    DecoderConfig,
     count_params,
     init_routers,
     merge_routers,
@@ -38,27 +39,41 @@ _EVAL_SEED = 1_000_003  # of no training run
 _BY_LIKELIHOOD = ("text", "maths")  # of which few answers would be right
 
 
+def published_model(config: TrainConfig, path: str) -> DecoderConfig:
+    """A published model, to be computed as the run's own model says; no weight is read.
+
+    Args:
+      config: the run.
+      path: the model's folder or GGUF file.
+
+    Raises:
+      ValueError: one that `open_checkpoint` refuses, or a length that it was not made for.
+    """
+    theirs, ours = open_checkpoint(path).config, config.model
+    if theirs.context and config.data.length > theirs.context:
+        raise ValueError(
+            f"data.length is {config.data.length}; {path} was made for at most {theirs.context} "
+            "tokens."
+        )
+    return theirs.replace(
+        dtype=ours.dtype, scan=ours.scan, remat=ours.remat, attention=ours.attention
+    )
+
+
 def with_base(config: TrainConfig) -> TrainConfig:
     """The run with the sizes and the tokenizer of its base; no weight is read.
 
     Raises:
-      ValueError: a base without prompts or prompts without a base, one that `open_checkpoint`
-        refuses, or a length that it was not made for.
+      ValueError: a base without prompts or prompts without a base, or what `published_model`
+        refuses.
     """
     if not isinstance(config.data, PromptConfig) or not config.base:
         raise ValueError(
             f"base is {config.base!r} and the task {type(config.data).__name__}; layer routers are "
             "trained on prompts for a base, a model's folder or GGUF file."
         )
-    theirs, ours = open_checkpoint(config.base).config, config.model
-    if theirs.context and config.data.length > theirs.context:
-        raise ValueError(
-            f"data.length is {config.data.length}; {config.base} was made for at most "
-            f"{theirs.context} tokens."
-        )
-    model = with_layer_routing(theirs, ours.layer_router, ours.sparse).replace(
-        dtype=ours.dtype, scan=ours.scan, remat=ours.remat, attention=ours.attention
-    )
+    published, ours = published_model(config, config.base), config.model
+    model = with_layer_routing(published, ours.layer_router, ours.sparse)
     return config.replace(
         model=model, data__tokenizer=config.base, data__vocab_size=model.vocab_size
     )

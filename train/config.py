@@ -17,6 +17,7 @@ from routing_jax.train.data import (
     PromptConfig,
     RecallConfig,
     TextConfig,
+    TokenConfig,
 )
 
 
@@ -141,12 +142,14 @@ class TrainConfig:
         are trained, and the sizes in `model` are its own. Empty to train a whole model.
       budget: of layer routers.
       start_from: folder of a run of the same parameters, whose newest checkpoint's are the first
-        ones here, but for routers that it lacks; empty to draw all from the seed.
+        ones here, but for routers that it lacks; empty to draw all from the seed. Of a task in the
+        tokens of a published model, this model, a folder or GGUF file: all of it is trained, and
+        sizes are its own.
     """
 
-    data: RecallConfig | TextConfig | CharacterConfig | NeedleConfig | PromptConfig = field(
-        default_factory=RecallConfig
-    )
+    data: (
+        RecallConfig | TextConfig | CharacterConfig | TokenConfig | NeedleConfig | PromptConfig
+    ) = field(default_factory=RecallConfig)
     model: DecoderConfig = field(default_factory=DecoderConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -233,6 +236,7 @@ _TASKS: dict[str, type[DataConfig]] = {
     "recall": RecallConfig,
     "text": TextConfig,
     "character": CharacterConfig,
+    "tokens": TokenConfig,
     "needle": NeedleConfig,
     "prompts": PromptConfig,
 }

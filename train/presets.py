@@ -16,6 +16,7 @@ from routing_jax.train.data import (
     PromptConfig,
     RecallConfig,
     TextConfig,
+    TokenConfig,
 )
 
 # Two layers are the fewest that can recall (a key is matched by its successor), and no rotary
@@ -358,6 +359,33 @@ def layer_routing(*, curriculum: bool = False) -> TrainConfig:
     )
 
 
+def finetuning() -> TrainConfig:
+    """A published model, all of it trained on your text in its own tokens; attention stays full.
+
+    Command: `routing-jax train finetune --workdir runs/finetune --start-from MODEL --data.source
+    FOLDER`, MODEL a folder of safetensors or a GGUF file. runs/finetune/model is then a folder of
+    safetensors, with config and tokenizer; `reproduce flux --base MODEL --finetuned
+    runs/finetune/model` measures the routers of MODEL in it.
+    Hardware and time: one H100, an estimated 2 minutes for SmolLM2-135M.
+    Expect: not measured yet; fewer nats a token of held-out text than MODEL has, which the first
+    line of metrics.jsonl tells.
+    """
+    return TrainConfig(
+        data=TokenConfig(length=2048),
+        model=DecoderConfig(layers="full", scan=True, remat=True),
+        curriculum=CurriculumConfig(
+            peak=0.0, explore=0.0, learn_steps=0, ramp_steps=0, hold_steps=400
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-4, final_fraction=0.1, warmup_steps=20, beta2=0.95, weight_decay=0.0
+        ),
+        batch_tokens=16 * 2048,
+        eval_sequences=256,
+        log_every=10,
+        checkpoint_every=200,
+    )
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     **{f"recall-{n}": partial(recall, n) for n in (128, 256, 512, 1024, 2048, 4096, 8192)},
     "recall-128-steep": recall_steep,
@@ -374,6 +402,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "block-needle-4096": partial(block_needle, 4096),
     "block-multi-needle-4096": partial(block_needle, 4096, needles=8),
     "block-lm": block_language_model,
+    "finetune": finetuning,
     "flux": layer_routing,
     "flux-curriculum": lambda: layer_routing(curriculum=True),
 }

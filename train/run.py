@@ -19,6 +19,7 @@ from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.files import reached
 from routing_jax.models import count_params, init_params
+from routing_jax.models.pretrained import load_pretrained
 from routing_jax.sharding import make_mesh, put_batch
 from routing_jax.train.base import calibrated_routers, finish_routers, with_base
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
@@ -27,9 +28,11 @@ from routing_jax.train.data import (
     PromptConfig,
     RecallConfig,
     TextConfig,
+    TokenConfig,
     batches,
     window_count,
 )
+from routing_jax.train.finetune import save_finetuned, with_published
 from routing_jax.train.loop import Trained, abstract_state, load_base, train, train_mesh
 from routing_jax.train.metrics import read_metrics
 from routing_jax.train.step import init_state
@@ -179,7 +182,7 @@ def load_run(
 
 
 def starting_parameters(config: TrainConfig) -> Any:
-    """The parameters of the run that `start_from` names, on this run's mesh.
+    """The parameters of the run or published model that `start_from` names, on this run's mesh.
 
     A router that the other run lacks, or has in other sizes, is drawn whole from this run's seed.
 
@@ -187,6 +190,9 @@ def starting_parameters(config: TrainConfig) -> Any:
       ValueError: there is no such run, or what is no router differs from this model's.
     """
     mesh = train_mesh(config)
+    if isinstance(config.data, TokenConfig):
+        scan = config.model.scan
+        return load_pretrained(config.start_from, dtype="float32", scan=scan, mesh=mesh).params
     reached(config.start_from, "start_from")
     try:
         _, params, _ = load_run(config.start_from, mesh=mesh)
@@ -251,7 +257,7 @@ def evaluate_run(
         process_count=jax.process_count(),
     )
     wanted = config.eval_sequences
-    if isinstance(config.data, TextConfig | CharacterConfig):  # no window twice
+    if isinstance(config.data, TextConfig | CharacterConfig | TokenConfig):  # no window twice
         wanted = min(wanted, window_count(config.data, split="validation", length=length))
     count = -(-wanted // size)
     with jax.set_mesh(mesh):
@@ -374,6 +380,8 @@ def run(
     labels = labels or {"experiment": "train", "task": "run", "variant": "run"}
     if config.base or isinstance(config.data, PromptConfig):
         config = with_base(config)
+    elif isinstance(config.data, TokenConfig):
+        config = with_published(config)
     if not quiet and jax.process_index() == 0:
         print(describe(config), flush=True)
     # Refuse a corpus or length that will not do before the folder is made.
@@ -390,6 +398,8 @@ def run(
     trained = train(config, workdir, resume_step=start, params=params, frozen=frozen, quiet=quiet)
     if config.base:
         return finish_routers(config, frozen, workdir, trained, labels=labels)
+    if isinstance(config.data, TokenConfig):
+        save_finetuned(config, workdir, trained.state.params)
     return finish_run(config, workdir, trained, labels=labels, timed=timed)
 
 

@@ -213,7 +213,7 @@ def test_a_prompt_of_which_sparse_layers_would_see_everything_costs_no_more_than
     # Prompts are padded to powers of two; who decides costs a comparison.
     assert work(MODEL, 8) == pytest.approx(work(FULL, 8), rel=1e-3)
     assert work(MODEL, 16) > 1.05 * work(FULL, 16)
-    requests = [Request(prompt(n), 14) for n in (12, 13)]  # sink and window are 12 tokens
+    requests = [Request(prompt(n), 6) for n in (12, 13)]  # sink and window are 12 tokens
     made, _ = serve(requests)
     short, long = (plain(request, [ROUTED] * LAYERS) for request in requests)
     assert made == [short[0], long[0]]

@@ -20,6 +20,7 @@ from routing_jax.train.data import (
     PromptConfig,
     RecallConfig,
     TextConfig,
+    TokenConfig,
     batches,
 )
 from routing_jax.train.experiments.routed_attention import VARIANTS, runs
@@ -121,8 +122,9 @@ def text(tmp_path_factory):
     return str(folder)
 
 
-# Those of routers for a published model take theirs in test_base.
-WHOLE = [name for name in PRESETS if not isinstance(get_preset(name).data, PromptConfig)]
+# Those of a published model take theirs in test_base and test_finetune.
+PUBLISHED = PromptConfig | TokenConfig
+WHOLE = [name for name in PRESETS if not isinstance(get_preset(name).data, PUBLISHED)]
 
 
 def small_preset(name, text):
@@ -188,6 +190,7 @@ def test_every_maker_says_how_long_and_what_to_expect():
         presets.block_needle,
         presets.block_language_model,
         presets.layer_routing,
+        presets.finetuning,
     )
     for maker in makers:
         for word in ("Command: `routing-jax train ", "Hardware and time: ", "Expect: "):

@@ -1,4 +1,4 @@
-"""Training data: recall, needles and prompts made on the fly, bytes or characters of text, by step.
+"""Training data: recall, needles and prompts made on the fly, and text, by step.
 
 Start at ``pipeline.batches``. Each task has a file of its own; ``prepare`` writes a data set.
 """
@@ -10,6 +10,7 @@ from routing_jax.train.data.pipeline import DataConfig, batches
 from routing_jax.train.data.prompts import PROMPT_TASKS, PromptBatch, PromptConfig
 from routing_jax.train.data.recall import RecallConfig
 from routing_jax.train.data.text import TextConfig, window_count
+from routing_jax.train.data.tokens import TokenConfig
 
 __all__ = [
     "PROMPT_TASKS",
@@ -21,6 +22,7 @@ __all__ = [
     "PromptConfig",
     "RecallConfig",
     "TextConfig",
+    "TokenConfig",
     "batches",
     "vocabulary",
     "window_count",

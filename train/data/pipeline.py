@@ -9,8 +9,9 @@ from routing_jax.train.data.needle import NeedleConfig, needle_batch
 from routing_jax.train.data.prompts import PromptBatch, PromptConfig, prompt_batch
 from routing_jax.train.data.recall import RecallConfig, recall_batch
 from routing_jax.train.data.text import TextConfig, text_batch
+from routing_jax.train.data.tokens import TokenConfig
 
-DataConfig = RecallConfig | TextConfig | CharacterConfig | NeedleConfig | PromptConfig
+DataConfig = RecallConfig | TextConfig | CharacterConfig | TokenConfig | NeedleConfig | PromptConfig
 
 _PREFETCH = 4  # batches made ahead, enough to hide a slow one behind a step
 

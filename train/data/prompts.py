@@ -11,14 +11,12 @@ within it would teach them to look ahead. Tasks, after RULER (arXiv 2404.06654):
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from routing_jax.models.pretrained import load_tokenizer
 from routing_jax.train.data.batch import Split, generator
-from routing_jax.train.data.corpus import read_pieces
+from routing_jax.train.data.tokens import load_tokens, open_tokenizer
 from routing_jax.train.data.word_problems import word_problem
 
 PROMPT_TASKS = ("passkey", "multikey", "variables", "text", "maths")
@@ -115,29 +113,13 @@ class PromptConfig:
             )
 
 
-@functools.lru_cache(maxsize=2)
-def _tokenizer(path: str) -> Any:
-    if not path:
-        raise ValueError("tokenizer='' must be a model's folder or GGUF file.")
-    return load_tokenizer(path)
-
-
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-@functools.lru_cache(maxsize=4)
-def _text(source: str, fraction: float, split: Split, tokenizer: str) -> np.ndarray:
-    """A split's text as tokens; megabytes take seconds, so once a process."""
-    pieces = getattr(read_pieces(source, "", fraction), split)
-    texts = [piece.decode(errors="ignore") for piece in pieces]
-    encoded = _tokenizer(tokenizer).encode_batch(texts, add_special_tokens=False)
-    return np.concatenate([np.array(e.ids, np.int32) for e in encoded] or [np.zeros(0, np.int32)])
-
-
 def _long_text(config: PromptConfig, split: Split, length: int) -> np.ndarray:
     """A split's text as tokens, enough of them for a row."""
-    text = _text(config.source, config.validation_fraction, split, config.tokenizer)
+    text = load_tokens(config.source, config.validation_fraction, split, config.tokenizer)
     if text.size < length:
         raise ValueError(
             f"source={config.source!r} has {text.size} tokens in its {split} split, too few for "
@@ -256,7 +238,7 @@ def prompt_batch(
     ValueError: tokenizer='' must be a model's folder or GGUF file.
     """
     length = config.length if length is None else length
-    tokenizer = _tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer)
     text = np.zeros(0, np.int32)
     if set(config.mixture) != {"maths"}:
         text = _long_text(config, split, length)

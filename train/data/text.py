@@ -1,4 +1,4 @@
-"""Bytes or characters of text in windows of one context, addressed by step."""
+"""Bytes, characters or tokens of text in windows of one context, addressed by step."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import numpy as np
 from routing_jax.train.data.batch import Batch, Split, generator
 from routing_jax.train.data.characters import CharacterConfig, load_characters
 from routing_jax.train.data.corpus import load_corpus
+from routing_jax.train.data.tokens import TokenConfig, load_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +54,10 @@ class TextConfig:
         return 256
 
 
-def window_count(
-    config: TextConfig | CharacterConfig, *, split: Split, length: int | None = None
-) -> int:
+AnyText = TextConfig | CharacterConfig | TokenConfig
+
+
+def window_count(config: AnyText, *, split: Split, length: int | None = None) -> int:
     """Count the windows that one pass over a split has.
 
     ``ceil(window_count / batch_size)`` validation batches read each validation window once.
@@ -66,7 +68,8 @@ def window_count(
       length: T, by default ``config.length``.
 
     Raises:
-      ValueError: as ``load_corpus`` or ``load_characters``, or a split shorter than one window.
+      ValueError: as ``load_corpus``, ``load_characters`` or ``load_tokens``, or a split shorter
+        than one window.
 
     >>> window_count(TextConfig(), split="train", length=1024) > 1000
     True
@@ -75,14 +78,16 @@ def window_count(
     return _count(_data(config, split, length).size, split, length)
 
 
-def _data(config: TextConfig | CharacterConfig, split: Split, length: int) -> np.ndarray:
+def _data(config: AnyText, split: Split, length: int) -> np.ndarray:
     """[tokens] of the split's text, at least one window of it."""
     if isinstance(config, CharacterConfig):
-        corpus, tokens = load_characters(config), "characters"
+        data, tokens = getattr(load_characters(config), split), "characters"
+    elif isinstance(config, TokenConfig):
+        fraction, tokens = config.validation_fraction, "tokens"
+        data = load_tokens(config.source, fraction, split, config.tokenizer)
     else:
         corpus = load_corpus(config.source, config.data_dir, config.validation_fraction)
-        tokens = "bytes"
-    data = getattr(corpus, split)
+        data, tokens = getattr(corpus, split), "bytes"
     if data.size < length + 1:
         raise ValueError(
             f"source={config.source!r} has {data.size} {tokens} in its {split} split, too few for "
@@ -100,7 +105,7 @@ def _count(size: int, split: Split, length: int) -> int:
 
 
 def text_batch(
-    config: TextConfig | CharacterConfig,
+    config: AnyText,
     *,
     split: Split,
     seed: int,

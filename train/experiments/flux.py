@@ -3,9 +3,9 @@
 Command: `routing-jax reproduce flux --base MODEL --text FOLDER`; `--list` names the runs, `--only
 REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--elsewhere OTHER`, `--lengths 1024`, `--maths` and `--finetuned OTHER_MODEL` measure the same
-routers, and the same static ranking, on other prompts or in another model. A text of another
-language: the Debian packages debian-reference-fr, -de, -it and -pt have a megabyte each, as
-debian-reference.fr.txt.gz and so on.
+routers, and the same static ranking, on other prompts or in another model (`train finetune` makes
+one). A text of another language: the Debian package debian-reference-de holds a megabyte of German,
+debian-reference.de.txt.gz; those for -fr, -it, -es, -pt and -ja are alike.
 Hardware and time: one H100; SmolLM2-135M at 8192 tokens an estimated hour in all.
 Expect: in mode triangle routers answer as dense attention does with nine layers in ten sparse, and
 the text's perplexity rises by half a per cent. A router that does not beat `static` at equal
@@ -137,6 +137,12 @@ def task_name(args: FluxArgs) -> str:
     return f"{'-'.join(names)}-{attention}-{args.length}"
 
 
+def _slug(path: str) -> str:
+    """A file's or folder's name as a part of a task's, without .txt and .gz."""
+    name = re.sub(r"(\.txt)?(\.gz)?$", "", epath.Path(path).name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
 _SHAPE = ("layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
 
 
@@ -155,18 +161,18 @@ def _finetuned(args: FluxArgs, model: str) -> TrainConfig:
 
 def _elsewhere(args: FluxArgs) -> Iterator[tuple[str, TrainConfig]]:
     """The tasks on which routers are measured that were trained at home."""
+    name, home = task_name(args), planned_config(args)
     for text in args.elsewhere:
-        there = dataclasses.replace(args, text=text)
-        yield task_name(there), planned_config(there).replace(data__validation_fraction=1.0)
+        # Held out whole: nothing is trained on it, and it may be short.
+        config = home.replace(data__source=text, data__validation_fraction=1.0)
+        yield f"{name}-elsewhere-{_slug(text)}", config
     for length in args.lengths:
         there = dataclasses.replace(args, length=length)
         yield task_name(there), planned_config(there)
     if args.maths:
-        home = planned_config(args)
-        yield f"{task_name(args)}-maths", home.replace(data__mixture=("maths",))
+        yield f"{name}-maths", home.replace(data__mixture=("maths",))
     for model in args.finetuned:
-        name = re.sub(r"[^a-z0-9]+", "-", epath.Path(model).name.lower()).strip("-")
-        yield f"{task_name(args)}-finetuned-{name}", _finetuned(args, model)
+        yield f"{name}-finetuned-{_slug(model)}", _finetuned(args, model)
 
 
 def runs(args: FluxArgs) -> Iterator[Run]:
@@ -175,7 +181,8 @@ def runs(args: FluxArgs) -> Iterator[Run]:
     Elsewhere, routers and the static ranking are those of home.
 
     Raises:
-      ValueError: as `with_base`, or a finetuned model of another shape.
+      ValueError: as `with_base`, a finetuned model of another shape, or two texts or models of one
+        name.
     """
     task = task_name(args)
     base, curriculum = (planned_config(args, p) for p in ("flux", "flux-curriculum"))
@@ -191,7 +198,11 @@ def runs(args: FluxArgs) -> Iterator[Run]:
     for seed in _SEEDS:
         yield Run(task, "routed+curriculum", seed, curriculum.replace(seed=seed))
 
+    named = {task}
     for task, config in _elsewhere(args):
+        if task in named:
+            raise ValueError(f"two tasks would be called {task}; give what they read other names.")
+        named.add(task)
         yield from (Run(task, v, 0, config) for v in ("dense", "sparse", "static-75", "random-75"))
         for home in routed:
             yield Run(task, "routed", home.seed, _after(args, home, config))

@@ -9,6 +9,7 @@ from routing_jax.models.pretrained.router_file import (
     load_router,
     save_router,
 )
+from routing_jax.models.pretrained.save import published_config, save_pretrained
 from routing_jax.models.pretrained.tokenizer import load_tokenizer, stop_tokens
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "load_router",
     "load_tokenizer",
     "open_checkpoint",
+    "published_config",
+    "save_pretrained",
     "save_router",
     "save_routers",
     "stop_tokens",

@@ -60,7 +60,8 @@ def test_elsewhere_routers_are_those_that_were_trained_at_home(args):
     plan = list(runs(asked))
     names = [run.name for run in plan]
     moved = [run for run in plan if run.config.start_from and run.variant == "routed"]
-    assert {run.task for run in moved} == {"tiny-stdlib-streaming-512", "tiny-text-streaming-400"}
+    places = ("tiny-text-streaming-512-elsewhere-stdlib", "tiny-text-streaming-400")
+    assert {run.task for run in moved} == set(places)
     for run in moved:
         home = Path(run.config.start_from).name
         assert names.index(home) < names.index(run.name)
@@ -70,21 +71,25 @@ def test_elsewhere_routers_are_those_that_were_trained_at_home(args):
 
 def test_in_other_places_nothing_but_the_place_is_another(args, tmp_path):
     other = write_model(tmp_path / "Tiny.Tuned_2", seed=1)
-    asked = dataclasses.replace(args, elsewhere=("stdlib",), maths=True, finetuned=(str(other),))
+    texts = ("stdlib", str(tmp_path / "Le_texte.fr.txt.gz"))
+    asked = dataclasses.replace(args, elsewhere=texts, maths=True, finetuned=(str(other),))
     home = flux.planned_config(args)
     places = {run.task: run.config for run in runs(asked) if run.variant == "dense"}
-    home_task, text, maths, tuned = places
+    home_task, text, french, maths, tuned = places
     assert home_task == "tiny-text-streaming-512"
     assert places[home_task] == home
     # A text that nothing is trained on is held out whole.
     elsewhere = home.replace(data__source="stdlib", data__validation_fraction=1.0)
-    assert (text, places[text]) == ("tiny-stdlib-streaming-512", elsewhere)
+    assert (text, places[text]) == (f"{home_task}-elsewhere-stdlib", elsewhere)
+    assert french == f"{home_task}-elsewhere-le-texte-fr"
     assert (maths, places[maths]) == (f"{home_task}-maths", home.replace(data__mixture=("maths",)))
     assert tuned == f"{home_task}-finetuned-tiny-tuned-2"
     assert places[tuned] == home.replace(base=str(other), data__tokenizer=str(other))
     wider = write_model(tmp_path / "wider", hidden_size=48)
     with pytest.raises(ValueError, match=r"finetuned names .*wider, whose width is 48; it must be"):
         list(runs(dataclasses.replace(args, finetuned=(str(wider),))))
+    with pytest.raises(ValueError, match=r"two tasks would be called .*-elsewhere-stdlib; give"):
+        list(runs(dataclasses.replace(args, elsewhere=("stdlib", "texts/stdlib.txt"))))
 
 
 @pytest.mark.slow
