@@ -98,8 +98,15 @@ def project(config: DecoderConfig, params: Params, x: jax.Array, positions: jax.
     """
     weights, heads = _weights(config, params), config.heads
     h = normalise(config, params, "mixer_norm", x)
+    if h.shape[:2] != (1, 1):
+        q = project_queries(h, positions, weights, heads)
+        return q, *project_keys_values(h, positions, weights, heads)
+    # For one row XLA on GPUs writes out each product with the keys' and values' weights and sums
+    # them up in other kernels; for two it reads both weights in one matrix product.
+    h, positions = (jnp.pad(a, [(0, 1)] + [(0, 0)] * (a.ndim - 1)) for a in (h, positions))
     q = project_queries(h, positions, weights, heads)
-    return q, *project_keys_values(h, positions, weights, heads)
+    k, v = project_keys_values(h, positions, weights, heads)
+    return q[:1], k[:1], v[:1]
 
 
 def finish(config: DecoderConfig, params: Params, x: jax.Array, attended: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A layer's parts: what its router reads of a prompt decides as all queries would."""
+"""A layer's parts: what its router reads of a prompt decides as all queries would; projections."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from routing_jax.attention.projections import AttentionWeights, project_queries
-from routing_jax.generate.layer import layer_params, normalise, route_prompts
+from routing_jax.generate.layer import layer_params, normalise, project, route_prompts
 from routing_jax.routers import LayerRouter, LayerRouterConfig, standardised
 
 from ..small_model import MIXED, make_params
@@ -59,3 +59,16 @@ def test_prompts_that_differ_little_are_told_apart_in_sixteen_bits():
     clear = np.abs(logits) > 0.05
     assert clear.sum() > 50
     np.testing.assert_array_equal(np.asarray(found)[clear], logits[clear] > 0)
+
+
+@pytest.mark.parametrize("config", [MODEL, MODEL.replace(qkv_bias=True, qk_norm=True)])
+def test_one_token_is_projected_as_it_is_beside_others(config):
+    params = layer_params(make_params(config), 0)
+    x = np.random.default_rng(0).normal(size=(3, 1, config.width)).astype(np.float32)
+    positions = jnp.array([[5], [0], [9]])
+    together = project(config, params, x, positions)
+    for i in range(3):
+        alone = project(config, params, x[i : i + 1], positions[i : i + 1])
+        for one, each in zip(alone, together):
+            assert one.shape == (1, *each.shape[1:])
+            np.testing.assert_allclose(one[0], each[i], rtol=1e-5, atol=1e-6)
