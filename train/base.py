@@ -64,8 +64,8 @@ def with_base(config: TrainConfig) -> TrainConfig:
     """The run with the sizes and the tokenizer of its base; no weight is read.
 
     Raises:
-      ValueError: a base without prompts or prompts without a base, or what `published_model`
-        refuses.
+      ValueError: a base without prompts or prompts without a base, prompts so short that no layer
+        would be routed, or what `published_model` refuses.
     """
     if not isinstance(config.data, PromptConfig) or not config.base:
         raise ValueError(
@@ -73,6 +73,12 @@ def with_base(config: TrainConfig) -> TrainConfig:
             "trained on prompts for a base, a model's folder or GGUF file."
         )
     published, ours = published_model(config, config.base), config.model
+    if config.data.length - config.data.answer <= ours.sparse.reach:
+        raise ValueError(
+            f"data.length is {config.data.length}, {config.data.answer} of it the answer; prompts "
+            f"of up to {ours.sparse.reach} tokens are attended fully, as sink and window cover "
+            "them, so nothing would be routed."
+        )
     model = with_layer_routing(published, ours.layer_router, ours.sparse)
     return config.replace(
         model=model, data__tokenizer=config.base, data__vocab_size=model.vocab_size

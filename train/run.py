@@ -184,10 +184,11 @@ def load_run(
 def starting_parameters(config: TrainConfig) -> Any:
     """The parameters of the run or published model that `start_from` names, on this run's mesh.
 
-    A router that the other run lacks, or has in other sizes, is drawn whole from this run's seed.
+    A router that the other run lacks, or has in other sizes, is drawn whole from this run's seed;
+    layer routers of a base, which are all that such a run holds, are not.
 
     Raises:
-      ValueError: there is no such run, or what is no router differs from this model's.
+      ValueError: there is no such run, or what is not drawn differs from this model's.
     """
     mesh = train_mesh(config)
     if isinstance(config.data, TokenConfig):
@@ -205,10 +206,11 @@ def starting_parameters(config: TrainConfig) -> Any:
     )
     sizes = [{name: leaf.shape for name, leaf in tree.items()} for tree in (found, wanted)]
     differ = {name.partition(_ROUTER) for name, _ in sizes[0].items() ^ sizes[1].items()}
-    if not all(router for _, router, _ in differ):
+    if differ and (config.base or not all(router for _, router, _ in differ)):
+        aside = "" if config.base else ", its routers aside"
         raise ValueError(
             f"start_from is {config.start_from!r}, whose model has other parameters; it must be a "
-            "run of a model with the same layers and sizes, its routers aside."
+            f"run of a model with the same layers and sizes{aside}."
         )
     if not differ:
         return params

@@ -90,8 +90,8 @@ def _floors(rows: Sequence[Row]) -> str:
     columns = _columns(timed)
     heads = ["", "tokens", "batch", *columns]
     lines = [
-        "**Least** milliseconds that arithmetic and memory allow, and the share of that speed "
-        "that was reached",
+        "**Least** milliseconds at rates that long kernels reach on an H100, and the share of that "
+        "speed that was reached",
         "",
         f"| {' | '.join(heads)} |",
         "| --- |" + " ---: |" * (len(heads) - 1),
@@ -135,8 +135,8 @@ dense | KV GiB, routed |
     Most tokens a second in all, for sequences of 8 tokens: dense 500 (batch 2); routed, 50 % \
 sparse 1,000 (batch 2, 2.00×).
     <BLANKLINE>
-    **Least** milliseconds that arithmetic and memory allow, and the share of that speed that was \
-reached
+    **Least** milliseconds at rates that long kernels reach on an H100, and the share of that \
+speed that was reached
     <BLANKLINE>
     |  | tokens | batch | dense | routed, 50 % sparse |
     | --- | ---: | ---: | ---: | ---: |

@@ -3,7 +3,8 @@
 Flux Attention (arXiv 2604.07394). One call over one block table serves the batch: a sequence's rows
 are dense or sparse. Training makes a second one, of what was not chosen, for the gradient of its
 straight-through gate. Prefill decides, decoding obeys. A prompt so short that sparse attention
-would see all of it is attended fully, whatever its router says: nothing could be saved on it.
+would see all of it is routed to full attention, whatever its router says: nothing could be saved
+on reading it.
 
 Rows of the table are those of tiles. Where tokens after the prompt search each for itself, they are
 gathered and attend by rows of their own, so that one pass gives what decoding gives.

@@ -25,7 +25,7 @@ from routing_jax.train.data import PROMPT_TASKS, batches
 from routing_jax.train.loop import load_base, train_mesh
 from routing_jax.train.metrics import read_metrics
 from routing_jax.train.presets import get_preset
-from routing_jax.train.run import run
+from routing_jax.train.run import run, starting_parameters
 from routing_jax.train.step import init_state, make_train_step
 
 from .published_folder import write_model, write_text
@@ -173,6 +173,15 @@ def test_a_run_leaves_routers_that_load_beside_an_unchanged_base(config, made):
     other = write_model(folder / "other", seed=1)
     with pytest.raises(ValueError, match=r"holds a router for model .* is another model"):
         load_routed(folder / "router.safetensors", other)
+
+
+def test_routers_of_another_base_are_refused_and_not_drawn_anew(config, made, tmp_path):
+    config = with_base(config.replace(start_from=str(made[0])))
+    routers = starting_parameters(config)["layers"]["block_0"]["mixer"]["router"]
+    assert np.abs(routers["shift"]).max() > 0  # which those that are drawn do not have
+    other = str(write_model(tmp_path / "deeper", num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"^start_from is .* with the same layers and sizes\.$"):
+        starting_parameters(with_base(config.replace(base=other)))
 
 
 def test_a_missed_budget_weighs_more_and_more_and_is_then_held(made):

@@ -7,6 +7,7 @@ import pytest
 
 from routing_jax.models import Decoder
 from routing_jax.models.pretrained import load_pretrained, load_tokenizer
+from routing_jax.routers import SparseModeConfig
 from routing_jax.train.base import with_base
 from routing_jax.train.data import batches
 from routing_jax.train.finetune import with_published
@@ -75,7 +76,8 @@ def test_what_was_trained_is_a_folder_like_the_one_it_began_as(config, made):
     text = "line 17 says 3"
     ids = [load_tokenizer(path).encode(text).ids for path in (folder / "model", config.start_from)]
     assert ids[0] == ids[1]
-    routed = with_base(get_preset("flux").replace(base=str(folder / "model"), data__length=512))
+    flux = get_preset("flux").replace(base=str(folder / "model"), data__length=512)
+    routed = with_base(flux.replace(model__sparse=SparseModeConfig(window=256)))
     assert routed.model.layers == "layer*1"
 
 

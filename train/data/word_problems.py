@@ -83,9 +83,9 @@ _TEMPLATES = (
         lambda a, b, c, d: a + b + c,
     ),
     _Template(
-        "{name} and {friend} have {a} {things} each. {name} finds {b} more and then gives {c} of "
-        "them to {friend}. How many {things} does {name} have now?",
-        lambda a, b, c, d: a + b - c,
+        "{name} and {friend} have {a} {things} each. {name} finds {b} {containers} of {c} {things} "
+        "and then gives {d} {things} to {friend}. How many {things} does {name} have now?",
+        lambda a, b, c, d: a + b * c - d,
     ),
     _Template(
         "{name} plants {a} rows of {b} trees. {c} trees die, and {name} plants {d} new ones. How "

@@ -2,16 +2,17 @@
 
 Command: `routing-jax reproduce flux --base MODEL --text FOLDER`; `--list` names the runs, `--only
 REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
-`--elsewhere OTHER`, `--lengths 1024`, `--maths` and `--finetuned OTHER_MODEL` measure the same
+`--elsewhere OTHER`, `--lengths 2048`, `--maths` and `--finetuned OTHER_MODEL` measure the same
 routers, and the same static ranking, on other prompts or in another model (`train finetune` makes
 one). A text of another language: the Debian package debian-reference-de holds a megabyte of German,
 debian-reference.de.txt.gz; those for -fr, -it, -es, -pt and -ja are alike.
 Hardware and time: one H100; SmolLM2-135M at 8192 tokens an estimated hour in all.
-Expect: in mode triangle routers answer as dense attention does with nine layers in ten sparse, and
-the text's perplexity rises by half a per cent. A router that does not beat `static` at equal
+Expect: in mode triangle routers answer as dense attention does with seven layers in eight sparse,
+and the text's perplexity rises by half a per cent. A router that does not beat `static` at equal
 sparsity, where the same layers are sparse for every prompt, has learned nothing: `static` ranks
 them on plain text, `static+tasks` on all tasks, and `static+routed` has those that trained routers
-attend fully most often, which shows what deciding anew for every prompt adds.
+attend fully most often, which shows what deciding anew for every prompt adds. Fixed layers are
+chosen on prompts of the training text, of which none is scored.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from routing_jax.evals.prompt_quality import (
 )
 from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.report import FLUX as EXPERIMENT
-from routing_jax.evals.results import Result, read_result
+from routing_jax.evals.results import Result
 from routing_jax.models import init_routers, merge_routers
 from routing_jax.routers import Answers, Retrieval, SparseMode
 from routing_jax.routers.block_config import BlockImplementation
@@ -230,15 +231,32 @@ def _scored(config: TrainConfig) -> _Scored:
     return _Scored(score_tasks(config, frozen, mesh), routers, frozen)
 
 
-@functools.lru_cache(maxsize=2)
-def _costs(home: TrainConfig, tasks: tuple[str, ...]) -> np.ndarray:
-    """[L], what each layer's sparsity costs on prompts of these tasks, of the training split."""
-    found, mesh = _scored(home), train_mesh(home)
+def _tasks(config: TrainConfig) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(config.data.mixture))  # type: ignore[union-attr]
+
+
+def _calibration(home: TrainConfig, tasks: tuple[str, ...]) -> list[Any]:
+    """Prompts by which fixed layers are chosen: of the training split, so that none is scored."""
+    mesh = train_mesh(home)
     rows = [row for task in tasks for row in held_out_prompts(home, task, _CALIBRATION, "train")]
     with jax.set_mesh(mesh):
-        placed = [put_batch(batch, mesh) for batch in rows]
+        return [put_batch(batch, mesh) for batch in rows]
+
+
+@functools.lru_cache(maxsize=2)
+def _costs(home: TrainConfig, tasks: tuple[str, ...]) -> np.ndarray:
+    """[L], what each layer's sparsity costs on prompts of these tasks."""
+    found, rows = _scored(home), _calibration(home, tasks)
+    with jax.set_mesh(train_mesh(home)):
         params = merge_routers(found.frozen, found.routers)
-        return sensitivities(prompt_scorer(home.model), params, placed, len(home.model.mixers))
+        return sensitivities(prompt_scorer(home.model), params, rows, len(home.model.mixers))
+
+
+def _use(home: TrainConfig, routers: Any) -> np.ndarray:
+    """[L], how often trained routers attend fully in each layer, over all tasks."""
+    frozen, rows = _scored(home).frozen, _calibration(home, _tasks(home))
+    with jax.set_mesh(train_mesh(home)):
+        return prompt_scorer(home.model)(merge_routers(frozen, routers), rows).dense.mean(axis=1)
 
 
 def control(experiment: str, one: Run, home: TrainConfig) -> Result:
@@ -256,8 +274,7 @@ def control(experiment: str, one: Run, home: TrainConfig) -> Result:
     choose: Chooser = fixed_layers(np.full(layers, kind == "dense"))
     found: dict[str, Any] = {}
     if kind.startswith("static"):
-        every = tuple(dict.fromkeys(home.data.mixture))  # type: ignore[union-attr]
-        costs = _costs(home, ("text",) if kind == "static" else every)
+        costs = _costs(home, ("text",) if kind == "static" else _tasks(home))
         choose = fixed_layers(ranked_layers(costs, sparse))
         found = {"sensitivity": costs.astype(float).tolist()}
     elif kind == "random":
@@ -274,20 +291,21 @@ def transferred(experiment: str, one: Run) -> Result:
     Args:
       experiment: the folder of the results.
       one: its `start_from` names the run of the training; variant 'static+routed' fixes the layers
-        that were attended fully most often there, as many as on average.
+        that its routers attend fully most often on the training text, as many as on average.
 
     Raises:
       ValueError: that run is not there, or its routers are not for this model.
     """
-    routers, choose = starting_parameters(one.config), None
+    routers, place = starting_parameters(one.config), one.config.replace(seed=0, start_from="")
+    choose: Chooser | None = None
+    found: dict[str, Any] = {}
     if one.variant == "static+routed":
-        use = np.array(
-            read_result(epath.Path(one.config.start_from) / "result.json").usage_per_layer
-        )
+        use = _use(place, routers)
         choose = fixed_layers(ranked_layers(use, len(use) - round(use.sum())))
-    score = _scored(one.config.replace(seed=0, start_from="")).score
+        found = {"use": use.astype(float).tolist()}
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
-    return routing_result(one.config, score(routers, choose), labels)
+    result = routing_result(one.config, _scored(place).score(routers, choose), labels)
+    return dataclasses.replace(result, details=(result.details or {}) | found)
 
 
 def make(experiment: str, one: Run, workdir: epath.Path, *, home: TrainConfig) -> Result:

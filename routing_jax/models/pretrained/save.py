@@ -84,7 +84,8 @@ def save_pretrained(
       base: the checkpoint that it began as, a Hugging Face folder or a GGUF file.
 
     Raises:
-      ValueError: what `published_config` refuses.
+      ValueError: layers that are not the base's, such as routed ones, or what `published_config`
+        refuses.
       OSError: it can't be written; the file is named.
 
     >>> save_pretrained("out", {}, DecoderConfig(), "nowhere/model")
@@ -92,6 +93,11 @@ def save_pretrained(
     ValueError: nowhere/model is neither a folder with config.json nor a GGUF file.
     """
     values, tokenizer, to = published_config(base), load_tokenizer(base), epath.Path(folder)
+    if config.mixers != open_checkpoint(base).config.mixers:
+        raise ValueError(
+            f"model.layers is {config.layers!r}; a folder like {base} holds "
+            f"{open_checkpoint(base).config.layers!r}."
+        )
     to.mkdir(parents=True, exist_ok=True)
     for name in _KEPT:
         if (Path(base) / name).is_file():

@@ -1,6 +1,7 @@
 """Models written as folders: the published tensors under their published names."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -75,4 +76,14 @@ def test_a_rope_that_no_config_tells_is_refused_before_anything_is_written(tmp_p
     model = load_pretrained(base)
     with pytest.raises(ValueError, match=r"model.gguf slows each pair of RoPE by a factor of its"):
         save_pretrained(tmp_path / "new", model.params, model.config, base)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("layers", ["layer*2", "full*3"])
+def test_layers_that_no_such_folder_holds_are_refused(tmp_path, layers):
+    base, _ = write(tmp_path, "llama3", False)
+    model = load_pretrained(base)
+    said = re.escape(f"model.layers is '{layers}'; a folder like {base} holds 'full*2'.")
+    with pytest.raises(ValueError, match=said):
+        save_pretrained(tmp_path / "new", model.params, model.config.replace(layers=layers), base)
     assert not (tmp_path / "new").exists()

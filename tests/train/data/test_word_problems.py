@@ -17,7 +17,7 @@ SOLVED = {
     "pages": lambda a, b, c, d: a * b + c * d,
     "an hour": lambda pay, hours, days, spent: pay * hours * days - spent,
     "passengers": lambda a, b, c: a + b + c,
-    "finds": lambda had, found, given: had + found - given,
+    "finds": lambda had, found, each, given: had + found * each - given,
     "trees": lambda rows, each, died, new: rows * each - died + new,
     "years old": lambda a, b, c: a + b + c,
     "rolls": lambda trays, each, later, left: trays * each + later - left,
@@ -36,6 +36,10 @@ def test_answers_follow_from_the_words():
         seen.add(kind)
         assert SOLVED[kind](*map(int, re.findall(r"\d+", question))) == answer > 0
     assert seen == set(SOLVED)
+
+
+def test_no_answer_is_nothing_or_less():
+    assert min(answer for _, answer in drawn(20_000)) > 0
 
 
 def test_problems_are_complete_and_seldom_the_same():
