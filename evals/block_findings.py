@@ -68,9 +68,14 @@ def _budget_of(variant: str) -> _Budget | None:
     return None if percent is None else _Budget(percent, "+scratch" in variant)
 
 
+def _full(figures: dict[str, Summary], *, scratch: bool) -> Summary | None:
+    """Attention everywhere, trained like what it is compared with, or else as it was trained."""
+    return (figures.get("full+scratch") if scratch else None) or figures.get("full")
+
+
 def _gate(task: str, figures: dict[str, Summary], text: bool) -> list[str]:
     """Whether the task needs a context beyond the window."""
-    full, window = figures.get("full"), figures.get("window-1k")
+    full, window = _full(figures, scratch=True), figures.get("window-1k")
     if full is None or window is None:
         return []
     if not text:
@@ -145,8 +150,8 @@ def _at_budget(
     unit = "bits per byte" if text else "accuracy"
     where = f"{task} at {budget.percent} %" + ", from the start" * budget.scratch
     line = [f"{where}: best is {best}, {unit} {routers[best].mean:.4f}"]
-    if "full" in figures:
-        change = routers[best].mean / figures["full"].mean - 1 if figures["full"].mean else 0.0
+    if full := _full(figures, scratch=budget.scratch):
+        change = routers[best].mean / full.mean - 1 if full.mean else 0.0
         line[0] += f" ({100 * change:+.2f} % against attention everywhere)"
     leads = {n: lead(routers[best], f, more_is_better=not text) for n, f in controls.items()}
     line += [found.words(name) for name, found in leads.items()]

@@ -98,13 +98,18 @@ def test_controls_trained_from_the_start_are_controls_of_what_was_too(make_run):
             make_run("learned+scratch-25", 1.25),
             make_run("random+scratch-25", 1.0),
             make_run("sink-window+scratch-25", 1.125),
+            make_run("full", 1.0),
+            make_run("full+scratch", 1.25),
+            make_run("window-1k", 1.25),
         ]
     ).split("\n")
-    assert said == [
-        "- block-lm at 25 %: best is learned, bits per byte 1.2500; 0.125 better than random "
-        "(one seed).",
-        "- block-lm at 25 %, from the start: best is learned, bits per byte 1.2500; 0.250 worse "
-        "than random (one seed); 0.125 worse than sink-window (one seed).",
+    assert "0.00 % fewer bits per byte" in said[0]
+    assert said[1:] == [
+        "- block-lm at 25 %: best is learned, bits per byte 1.2500 (+25.00 % against attention "
+        "everywhere); 0.125 better than random (one seed).",
+        "- block-lm at 25 %, from the start: best is learned, bits per byte 1.2500 (+0.00 % "
+        "against attention everywhere); 0.250 worse than random (one seed); 0.125 worse than "
+        "sink-window (one seed).",
     ]
 
 

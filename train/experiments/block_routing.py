@@ -4,13 +4,15 @@ A model learns with attention everywhere ('base'), and from it every variant goe
 dense train, then sparse fine-tune, the recipe that is known to work, and a third of the time of
 training each from the start. 'full' goes on with attention everywhere. What cannot go on, the model
 limited to 1,024 tokens, linear attention and convolutions, is trained from the start for as many
-steps; so are the routers named '+scratch'.
+steps; so are the routers named '+scratch' and, for all these to be compared with, 'full+scratch'.
+A learning rate that falls once is not one that falls twice, and of a text what goes on reads its
+base's first batches again.
 
 Command: `routing-jax reproduce block-routing --text FOLDER --jobs 8`; `--list` names the runs,
 `--only REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones
 resumed. `--only 'block-lm_(full|window-1k)'` first: where attention everywhere does not beat
 the same model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: an estimated 1 to 3 minutes a run on an H100, a third of it compilation, and 273
+Hardware and time: an estimated 1 to 3 minutes a run on an H100, a third of it compilation, and 277
 runs in all; in their order they can be cut anywhere. What a run goes on from is made before it, and
 again where its folder is lost.
 Expect: not measured yet.
@@ -172,7 +174,8 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
 
     Args:
       base: the task's preset.
-      variant: its name; 'learned+scratch-25' is 'learned-25' trained from the start.
+      variant: its name; 'learned+scratch-25' is 'learned-25' trained from the start, as
+        'full+scratch' is 'full'.
       folder: from another variant's name to the folder of its run.
 
     >>> variant_config(get_preset("block-lm"), "pooled-12", str).model.blocks.blocks
@@ -188,7 +191,7 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
         return tuned(config, folder("base"), steps // 2).replace(curriculum__explore=1.0)
     router, _, percent = variant.rpartition("-")
     if not percent.isdigit():
-        return from_the_start(control(base, variant))
+        return from_the_start(control(base, variant.removesuffix("+scratch")))
     name, _, scratch = router.partition("+")
     if scratch:
         return routed(from_the_start(base), name, int(percent))
@@ -201,6 +204,7 @@ def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Variants and seeds by need: cut anywhere, what was made is a comparison that can be read."""
     main = dict.fromkeys((*strongest, *BASELINES))
     yield from itertools.product(("base", "full", "window-1k"), range(SEEDS))
+    yield "full+scratch", 0
     yield "distil", 0
     for percent in (25, 12):
         yield from ((f"{router}-{percent}", 0) for router in ROUTERS)

@@ -77,6 +77,7 @@ def test_every_run_is_planned_once_with_three_seeds_where_it_counts():
             assert f"{task}_{variant}_s{seed}" in names
         assert {f"{task}_{v}-{p}_s{seed}" for v in main for p in (12, 25)} <= {*names}
     assert {f"{t}_{r}-{p}_s0" for t in TASKS for r in ROUTERS for p in (12, 25)} <= {*names}
+    assert {f"{t}_full+scratch_s0" for t in TASKS} <= {*names}
     assert {f"{t}_{r}-50_s0" for t in TASKS for r in main} <= {*names}
     assert {f"block-lm_{r}-5_s0" for r in main} <= {*names}
     sources = {run.config.data.source for run in plan if run.task == "block-lm"}
