@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from routing_jax.evals.benchmarks.block_routing_cases import counted
 from routing_jax.evals.by_position import head_usage, loss_by_position, position_edges
 from routing_jax.evals.evaluate import evaluate
 from routing_jax.evals.results import Result, load_results
@@ -88,6 +89,16 @@ def test_every_run_is_planned_once_with_three_seeds_where_it_counts():
     screened = [names.index(f"{t}_{r}-{p}_s0") for t in TASKS for r in ROUTERS for p in (12, 25)]
     assert max(map(names.index, first)) < min(screened)
     assert max(screened) < min(map(names.index, later))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_routers_add_to_their_blocks_what_is_said_of_them(task):
+    base = get_preset(task)
+    for router in ROUTERS:
+        config = variant_config(base, f"{router}-12", str)
+        model = config.model
+        work = counted(model.blocks, config.data.length, model.heads, model.width).router
+        assert work < (0.05 if task.startswith("block-mqar") else 0.001)
 
 
 def test_every_router_that_is_run_has_a_choice():
