@@ -10,6 +10,7 @@ from routing_jax.evals.tables import Column, markdown_table, natural_order, rout
 
 _FIXED = ("window", "sink-window", "strided", "bigbird")
 _RANDOM = "random"
+_MORE = 1.1  # times the blocks of the controls that a router may visit beside them
 _NEEDED = 0.02  # fewer bits per byte with the whole context, or a text cannot test routing
 _ERROR = 0.1
 
@@ -50,14 +51,31 @@ def lead(one: Summary, other: Summary, *, more_is_better: bool) -> Lead:
     return Lead(by, by / error if error else math.copysign(math.inf, by) if by else 0.0)
 
 
+class _Budget(NamedTuple):
+    """What is compared: routers at one budget, trained alike."""
+
+    percent: int
+    scratch: bool
+
+
 def _percent_of(variant: str) -> int | None:
     budget = variant.removeprefix(router_of(variant)).removeprefix("-")
     return int(budget) if budget else None
 
 
+def _budget_of(variant: str) -> _Budget | None:
+    percent = _percent_of(variant)
+    return None if percent is None else _Budget(percent, "+scratch" in variant)
+
+
+def _full(figures: dict[str, Summary], *, scratch: bool) -> Summary | None:
+    """Attention everywhere, trained like what it is compared with, or else as it was trained."""
+    return (figures.get("full+scratch") if scratch else None) or figures.get("full")
+
+
 def _gate(task: str, figures: dict[str, Summary], text: bool) -> list[str]:
     """Whether the task needs a context beyond the window."""
-    full, window = figures.get("full"), figures.get("window-1k")
+    full, window = _full(figures, scratch=True), figures.get("window-1k")
     if full is None or window is None:
         return []
     if not text:
@@ -74,10 +92,13 @@ def _gate(task: str, figures: dict[str, Summary], text: bool) -> list[str]:
 
 
 def routing_findings(results: Sequence[Result]) -> str:
-    """A Markdown list: for each task and budget the best learned router beside its controls.
+    """A Markdown list: for each task and budget the best router beside its controls.
 
-    A router counts as better than its random control, or than the best fixed pattern, when it leads
-    by more than two standard errors; with one seed nothing is said of that.
+    The best is that of the best mean among those with the most seeds; what was trained from the
+    start is compared with what was too, and a router that visits more than a tenth more blocks than
+    all controls is named and left out. A router counts as better than its random control, or than
+    the best fixed pattern, when it leads by more than two standard errors; with one seed nothing is
+    said of that.
 
     Args:
       results: of the experiment.
@@ -86,44 +107,59 @@ def routing_findings(results: Sequence[Result]) -> str:
     for task in sorted({run.task for run in results}, key=natural_order):
         mine = [run for run in results if run.task == task]
         text = mine[0].bits_per_byte is not None
-        field = "bits_per_byte" if text else "accuracy"
-        figures: dict[str, Summary] = {}
-        for variant in dict.fromkeys(run.variant for run in mine):
-            found = summary((run for run in mine if run.variant == variant), field)
-            if found is not None:
-                figures[variant] = found
+        figures, used = (
+            _by_variant(mine, field) for field in ("bits_per_byte" if text else "accuracy", "usage")
+        )
         said += _gate(task, figures, text)
-        budgets = {_percent_of(variant) for variant in figures} - {None}
-        for percent in sorted(budgets):  # type: ignore[type-var]
-            said += _at_budget(task, figures, percent, text)
+        budgets = {budget for variant in figures if (budget := _budget_of(variant))}
+        for budget in sorted(budgets):
+            said += _at_budget(task, figures, used, budget, text)
     return "\n".join(f"- {line}" for line in said)
 
 
+def _by_variant(results: Sequence[Result], field: str) -> dict[str, Summary]:
+    found = {
+        variant: summary((run for run in results if run.variant == variant), field)
+        for variant in dict.fromkeys(run.variant for run in results)
+    }
+    return {variant: figures for variant, figures in found.items() if figures is not None}
+
+
 def _at_budget(
-    task: str, figures: dict[str, Summary], percent: int | None, text: bool
+    task: str, figures: dict[str, Summary], used: dict[str, Summary], budget: _Budget, text: bool
 ) -> list[str]:
-    at = {router_of(name): f for name, f in figures.items() if _percent_of(name) == percent}
+    def named(of: dict[str, Summary]) -> dict[str, Summary]:
+        mine = {name: of[name] for name in of if _budget_of(name) == budget}
+        return {router_of(name).partition("+")[0]: figure for name, figure in mine.items()}
+
+    at, blocks = named(figures), named(used)
     sign = -1 if text else 1
-    learned = {n: f for n, f in at.items() if n not in (*_FIXED, _RANDOM)}
     fixed = {n: f for n, f in at.items() if n in _FIXED}
-    if not learned:
-        return []
-    best = max(learned, key=lambda name: sign * learned[name].mean)
     controls = {_RANDOM: at[_RANDOM]} if _RANDOM in at else {}
     if fixed:
         pattern = max(fixed, key=lambda name: sign * fixed[name].mean)
         controls[pattern] = fixed[pattern]
+    most = _MORE * max((blocks[n].mean for n in (*fixed, *controls)), default=math.inf)
+    rest = {n: f for n, f in at.items() if n not in (*_FIXED, _RANDOM)}
+    routers = {n: f for n, f in rest.items() if blocks[n].mean <= most}
+    if not routers:
+        return []
+    seeds = max(f.seeds for f in routers.values())
+    routers = {n: f for n, f in routers.items() if f.seeds == seeds}
+    best = max(routers, key=lambda name: sign * routers[name].mean)
     unit = "bits per byte" if text else "accuracy"
-    figure = f"{learned[best].mean:.4f}"
-    line = [f"{task} at {percent} %: best is {best}, {unit} {figure}"]
-    if "full" in figures:
-        change = learned[best].mean / figures["full"].mean - 1 if figures["full"].mean else 0.0
+    where = f"{task} at {budget.percent} %" + ", from the start" * budget.scratch
+    line = [f"{where}: best is {best}, {unit} {routers[best].mean:.4f}"]
+    if full := _full(figures, scratch=budget.scratch):
+        change = routers[best].mean / full.mean - 1 if full.mean else 0.0
         line[0] += f" ({100 * change:+.2f} % against attention everywhere)"
-    leads = {n: lead(learned[best], f, more_is_better=not text) for n, f in controls.items()}
+    leads = {n: lead(routers[best], f, more_is_better=not text) for n, f in controls.items()}
     line += [found.words(name) for name, found in leads.items()]
     if leads and all(found.errors is not None for found in leads.values()):
         won = all((found.errors or 0) > 2 for found in leads.values())
         line.append("better than its controls" if won else "not better than all of its controls")
+    if over := [name for name in rest if blocks[name].mean > most]:
+        line.append(f"beyond the budget: {', '.join(over)}")
     return ["; ".join(line) + "."]
 
 

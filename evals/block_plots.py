@@ -46,11 +46,7 @@ def plot_positions(results: Sequence[Result], path: epath.PathLike) -> Figure | 
     axes = figure.add_subplot()
     for i, variant in enumerate(shown):
         above = 100 * (np.mean(parts[variant], axis=0) / full - 1)
-        style: dict[str, Any] = {
-            "color": COLORS[i % len(COLORS)],
-            "marker": MARKERS[i % len(MARKERS)],
-        }
-        axes.plot(edges, above, linewidth=1.4, markersize=4, label=variant, **style)
+        axes.plot(edges, above, label=variant, **_style(i))
     axes.axhline(0, color=INK, linewidth=0.8)
     dress(axes)
     axes.set_xscale("log", base=2)
@@ -82,11 +78,7 @@ def plot_errors(results: Sequence[Result], path: epath.PathLike) -> Figure | Non
                 for row in rows
                 if row["length"] == length and router_of(row["router"]) == name
             )
-            style: dict[str, Any] = {
-                "color": COLORS[i % len(COLORS)],
-                "marker": MARKERS[i % len(MARKERS)],
-            }
-            axes.plot(*zip(*line), linewidth=1.4, markersize=4, label=name, **style)
+            axes.plot(*zip(*line), label=name, **_style(i))
         dress(axes)
         axes.set(title=f"{length:,} tokens", xlabel="cost")
     panels[0].set(ylabel="output error")

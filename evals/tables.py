@@ -273,8 +273,20 @@ def text_table(results: Sequence[Result]) -> str:
     return markdown_table(*_with_devices(columns, cells, rows))
 
 
-def caption(results: Sequence[Result]) -> str:
-    """How to read the tables and what they were measured on, all of it from the results."""
+_TOKENS = "Hard usage: fraction of tokens that attend, mean over layers."
+_BLOCKS = (
+    "Blocks visited: share of the key blocks that a query could see, mean over layers, of which "
+    "convolutions and linear attention visit none."
+)
+
+
+def caption(results: Sequence[Result], usage: str = _TOKENS) -> str:
+    """How to read the tables and what they were measured on, all of it from the results.
+
+    Args:
+      results: that the tables show.
+      usage: what is said of the column of usage.
+    """
     devices = sorted({run.device for run in results})
     packages = sorted(
         {(name, version) for run in results for name, version in run.versions.items()}
@@ -284,9 +296,8 @@ def caption(results: Sequence[Result]) -> str:
     held_out = f"{sequences[0]:,}" + (f" to {sequences[-1]:,}" if len(sequences) > 1 else "")
     return (
         "Mean over seeds, the worst seed in brackets where it reads otherwise; ± is the sample "
-        "standard deviation over seeds. Accuracy is rounded down. Hard usage: fraction of tokens "
-        "that attend, mean over layers. Cost and kv cost: multiply-adds and key/value bytes ÷ "
-        "those of full attention. "
+        "standard deviation over seeds. Accuracy is rounded down. "
+        f"{usage} Cost and kv cost: multiply-adds and key/value bytes ÷ those of full attention. "
         f"Device: {'; '.join(devices)}. "
         f"Versions: {', '.join(f'{name} {version}' for name, version in packages)}. "
         f"Seeds: {', '.join(map(str, seeds))}. Held-out sequences a run: {held_out}."
@@ -373,4 +384,4 @@ def block_routing_table(results: Sequence[Result]) -> str:
             ]
         )
     table = markdown_table(*_with_devices(columns, cells, rows))
-    return "\n\n".join([table, caption(results)])
+    return "\n\n".join([table, caption(results, _BLOCKS)])

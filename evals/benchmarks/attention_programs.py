@@ -18,7 +18,7 @@ from routing_jax.evals.benchmarks.attention_cases import (
 )
 from routing_jax.evals.benchmarks.attention_config import AttentionBenchConfig, Part
 from routing_jax.evals.benchmarks.mixing_inputs import normal
-from routing_jax.evals.benchmarks.program import Program
+from routing_jax.evals.benchmarks.program import Program, differentiated
 from routing_jax.evals.benchmarks.timing import State
 from routing_jax.kernels import (
     block_sparse_attention,
@@ -84,11 +84,8 @@ def forward(attend: Callable[[State], jax.Array], state: State) -> State:
 
 
 def forward_backward(attend: Callable[[State], jax.Array], state: State) -> State:
-    """The state with y and, as 'd' and a name, the gradient of y·dy by q, k, v and bias."""
-    inputs = {name: state[name] for name in ("q", "k", "v", "bias") if name in state}
-    y, vjp = jax.vjp(lambda inputs: attend(state | inputs), inputs)
-    (gradients,) = vjp(state["dy"])
-    return state | {"y": y} | {f"d{name}": leaf for name, leaf in gradients.items()}
+    """The state with y and its gradients by q, k, v and bias."""
+    return differentiated(attend, ("q", "k", "v", "bias"), state)
 
 
 def takes_fused(case: Case) -> bool:

@@ -13,7 +13,7 @@ import optax
 from routing_jax.attention import BlockRouted, FullAttention, HeadsConfig, attention_work
 from routing_jax.evals.benchmarks.block_routing_config import BlockRoutingBenchConfig, Part, Pass
 from routing_jax.evals.benchmarks.mixing_inputs import normal
-from routing_jax.evals.benchmarks.program import Program
+from routing_jax.evals.benchmarks.program import Program, differentiated
 from routing_jax.evals.benchmarks.timing import State
 from routing_jax.generate import prefill
 from routing_jax.kernels import block_sparse_attention, dense_attention
@@ -113,18 +113,10 @@ def _budgets(config: BlockRoutingBenchConfig) -> list[tuple[str, BlockRouterConf
     ]
 
 
-def _differentiated(names: tuple[str, ...], forward: Callable[[State], Any], state: State) -> State:
-    """The state with y and, as 'd' and a name, the gradient of y·dy by each of the named inputs."""
-    inputs = {name: state[name] for name in names if name in state}
-    y, vjp = jax.vjp(lambda inputs: forward(state | inputs), inputs)
-    (gradients,) = vjp(state["dy"])
-    return state | {"y": y} | {f"d{name}": leaf for name, leaf in gradients.items()}
-
-
 def _step(passing: Pass, names: tuple[str, ...], forward: Callable[[State], Any]):
     if passing == "forward":
         return lambda state: state | {"y": forward(state)}
-    return functools.partial(_differentiated, names, forward)
+    return functools.partial(differentiated, forward, names)
 
 
 def _products(passing: Pass, length: int, heads: HeadsConfig) -> float:

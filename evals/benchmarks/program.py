@@ -1,6 +1,6 @@
 """A step that a benchmark times, and how: chained calls on inputs that outgrow the cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -72,6 +72,21 @@ class Program(NamedTuple):
 
         outputs = {name: leaf for name, leaf in written.items() if name not in inputs}
         return inputs | jax.tree.map(fill, outputs)
+
+
+def differentiated(
+    forward: Callable[[State], jax.Array], names: Sequence[str], state: State
+) -> State:
+    """The state with y and, as 'd' and a name, the gradient of y·dy by each named input it has.
+
+    >>> state = {"x": jnp.float32(3), "dy": jnp.float32(2)}
+    >>> float(differentiated(lambda state: state["x"] ** 2, ("x", "bias"), state)["dx"])
+    12.0
+    """
+    inputs = {name: state[name] for name in names if name in state}
+    y, vjp = jax.vjp(lambda inputs: forward(state | inputs), inputs)
+    (gradients,) = vjp(state["dy"])
+    return state | {"y": y} | {f"d{name}": leaf for name, leaf in gradients.items()}
 
 
 def count_sets(config: TimingConfig, program: Program) -> int:

@@ -11,7 +11,7 @@ from routing_jax.evals.report import block_routing_text, plot_block_routing
 def make_run(make_result):
     """(variant, figure, seed, details) -> a result; the figure is bits per byte, or accuracy."""
 
-    def make(variant, figure, seed=0, details=None, task="block-lm"):
+    def make(variant, figure, seed=0, details=None, task="block-lm", usage=0.25):
         text = task == "block-lm"
         return make_result(
             experiment="block-routing",
@@ -21,6 +21,7 @@ def make_run(make_result):
             bits_per_byte=figure if text else None,
             accuracy=0.5 if text else figure,
             accuracy_first_place=None,
+            usage=usage,
             details=details,
         )
 
@@ -77,6 +78,51 @@ def test_accuracy_is_better_the_higher_it_is(make_run):
     assert "accuracy 100.00% with attention everywhere, 50.00% within 1,024 tokens" in said
     assert "best is learned, accuracy 0.9100" in said
     assert "0.0500 worse than random (3.5 standard errors); not better than all" in said
+
+
+def test_one_lucky_seed_does_not_hide_what_several_seeds_say(make_run):
+    several = [
+        *seeds(make_run, "pooled-25", (1.00, 1.01, 1.02)),
+        *seeds(make_run, "random-25", (1.10, 1.11, 1.12)),
+    ]
+    said = routing_findings([*several, make_run("tree-25", 0.9)])
+    assert "best is pooled" in said
+    assert said.endswith("(12.2 standard errors); better than its controls.")
+
+
+def test_controls_trained_from_the_start_are_controls_of_what_was_too(make_run):
+    said = routing_findings(
+        [
+            make_run("learned-25", 1.25),
+            make_run("random-25", 1.375),
+            make_run("learned+scratch-25", 1.25),
+            make_run("random+scratch-25", 1.0),
+            make_run("sink-window+scratch-25", 1.125),
+            make_run("full", 1.0),
+            make_run("full+scratch", 1.25),
+            make_run("window-1k", 1.25),
+        ]
+    ).split("\n")
+    assert "0.00 % fewer bits per byte" in said[0]
+    assert said[1:] == [
+        "- block-lm at 25 %: best is learned, bits per byte 1.2500 (+25.00 % against attention "
+        "everywhere); 0.125 better than random (one seed).",
+        "- block-lm at 25 %, from the start: best is learned, bits per byte 1.2500 (+0.00 % "
+        "against attention everywhere); 0.250 worse than random (one seed); 0.125 worse than "
+        "sink-window (one seed).",
+    ]
+
+
+def test_a_router_that_visits_more_than_its_controls_is_not_the_best(make_run):
+    said = routing_findings(
+        [
+            make_run("mass-25", 0.9, usage=0.4),
+            make_run("learned-25", 1.0, usage=0.26),
+            make_run("random-25", 1.1, usage=0.25),
+        ]
+    )
+    assert "best is learned" in said
+    assert said.endswith("; beyond the budget: mass.")
 
 
 ERRORS = [

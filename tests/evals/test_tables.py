@@ -218,5 +218,7 @@ def test_block_routers_stand_beside_dense_attention_of_their_task(make_result):
     assert window["against full (worst)"] == "+5.00 %"
     assert window["accuracy (worst)"] == dense["by head"] == "–"
     assert "NVIDIA H100" in told
+    assert "Blocks visited: share of the key blocks" in told
+    assert "tokens that attend" not in told
     with pytest.raises(ValueError, match="results is empty"):
         block_routing_table([])

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from routing_jax.evals.benchmarks.block_routing_cases import counted
 from routing_jax.evals.by_position import head_usage, loss_by_position, position_edges
 from routing_jax.evals.evaluate import evaluate
 from routing_jax.evals.results import Result, load_results
@@ -77,7 +78,9 @@ def test_every_run_is_planned_once_with_three_seeds_where_it_counts():
             assert f"{task}_{variant}_s{seed}" in names
         assert {f"{task}_{v}-{p}_s{seed}" for v in main for p in (12, 25)} <= {*names}
     assert {f"{t}_{r}-{p}_s0" for t in TASKS for r in ROUTERS for p in (12, 25)} <= {*names}
-    assert {f"{t}_{r}-{p}_s0" for t in TASKS for r in main for p in (5, 50)} <= {*names}
+    assert {f"{t}_full+scratch_s0" for t in TASKS} <= {*names}
+    assert {f"{t}_{r}-50_s0" for t in TASKS for r in main} <= {*names}
+    assert {f"block-lm_{r}-5_s0" for r in main} <= {*names}
     sources = {run.config.data.source for run in plan if run.task == "block-lm"}
     assert sources == {"corpus"}
     # What says whether a text can test routing comes first, then one seed of every router.
@@ -86,6 +89,23 @@ def test_every_run_is_planned_once_with_three_seeds_where_it_counts():
     screened = [names.index(f"{t}_{r}-{p}_s0") for t in TASKS for r in ROUTERS for p in (12, 25)]
     assert max(map(names.index, first)) < min(screened)
     assert max(screened) < min(map(names.index, later))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_routers_add_to_their_blocks_what_is_said_of_them(task):
+    base = get_preset(task)
+    for router in ROUTERS:
+        config = variant_config(base, f"{router}-12", str)
+        model = config.model
+        work = counted(model.blocks, config.data.length, model.heads, model.width).router
+        assert work < (0.05 if task.startswith("block-mqar") else 0.001)
+
+
+def test_every_router_that_is_run_has_a_choice():
+    for run in runs():
+        blocks = run.config.model.blocks
+        if run.variant[-1].isdigit() and blocks.budget == "blocks":
+            assert blocks.blocks > blocks.forced, run.name
 
 
 def test_what_a_run_goes_on_from_is_made_before_it():
