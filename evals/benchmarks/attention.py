@@ -9,7 +9,6 @@ T²/2 pairs for dense attention over a whole sequence.
 import concurrent.futures
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from routing_jax.evals.benchmarks.attention_report import (
 )
 from routing_jax.evals.benchmarks.environment import environment, ptxas_version
 from routing_jax.evals.benchmarks.program import Program, compile_program, measure
-from routing_jax.evals.benchmarks.running import Clock, error_text, record
+from routing_jax.evals.benchmarks.running import Clock, collect, error_text, record
 from routing_jax.evals.benchmarks.timing import Timing
 from routing_jax.kernels import default_implementation
 
@@ -158,28 +157,26 @@ def run(config: AttentionBenchConfig, report: Callable[[dict[str, Any]], None] |
       ceiling. A row that failed holds `error` and None for what is missing; one of part
       'agreement' holds `difference` instead of times.
     """
-    start, clock = time.monotonic(), Clock(config.seconds)
+    clock = Clock(config.seconds)
     result: dict[str, Any] = {
         **environment(),
         "ptxas": ptxas_version(),
         "dense": default_implementation(jax.numpy.dtype(config.dtype)),
         "flex": attention_flex.flex_refusal() if "flex" in config.peers else "not asked for",
         "config": dataclasses.asdict(config),
-        "seconds": 0.0,
-        "rows": [],
         "break_even": [],
     }
-    for part in config.parts:
-        found = (
-            _agreement_rows(config, clock) if part == "agreement" else _rows(config, part, clock)
-        )
-        for row in found:
-            result["rows"] = with_ratios([*result["rows"], row])
-            result["break_even"] = break_even(result["rows"])
-            result["seconds"] = round(time.monotonic() - start, 1)
-            if report is not None:
-                report(result)
-    return result
+
+    def rows() -> Iterator[Row]:
+        for part in config.parts:
+            agree = part == "agreement"
+            yield from _agreement_rows(config, clock) if agree else _rows(config, part, clock)
+
+    def revise(result: dict[str, Any]) -> None:
+        result["rows"] = with_ratios(result["rows"])
+        result["break_even"] = break_even(result["rows"])
+
+    return collect(result, rows(), report, revise)
 
 
 def main(config: AttentionBenchConfig, out: Path) -> dict[str, Any]:

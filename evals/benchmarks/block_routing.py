@@ -8,7 +8,7 @@ GPU and XLA's elsewhere; it is timed in the same run, by the same chained calls.
 import concurrent.futures
 import dataclasses
 import functools
-import time
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from routing_jax.evals.benchmarks.block_routing_config import (
 from routing_jax.evals.benchmarks.block_routing_report import Row, describe, plot, table
 from routing_jax.evals.benchmarks.environment import environment
 from routing_jax.evals.benchmarks.program import compile_program, measure
-from routing_jax.evals.benchmarks.running import Clock, error_text, record
+from routing_jax.evals.benchmarks.running import Clock, collect, error_text, record
 from routing_jax.evals.benchmarks.timing import Timing
 from routing_jax.kernels import default_implementation
 
@@ -100,21 +100,14 @@ def run(
       of one call, the same for dense, and speedup; for part 'router', dense is the forward pass of
       attention. A row that failed holds `error`, and None for what is missing.
     """
-    start, clock = time.monotonic(), Clock(config.seconds)
+    clock = Clock(config.seconds)
     result: dict[str, Any] = {
         **environment(),
         "attention": default_implementation(jax.numpy.dtype(config.dtype)),
         "config": dataclasses.asdict(config),
-        "seconds": 0.0,
-        "rows": [],
     }
-    for part in config.parts:
-        for row in _rows(config, part, clock):
-            result["rows"].append(row)
-            result["seconds"] = round(time.monotonic() - start, 1)
-            if report is not None:
-                report(result)
-    return result
+    parts = (_rows(config, part, clock) for part in config.parts)
+    return collect(result, itertools.chain.from_iterable(parts), report)
 
 
 def main(config: BlockRoutingBenchConfig, out: Path) -> dict[str, Any]:

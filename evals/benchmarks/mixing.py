@@ -8,7 +8,7 @@ layer. Dense attention is cuDNN's on a GPU and XLA's in blocks elsewhere.
 import concurrent.futures
 import dataclasses
 import functools
-import time
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import jax
 from routing_jax.evals.benchmarks.environment import environment
 from routing_jax.evals.benchmarks.mixing_cases import Case, cases
 from routing_jax.evals.benchmarks.mixing_config import MixingBenchConfig, Part, default_config
-from routing_jax.evals.benchmarks.running import Clock, error_text, missing_word, record
+from routing_jax.evals.benchmarks.running import Clock, collect, error_text, missing_word, record
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.kernels import default_implementation
 
@@ -103,21 +103,14 @@ def run(config: MixingBenchConfig, report: Callable[[dict[str, Any]], None] | No
       milliseconds and spread (interquartile range) of one call, the same for dense, and speedup;
       a row that failed holds `error`, and None for what is missing.
     """
-    start, clock = time.monotonic(), Clock(config.seconds)
+    clock = Clock(config.seconds)
     result: dict[str, Any] = {
         **environment(),
         "attention": default_implementation(jax.numpy.dtype(config.dtype)),
         "config": dataclasses.asdict(config),
-        "seconds": 0.0,
-        "rows": [],
     }
-    for part in config.parts:
-        for row in _rows(config, part, clock):
-            result["rows"].append(row)
-            result["seconds"] = round(time.monotonic() - start, 1)
-            if report is not None:
-                report(result)
-    return result
+    parts = (_rows(config, part, clock) for part in config.parts)
+    return collect(result, itertools.chain.from_iterable(parts), report)
 
 
 def _cell(row: Row | None) -> str:

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,38 @@ def write_json(result: dict[str, Any], out: Path) -> None:
       OSError: it can't be written; the file is named.
     """
     write_whole(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def collect(
+    result: dict[str, Any],
+    rows: Iterable[dict[str, Any]],
+    report: Callable[[dict[str, Any]], None] | None,
+    revise: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """A result with rows added as they come, and the seconds since the first was asked for.
+
+    Args:
+      result: says how and where things are measured.
+      rows: are measured as they are taken.
+      report: called with the result so far after each row; None for nobody.
+      revise: changes in the result what follows from its rows, before it is reported.
+
+    Returns:
+      The result, the same dict.
+
+    >>> collect({"device": "CPU"}, ({"milliseconds": i} for i in range(2)), None)["rows"]
+    [{'milliseconds': 0}, {'milliseconds': 1}]
+    """
+    start = time.monotonic()
+    result |= {"seconds": 0.0, "rows": []}
+    for row in rows:
+        result["rows"].append(row)
+        if revise is not None:
+            revise(result)
+        result["seconds"] = round(time.monotonic() - start, 1)
+        if report is not None:
+            report(result)
+    return result
 
 
 def record(

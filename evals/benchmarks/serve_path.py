@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from routing_jax.evals.benchmarks.environment import environment
-from routing_jax.evals.benchmarks.running import Clock, error_text, missing_word, record
+from routing_jax.evals.benchmarks.running import Clock, collect, error_text, missing_word, record
 from routing_jax.evals.benchmarks.serve_path_cases import (
     Size,
     decisions,
@@ -230,16 +230,16 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
       held since the process began, weights included; None where an earlier row's was as much or
       the device does not say.
     """
-    start, clock = time.monotonic(), Clock(config.seconds)
-    result: dict[str, Any] = {
+    result = {
         **environment(),
         "attention": default_implementation(jnp.dtype(config.decoder.dtype)),
         "config": dataclasses.asdict(config),
-        "seconds": 0.0,
-        "rows": [],
     }
-    floors = FLOORS_OF in result["device"]
-    params = random_model(config)
+    return collect(result, _rows(config, floors=FLOORS_OF in result["device"]), report)
+
+
+def _rows(config: ServePathConfig, *, floors: bool) -> Iterator[Row]:
+    clock, params = Clock(config.seconds), random_model(config)
     for part, size, who in _cases(config):
         row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
         row["blocks"] = config.blocks if config.model_of(who).sparse.searches else None
@@ -261,11 +261,7 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
             row["error"] = error_text(error)
         if "error" in row and missing_word(row) == "failed":
             gc.collect()  # the traceback may hold the row's arrays in a cycle
-        result["rows"].append(row)
-        result["seconds"] = round(time.monotonic() - start, 1)
-        if report is not None:
-            report(result)
-    return result
+        yield row
 
 
 def main(config: ServePathConfig, out: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ and shows what grows with what, and is no substitute for a measurement.
 import dataclasses
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from routing_jax.evals.benchmarks import attention_cases
 from routing_jax.evals.benchmarks.environment import environment
-from routing_jax.evals.benchmarks.running import record
+from routing_jax.evals.benchmarks.running import collect, record
 from routing_jax.evals.benchmarks.tpu_compiler import Report, compile_cases, compiler_refusal
 from routing_jax.evals.benchmarks.tpu_programs import (
     CHIPS,
@@ -211,24 +210,19 @@ def run(
     """
     if refused := compiler_refusal():
         raise ImportError(f"bench tpu-schedule compiles for TPUs: {refused}.")
-    start = time.monotonic()
     where = environment()
     result: dict[str, Any] = {
         "versions": where["versions"],
         "date": where["date"],
         "config": dataclasses.asdict(config),
-        "seconds": 0.0,
-        "rows": [],
     }
     of_part = {"schedule": _schedule_rows, "memory": _memory_rows}
-    for part in config.parts:
-        for chip in config.chips:
-            for row in of_part[part](config, chip):
-                result["rows"] = with_ratios([*result["rows"], row])
-                result["seconds"] = round(time.monotonic() - start, 1)
-                if report is not None:
-                    report(result)
-    return result
+    parts = (of_part[part](config, chip) for part in config.parts for chip in config.chips)
+
+    def revise(result: dict[str, Any]) -> None:
+        result["rows"] = with_ratios(result["rows"])
+
+    return collect(result, itertools.chain.from_iterable(parts), report, revise)
 
 
 def main(config: TpuScheduleConfig, out: Path) -> dict[str, Any]:

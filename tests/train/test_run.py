@@ -265,8 +265,10 @@ def test_a_full_disk_is_one_sentence_and_what_was_saved_goes_on(
     tiny_run, tiny_flags, finished, stopped
 ):
     ((out, error),) = finish(start_python(FULL_DISK, stopped, *tiny_flags))
-    # Met by a row of metrics, by a checkpoint, and by the result of a training that is done.
-    assert error.splitlines() == [
+    # Met by a row of metrics, by a checkpoint, and by the result of a training that is done. orbax
+    # may warn of what it finds of a save that was cut short.
+    told = [line for line in error.splitlines() if not line.startswith("WARNING:absl:")]
+    assert told == [
         f"error: {stopped}/metrics.jsonl can't be used: File too large.",
         f"error: the checkpoint of step 20 could not be written to {stopped}/checkpoints/step_20: "
         "File too large; those before it are untouched, the newest is of step 17",
