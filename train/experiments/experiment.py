@@ -71,15 +71,19 @@ def train_run(experiment: str, one: Run, workdir: epath.Path, *, timed: bool = T
       timed: whether its mixing is timed.
 
     Raises:
-      ValueError: the workdir holds an unfinished run with another configuration.
+      ValueError: the workdir holds a run with another configuration.
     """
-    if (workdir / "config.json").exists() and read_config(workdir) != one.config:
-        raise ValueError(
-            f"{workdir} holds an unfinished run with another configuration; remove it, or give "
-            "another --scratch."
-        )
+    _refuse_another(one, workdir)
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
     return run(one.config, workdir, resume=True, labels=labels, timed=timed)
+
+
+def _refuse_another(one: Run, workdir: epath.Path) -> None:
+    if (workdir / "config.json").exists() and read_config(workdir) != one.config:
+        raise ValueError(
+            f"{workdir} holds a run with another configuration; remove it, or give another "
+            "--scratch."
+        )
 
 
 def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
@@ -103,7 +107,11 @@ def wanted_runs(args: ReproduceArgs, planned: Iterable[Run]) -> list[Run]:
 
 
 def _with_starts(missing: Sequence[Run], planned: Sequence[Run], folder: epath.Path) -> list[Run]:
-    """The missing runs and, before them, those they go on from that are not in the folder."""
+    """The missing runs and, before them, those they go on from that are not in the folder.
+
+    Raises:
+      ValueError: what one goes on from is there, but of another text or other settings.
+    """
     plan = {r.name: r for r in planned}
     made = {r.name: r for r in missing}
     todo = list(missing)
@@ -111,6 +119,7 @@ def _with_starts(missing: Sequence[Run], planned: Sequence[Run], folder: epath.P
         before = plan.get(epath.Path(todo.pop().config.start_from).name)
         if before is None or before.name in made:
             continue
+        _refuse_another(before, folder / before.name)
         if not (folder / before.name / "result.json").exists():
             made[before.name] = before
             todo.append(before)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import shutil
 
 import jax
@@ -261,6 +262,7 @@ def test_what_a_wanted_run_goes_on_from_is_made_too_and_again_where_it_is_lost(t
         made.append(run.name)
         workdir.mkdir(parents=True)
         (workdir / "result.json").write_text("")
+        (workdir / "config.json").write_text(json.dumps(config_to_dict(run.config)))
         return dataclasses.replace(RESULT, task=run.task, variant=run.variant, seed=run.seed)
 
     def ask(only):
@@ -277,6 +279,13 @@ def test_what_a_wanted_run_goes_on_from_is_made_too_and_again_where_it_is_lost(t
     assert ask("(base|full)_s0") == [base, "block-lm_full_s0"]
     assert (tmp_path / "out" / "block-routing" / f"{base}.json").read_bytes() == before
     assert ask("(base|full)_s0") == []
+    other = {run.name: run.config for run in plan}[base].replace(data__source="another")
+    (tmp_path / "scratch/block-routing" / base / "config.json").write_text(
+        json.dumps(config_to_dict(other))
+    )
+    with pytest.raises(ValueError, match=rf"^.*{base} holds a run with another configuration; "):
+        ask("pooled-25_s0")
+    assert made == []
 
 
 def test_an_unknown_router_is_named():

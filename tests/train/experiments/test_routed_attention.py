@@ -164,7 +164,7 @@ def test_an_unfinished_run_of_another_configuration_is_not_gone_on_with(lab, tin
     workdir.mkdir(parents=True)
     changed = tiny_run.replace(seed=1, optimizer__learning_rate=1e-4)
     (workdir / "config.json").write_text(json.dumps(config_to_dict(changed)))
-    with pytest.raises(ValueError, match=rf"^{workdir} holds an unfinished run with another conf"):
+    with pytest.raises(ValueError, match=rf"^{workdir} holds a run with another conf"):
         reproduce(arguments(tmp_path, only="s1$"))
     assert (lab, seeds(tmp_path)) == ([], [])
     (workdir / "config.json").write_text(json.dumps(config_to_dict(tiny_run.replace(seed=1))))
