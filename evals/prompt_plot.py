@@ -8,7 +8,12 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from routing_jax.evals.plots import COLORS, INK, MARKERS, dress, new_figure, save_figure
-from routing_jax.evals.prompt_tables import counted_tasks, mean_of_trials, with_interval
+from routing_jax.evals.prompt_tables import (
+    by_variant,
+    counted_tasks,
+    mean_of_trials,
+    with_interval,
+)
 from routing_jax.evals.results import Result
 from routing_jax.evals.tables import natural_order, router_of
 
@@ -24,9 +29,7 @@ def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | No
       results: of the experiment.
       path: where the plot goes.
     """
-    groups: dict[str, dict[str, list[Result]]] = {}
-    for run in results:
-        groups.setdefault(run.task, {}).setdefault(run.variant, []).append(run)
+    groups = by_variant(results)
     shown = [
         name
         for name in sorted(groups, key=natural_order)

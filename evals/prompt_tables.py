@@ -24,6 +24,14 @@ def with_interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(_Z * values.std(ddof=1) / math.sqrt(len(values)))
 
 
+def by_variant(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
+    """The results of each task and, in it, of each way of routing: a list of its seeds."""
+    groups: dict[str, dict[str, list[Result]]] = {}
+    for run in results:
+        groups.setdefault(run.task, {}).setdefault(run.variant, []).append(run)
+    return groups
+
+
 def mean_of_trials(runs: Sequence[Result], task: str, field: str) -> np.ndarray:
     """Each trial's figure, the mean over seeds.
 
@@ -93,9 +101,7 @@ def flux_table(results: Sequence[Result]) -> str:
     """
     if not results:
         raise ValueError("results is empty; a table needs at least one result.")
-    groups: dict[str, dict[str, list[Result]]] = {}
-    for run in results:
-        groups.setdefault(run.task, {}).setdefault(run.variant, []).append(run)
+    groups = by_variant(results)
     tables = [_table(name, groups[name]) for name in sorted(groups, key=natural_order)]
     devices = "; ".join(sorted({run.device for run in results}))
     trials = sorted(

@@ -25,8 +25,14 @@ from routing_jax.evals.benchmarks.block_routing_config import (
 from routing_jax.evals.benchmarks.block_routing_report import Row, describe, plot, table
 from routing_jax.evals.benchmarks.environment import environment
 from routing_jax.evals.benchmarks.program import compile_program, measure
-from routing_jax.evals.benchmarks.running import Clock, collect, error_text, record
-from routing_jax.evals.benchmarks.timing import Timing
+from routing_jax.evals.benchmarks.running import (
+    Clock,
+    Measured,
+    beside_dense,
+    collect,
+    measure_in_time,
+    record,
+)
 from routing_jax.kernels import default_implementation
 
 __all__ = ["BlockRoutingBenchConfig", "default_config", "main", "run", "take_all_memory"]
@@ -49,21 +55,15 @@ def _rows(config: BlockRoutingBenchConfig, part: Part, clock: Clock) -> Iterator
             at: [pool.submit(compiled, case) for case in some] for at, some in found.items()
         }
 
-    def timed(case: Case, program: concurrent.futures.Future) -> tuple[Timing | None, str | None]:
-        try:
-            ready = program.result()
-            clock.check()
-            return measure(config, case.program, ready), None
-        except Exception as error:  # one size that fails must not cost the others
-            return None, error_text(error)
+    def timed(case: Case, program: concurrent.futures.Future) -> Measured:
+        return measure_in_time(clock, program, lambda ready: measure(config, case.program, ready))
 
     for (length, passing), some in found.items():
         if not some:
             continue
         futures = programs[length, passing]
-        dense, dense_error = timed(some[0], futures[0])
+        dense = timed(some[0], futures[0])
         for case, future in zip(some[1:], futures[1:]):
-            routed, routed_error = timed(case, future)
             assert case.counts is not None
             row = {
                 "part": part,
@@ -73,15 +73,8 @@ def _rows(config: BlockRoutingBenchConfig, part: Part, clock: Clock) -> Iterator
                 "budget": case.budget,
                 "cost": case.counts.cost,
                 "router_cost": case.counts.router,
-                "milliseconds": routed and routed.milliseconds,
-                "spread": routed and routed.spread,
-                "dense_milliseconds": dense and dense.milliseconds,
-                "dense_spread": dense and dense.spread,
-                "speedup": dense and routed and dense.milliseconds / routed.milliseconds,
             }
-            failed = {"routed": routed_error, "dense": dense_error}
-            errors = [f"{name}: {error}" for name, error in failed.items() if error]
-            yield row | ({"error": "; ".join(errors)} if errors else {})
+            yield row | beside_dense(timed(case, future), dense)
 
 
 def run(

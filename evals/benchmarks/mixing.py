@@ -18,7 +18,15 @@ import jax
 from routing_jax.evals.benchmarks.environment import environment
 from routing_jax.evals.benchmarks.mixing_cases import Case, cases
 from routing_jax.evals.benchmarks.mixing_config import MixingBenchConfig, Part, default_config
-from routing_jax.evals.benchmarks.running import Clock, collect, error_text, missing_word, record
+from routing_jax.evals.benchmarks.running import (
+    Clock,
+    Measured,
+    beside_dense,
+    collect,
+    measure_in_time,
+    missing_word,
+    record,
+)
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.kernels import default_implementation
 
@@ -61,33 +69,21 @@ def _rows(config: MixingBenchConfig, part: Part, clock: Clock) -> Iterator[Row]:
         unique = {(T, case.name): case for T, found in cases_at.items() for case in found}
         programs = {key: pool.submit(compile_in_time, key[0], c) for key, c in unique.items()}
 
-    def measure(length: int, case: Case) -> tuple[Timing | None, str | None]:
-        try:
-            program = programs[length, case.name].result()
-            clock.check()
-            return _measure(config, length, case, program), None
-        except Exception as error:  # one size that fails must not cost the others
-            return None, error_text(error)
+    def measure(length: int, case: Case) -> Measured:
+        compiled = programs[length, case.name]
+        return measure_in_time(clock, compiled, lambda p: _measure(config, length, case, p))
 
     for length, (dense_case, *routed_cases) in cases_at.items():
-        dense, dense_error = measure(length, dense_case)
+        dense = measure(length, dense_case)
         for case in routed_cases:
-            routed, routed_error = measure(length, case)
             row = {
                 "part": part,
                 "length": length,
                 "usage": case.usage,
                 "tokens": case.tokens,
                 "implementation": "compaction",
-                "milliseconds": routed and routed.milliseconds,
-                "spread": routed and routed.spread,
-                "dense_milliseconds": dense and dense.milliseconds,
-                "dense_spread": dense and dense.spread,
-                "speedup": dense and routed and dense.milliseconds / routed.milliseconds,
             }
-            failed = {"routed": routed_error, "dense": dense_error}
-            errors = [f"{name}: {error}" for name, error in failed.items() if error]
-            yield row | ({"error": "; ".join(errors)} if errors else {})
+            yield row | beside_dense(measure(length, case), dense)
 
 
 def run(config: MixingBenchConfig, report: Callable[[dict[str, Any]], None] | None = None) -> dict:

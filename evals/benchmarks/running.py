@@ -1,12 +1,14 @@
 """What every benchmark's run needs: a time limit, errors as text, results written whole."""
 
+import concurrent.futures
 import json
 import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from routing_jax.evals.benchmarks.timing import Timing
 from routing_jax.files import write_whole
 
 
@@ -30,6 +32,53 @@ def error_text(error: Exception) -> str:
     'MemoryError: too big'
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+class Measured(NamedTuple):
+    """What came of one measurement: its timing, or why there is none."""
+
+    timing: Timing | None
+    error: str | None
+
+
+def measure_in_time(
+    clock: Clock, program: concurrent.futures.Future, measure: Callable[[Any], Timing]
+) -> Measured:
+    """Times a program once it is compiled, unless that failed or the time is spent.
+
+    Args:
+      clock: of the whole benchmark.
+      program: compiled by another thread.
+      measure: takes what was compiled.
+    """
+    try:
+        ready = program.result()
+        clock.check()
+        return Measured(measure(ready), None)
+    except Exception as error:  # one size that fails must not cost the others
+        return Measured(None, error_text(error))
+
+
+def beside_dense(routed: Measured, dense: Measured) -> dict[str, Any]:
+    """What a row says of a routed and a dense measurement: times, spreads, speed-up, errors.
+
+    >>> row = beside_dense(Measured(Timing(2.0, 0.1), None), Measured(Timing(6.0, 0.2), None))
+    >>> row["milliseconds"], row["speedup"], "error" in row
+    (2.0, 3.0, False)
+    >>> beside_dense(Measured(None, "MemoryError: big"), Measured(Timing(6.0, 0.2), None))["error"]
+    'routed: MemoryError: big'
+    """
+    timed, base = routed.timing, dense.timing
+    row: dict[str, Any] = {
+        "milliseconds": timed and timed.milliseconds,
+        "spread": timed and timed.spread,
+        "dense_milliseconds": base and base.milliseconds,
+        "dense_spread": base and base.spread,
+        "speedup": timed and base and base.milliseconds / timed.milliseconds,
+    }
+    failed = {"routed": routed.error, "dense": dense.error}
+    errors = [f"{name}: {error}" for name, error in failed.items() if error]
+    return row | ({"error": "; ".join(errors)} if errors else {})
 
 
 def missing_word(row: dict[str, Any]) -> str:
