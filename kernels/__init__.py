@@ -30,6 +30,7 @@ from routing_jax.kernels.block_table import (
 )
 from routing_jax.kernels.block_transpose import TransposedTable, transpose_table
 from routing_jax.kernels.causal_conv import causal_conv
+from routing_jax.kernels.checks import checked
 from routing_jax.kernels.compaction import capacity_ladder, compact, map_routed
 from routing_jax.kernels.decode import (
     PageList,
@@ -54,6 +55,7 @@ __all__ = [
     "capacity_ladder",
     "causal_conv",
     "check_table",
+    "checked",
     "compact",
     "compacted_attention",
     "contiguous_pages",

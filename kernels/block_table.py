@@ -262,9 +262,8 @@ def check_table(
 ) -> None:
     """Refuses a table that does not fit the arrays it is used with.
 
-    Shapes and dtypes are always checked, values where they are concrete. Traced values are
-    checked where the caller runs under `checkify.checkify(f, errors=checkify.user_checks)`;
-    elsewhere that check compiles to nothing.
+    Shapes and dtypes are always checked, values where they are concrete; traced ones are under
+    `checked`.
 
     Args:
       table: the table.

@@ -89,8 +89,7 @@ def block_sparse_attention(
 
     Raises:
       ValueError: shapes, dtypes or values that do not fit. Values are checked where they are
-        concrete; under jit they are where the caller uses `checkify.checkify(f,
-        errors=checkify.user_checks)`.
+        concrete; traced ones are under `checked`.
       NotImplementedError: the named implementation does not support the call.
 
     >>> import jax.numpy as jnp

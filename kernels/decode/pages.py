@@ -118,7 +118,7 @@ def where_pages(condition: jax.Array, first: PageList, second: PageList) -> Page
 def check_pages(pages: PageList, *, batch: int, kv_heads: int, pool_size: int) -> None:
     """Refuses a list that does not fit the arrays it is used with.
 
-    Values are checked where they are concrete, or under checkify, as in `check_table`.
+    Values are checked where they are concrete, or under `checked`, as in `check_table`.
 
     Args:
       pages: the list.

@@ -198,7 +198,7 @@ class Decoder(nn.Module):
     Use `init_params` for its parameters: they are the same with and without scan.
     A position past the cache's end raises ValueError where positions are concrete. Under jit they
     are not: the key is dropped and later tokens do not see it, so the caller has to count, or to
-    run under `checkify.checkify(f, errors=checkify.user_checks)`, which reports it.
+    run under `kernels.checked`, which reports it.
 
     >>> model = Decoder(DecoderConfig(width=8, head_dim=8, mlp_width=0))
     >>> params = init_params(model.config, jax.random.key(0))
@@ -272,7 +272,7 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=repeats,
-                # The values that kernels check under checkify look to Flax like a dependency.
+                # The values that kernels check under `checked` look to Flax like a dependency.
                 check_constancy_invariants=False,
             )
             x, (caches, reports) = scan(cfg, mode, name="layers")(

@@ -230,6 +230,21 @@ def test_nothing_is_compiled_again_for_other_patterns_or_mixes():
     assert compiled == (prefill_layer._cache_size(), read_tokens._cache_size())
 
 
+@pytest.mark.parametrize("model", [MODEL, UNROLLED], ids=["scanned", "unrolled"])
+def test_programs_run_for_every_token_or_chunk_have_no_effects(model):
+    params = make_params(model)
+    memory = jax.eval_shape(lambda: empty_memory(model, SERVING))
+    row = jax.ShapeDtypeStruct((SERVING.sequences,), np.int32)
+    one, number = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((), np.int32)
+    x = jax.ShapeDtypeStruct((1, 16, model.width), "float32")
+    decode = read_tokens.trace(model, SERVING, params, row, memory)
+    prefill = prefill_layer.trace(
+        model, SERVING, layer_params(params, 0), number, number, x, one, one, one, memory
+    )
+    # JAX dispatches a program with effects in Python, which takes longer than decoding a token.
+    assert decode.jaxpr.effects == prefill.jaxpr.effects == set()
+
+
 def test_pages_are_held_by_tables_and_those_freed_let_more_in():
     most = {}
     for who in (SPARSE, DENSE):

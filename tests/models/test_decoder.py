@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from routing_jax.kernels import ATTENTION
+from routing_jax.kernels import ATTENTION, checked
 from routing_jax.models import (
     Decoder,
     DecoderConfig,
@@ -337,11 +337,11 @@ def test_what_a_cache_has_no_room_for_is_refused_where_positions_are_known(confi
     said = r"positions must be below 8, the most tokens a sequence of this cache holds; "
     with pytest.raises(ValueError, match=said + r"row \(1,\) reaches 8"):
         step(params, tokens, full)
-    checked = jax.jit(checkify.checkify(step, errors=checkify.user_checks))
-    error, _ = checked(params, tokens, full)
+    run = jax.jit(checked(step))
+    error, _ = run(params, tokens, full)
     with pytest.raises(checkify.JaxRuntimeError, match=said + "some row breaks this"):
         error.throw()
-    error, after = checked(params, tokens, full._replace(lengths=jnp.array([3, 7])))
+    error, after = run(params, tokens, full._replace(lengths=jnp.array([3, 7])))
     error.throw()
     np.testing.assert_array_equal(after.lengths, [4, 8])
 

@@ -101,7 +101,8 @@ def take_one_step(config):
 def trace(config):
     shapes = jax.eval_shape(lambda: init_state(config))
     batch = next(batches(config.data, split="train", seed=0, batch_size=2))
-    jax.eval_shape(make_train_step(config), shapes, batch)
+    step = jax.make_jaxpr(make_train_step(config))(shapes, batch)
+    assert not step.effects  # or JAX dispatches every step in Python
 
 
 def assert_trains(config):

@@ -1,12 +1,10 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import checkify
 
-from routing_jax.kernels import block_sparse_attention, window_table
+from routing_jax.kernels import block_sparse_attention, checked, window_table
 from routing_jax.kernels.block_sparse.api import IMPLEMENTATIONS
 
 from ..refusals import check_refused_alike
@@ -90,11 +88,8 @@ def test_shapes_are_refused_under_jit_too():
         jax.jit(lambda k: call(k=k))(jnp.ones((2, 40, 2, 16)))
 
 
-def test_traced_values_are_checked_under_checkify():
-    @jax.jit
-    @functools.partial(checkify.checkify, errors=checkify.user_checks)
-    def checked(table, q_positions):
-        return call(table=table, q_positions=q_positions)
+def test_traced_values_are_checked_where_asked():
+    run = jax.jit(checked(lambda table, q_positions: call(table=table, q_positions=q_positions)))
 
     positions = jnp.broadcast_to(jnp.arange(40)[None], (2, 40))
     beyond = dataclasses.replace(TABLE, indices=TABLE.indices + 1)
@@ -103,5 +98,5 @@ def test_traced_values_are_checked_under_checkify():
         (beyond, positions, "table.indices must lie in [0, 3); some row breaks this"),
         (TABLE, positions[:, ::-1], "q_positions must ascend strictly"),
     ):
-        message = checked(table, q_positions)[0].get()
+        message = run(table, q_positions)[0].get()
         assert message is None if sentence is None else sentence in message

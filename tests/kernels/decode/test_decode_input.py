@@ -1,9 +1,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import checkify
 
-from routing_jax.kernels import PageList, block_sparse_decode, dense_pages, listed_pages
+from routing_jax.kernels import PageList, block_sparse_decode, checked, dense_pages, listed_pages
 from routing_jax.kernels.decode.api import IMPLEMENTATIONS
 
 from ..refusals import check_refused_alike
@@ -97,10 +96,8 @@ def test_lists_refuse_other_shapes():
         listed_pages(table, jnp.ones((2, 3), int), jnp.ones((2, 2, 4), int))
 
 
-def test_traced_values_are_checked_under_checkify():
-    checked = jax.jit(
-        checkify.checkify(lambda pages: call(pages=pages), errors=checkify.user_checks)
-    )
-    assert checked(PAGES)[0].get() is None
-    message = checked(PAGES._replace(pages=PAGES.pages + 1))[0].get()
+def test_traced_values_are_checked_where_asked():
+    run = jax.jit(checked(lambda pages: call(pages=pages)))
+    assert run(PAGES)[0].get() is None
+    message = run(PAGES._replace(pages=PAGES.pages + 1))[0].get()
     assert "pages.pages must lie in [0, 5); some row breaks this" in (message or "")
