@@ -77,9 +77,8 @@ def block_sparse_attention(
       deterministic: False lets 'mosaic_gpu' compute all gradients in one kernel that adds to those
         of q in whatever order its programs come: less work, and their last bits differ from run to
         run. It does so without a block_bias, for head dims up to 64, and up to 128 with blocks of
-        128 keys. On an H100 its first version was faster at head dim 64 and slower at 128; this
-        one, whose programs share sums for q in the L2 cache, is not measured yet. All else, here
-        and elsewhere, is repeatable still.
+        128 keys. On an H100 it saves a few per cent at head dim 64 and with few queries, and costs
+        some with long lists (README). All else, here and elsewhere, is repeatable still.
       implementation: 'mosaic_gpu' (Hopper GPUs), 'xla', 'mosaic_tpu' (TPUs), or None for the first
         of the first two that supports the call.
       return_lse: whether to return the log-sum-exp too.
