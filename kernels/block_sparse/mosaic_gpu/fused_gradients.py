@@ -53,6 +53,7 @@ from routing_jax.kernels.mosaic_arrays import accumulator, tiled_smem
 _ROWS = WARPGROUP_ROWS
 _STAGES = 3
 _CACHE_BYTES = 25_000_000  # half of the L2 cache: what one of its two partitions holds
+_MOST_SEQUENCES = 65_535  # times kv heads: CUDA's limit on a grid's third axis
 
 
 def fits_fused(geometry: Geometry, arrays: Arrays) -> bool:
@@ -61,7 +62,8 @@ def fits_fused(geometry: Geometry, arrays: Arrays) -> bool:
     One warpgroup has no registers for dq of more than 64 columns beside dk and dv. The gradient of
     the bias wants each query's sum of dS over all its blocks, which no program has.
     """
-    return geometry.block_kv >= geometry.H and arrays.bias is None
+    few = arrays.k.shape[0] * geometry.K <= _MOST_SEQUENCES
+    return few and geometry.block_kv >= geometry.H and arrays.bias is None
 
 
 def fused_gradients(

@@ -185,6 +185,12 @@ def test_lowers_for_hopper_to_as_few_kernels_as_the_call_allows(name):
     assert text.count("stablehlo.output_operand_alias<") == (1 if kernels == 1 else 0)
 
 
+def test_more_sequences_than_a_grid_holds_take_two_kernels(monkeypatch):
+    case = FUSED["groups of 3, wide blocks"]
+    monkeypatch.setattr(fused_gradients, "_MOST_SEQUENCES", case.B * case.K - 1)
+    assert _lowered(case).count("custom_call @mosaic_gpu") == 2
+
+
 @pytest.mark.parametrize(("name", "heads"), FEWER_HEADS[-4:])
 def test_heads_that_the_cache_does_not_hold_are_left_to_other_programs(name, heads, monkeypatch):
     case = FUSED[name]
