@@ -333,6 +333,7 @@ def test_a_prompt_that_will_never_fit_is_refused(model, serving, said):
         (MODEL, ServingConfig(pages=8), None, "page_size is 128; it must be model.sparse.block_kv"),
         (MODEL, SERVING, [DENSE], "there are decisions for 1 layers; the model has 3"),
         (FULL, SERVING, [ROUTED] * 3, "a layer is to be routed, and model.layers is 'full"),
+        (searching(FULL), SERVING, None, r"'full\*3' and model.sparse.retrieval 'topk'; 'full' la"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused(model, serving, decisions, said):
