@@ -4,7 +4,7 @@ Flux Attention (arXiv 2604.07394). One call over one block table serves the batc
 are dense or sparse. Training makes a second one, of what was not chosen, for the gradient of its
 straight-through gate. Prefill decides, decoding obeys. A prompt so short that sparse attention
 would see all of it is routed to full attention, whatever its router says: nothing could be saved
-on reading it.
+on reading it. A choice that is given is obeyed even then, and holds for what follows the prompt.
 
 Rows of the table are those of tiles. Where tokens after the prompt search each for itself, they are
 gathered and attend by rows of their own, so that one pass gives what decoding gives.
@@ -61,8 +61,8 @@ class Prompts(NamedTuple):
       lengths: [B] int32, tokens of each prompt, by which all is decided; what follows is the
         answer.
       temperature: scalar, of the soft gates in training.
-      choice: [L,B] bool, one row of it in a layer: True for full attention, decided elsewhere.
-        None leaves it to the routers.
+      choice: [L,B] bool, one row of it in a layer: True for full attention, decided elsewhere and
+        obeyed however short the prompt. None leaves it to the routers.
     """
 
     lengths: jax.Array

@@ -140,15 +140,16 @@ def test_a_prompt_of_which_sparse_attention_sees_everything_is_attended_fully():
     sparse = dict(PARAMS["router"], bias=np.array([100.0, -100.0], np.float32))
     lengths = jnp.array([24, 25, 10])  # sink and window are 24 tokens
 
-    def choices(mode):
+    def choices(mode, given=None):
         params = {"params": PARAMS | {"router": sparse}}
-        rng, prompts = jax.random.key(0), Prompts(lengths)
+        rng, prompts = jax.random.key(0), Prompts(lengths, 1.0, given)
         apply = jax.jit(mixer().apply, static_argnums=6)
         report = apply(params, X, PLACES, None, None, rng, mode, prompts)[2]
         return report.choice[:, 0].tolist()
 
     assert choices("eval") == [True, False, True]
     assert choices("train") == [False] * 3  # where routers are taught
+    assert choices("eval", jnp.zeros(B, bool)) == [False] * 3  # where no router is asked
 
 
 def test_training_passes_the_choice_forward_and_the_gate_backward():
