@@ -66,7 +66,5 @@ def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | No
             axes.axhline(0, color=INK, linewidth=0.8)
             axes.set(xlabel="sparse layers, %", ylabel=f"{label}\nmore than dense")
         left.set_title(name, fontsize=11, loc="left")
-    figure.legend(
-        seen.values(), seen.keys(), loc="outside upper center", ncols=len(seen), frameon=False
-    )
+    figure.legend(seen.values(), seen.keys(), loc="outside upper center", ncols=4, frameon=False)
     return save_figure(figure, path)

@@ -43,6 +43,16 @@ def test_each_way_stands_where_its_sparsity_and_its_difference_to_dense_say(tmp_
         assert ends[:, 1] == pytest.approx([lost - half, lost + half], rel=1e-4)
 
 
+def test_the_ways_of_routing_are_named_within_the_plot(tmp_path):
+    names = ("dense", "random", "routed", "sparse", "static+routed", "static+tasks", "static")
+    ways = [told(name, 0.5, [1.0, 1.0], [1.0, 1.0]) for name in names]
+    figure = plot_prompts(ways, tmp_path / "plot.png")
+    legend = figure.legends[0]
+    assert len(legend.get_texts()) == 7
+    box, width = legend.get_window_extent(), figure.bbox.width
+    assert 0 <= box.x0 < box.x1 <= width
+
+
 def test_nothing_is_drawn_where_dense_attention_does_no_task(tmp_path):
     ways = [told(v, 0.5, [0.0, 0.0], [1.0, 1.0]) for v in ("dense", "sparse")]
     assert plot_prompts(ways, tmp_path / "plot.png") is None
