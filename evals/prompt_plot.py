@@ -11,7 +11,7 @@ from routing_jax.evals.plots import COLORS, INK, MARKERS, dress, new_figure, sav
 from routing_jax.evals.prompt_tables import (
     by_variant,
     counted_tasks,
-    mean_of_trials,
+    more_than_dense,
     with_interval,
 )
 from routing_jax.evals.results import Result
@@ -23,7 +23,7 @@ def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | No
 
     A row of panels for each task of which dense attention was measured with right answers and with
     plain text; None, and no file, where there is none. Answers are means over the tasks that dense
-    attention does well enough; bars are paired 95 % intervals, means over seeds.
+    attention does well enough; bars are 95 % intervals, as in the table.
 
     Args:
       results: of the experiment.
@@ -56,12 +56,9 @@ def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | No
                 "capsize": 3,
             }
             sparse = 100 * (1 - np.mean([run.usage for run in runs]))
-            points = np.concatenate([
-                100 * (mean_of_trials(runs, task, "right") - mean_of_trials(dense, task, "right"))
-                for task in asked
-            ])  # fmt: skip
-            nats = mean_of_trials(runs, "text", "nll") - mean_of_trials(dense, "text", "nll")
-            for axes, values in ((left, points), (right, 100 * nats)):
+            points = [100 * more_than_dense(dense, runs, task, "right") for task in asked]
+            nats = more_than_dense(dense, runs, "text", "nll")
+            for axes, values in ((left, np.hstack(points)), (right, 100 * nats)):
                 mean, half = with_interval(values)
                 seen[router_of(variant)] = axes.errorbar(sparse, mean, yerr=half, **style)
         for axes, label in ((left, "right answers, points"), (right, "nats of text, ×100")):
@@ -69,7 +66,5 @@ def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | No
             axes.axhline(0, color=INK, linewidth=0.8)
             axes.set(xlabel="sparse layers, %", ylabel=f"{label}\nmore than dense")
         left.set_title(name, fontsize=11, loc="left")
-    figure.legend(
-        seen.values(), seen.keys(), loc="outside upper center", ncols=len(seen), frameon=False
-    )
+    figure.legend(seen.values(), seen.keys(), loc="outside upper center", ncols=4, frameon=False)
     return save_figure(figure, path)

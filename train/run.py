@@ -19,7 +19,7 @@ from routing_jax.evals.provenance import all_devices, versions
 from routing_jax.evals.results import Result, thin_history, write_result
 from routing_jax.files import reached
 from routing_jax.models import count_params, init_params
-from routing_jax.models.pretrained import load_pretrained
+from routing_jax.models.pretrained import check_save_folder, load_pretrained
 from routing_jax.sharding import make_mesh, put_batch
 from routing_jax.train.base import calibrated_routers, finish_routers, with_base
 from routing_jax.train.config import TrainConfig, config_from_dict, config_to_dict
@@ -32,7 +32,7 @@ from routing_jax.train.data import (
     batches,
     window_count,
 )
-from routing_jax.train.finetune import save_finetuned, with_published
+from routing_jax.train.finetune import MODEL_FOLDER, save_finetuned, with_published
 from routing_jax.train.loop import Trained, abstract_state, load_base, train, train_mesh
 from routing_jax.train.metrics import read_metrics
 from routing_jax.train.step import init_state
@@ -384,6 +384,7 @@ def run(
         config = with_base(config)
     elif isinstance(config.data, TokenConfig):
         config = with_published(config)
+        check_save_folder(reached(workdir, "workdir") / MODEL_FOLDER)
     if not quiet and jax.process_index() == 0:
         print(describe(config), flush=True)
     # Refuse a corpus or length that will not do before the folder is made.

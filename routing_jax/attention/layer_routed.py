@@ -4,7 +4,7 @@ Flux Attention (arXiv 2604.07394). One call over one block table serves the batc
 are dense or sparse. Training makes a second one, of what was not chosen, for the gradient of its
 straight-through gate. Prefill decides, decoding obeys. A prompt so short that sparse attention
 would see all of it is routed to full attention, whatever its router says: nothing could be saved
-on reading it.
+on reading it. A choice that is given is obeyed even then, and holds for what follows the prompt.
 
 Rows of the table are those of tiles. Where tokens after the prompt search each for itself, they are
 gathered and attend by rows of their own, so that one pass gives what decoding gives.
@@ -61,8 +61,8 @@ class Prompts(NamedTuple):
       lengths: [B] int32, tokens of each prompt, by which all is decided; what follows is the
         answer.
       temperature: scalar, of the soft gates in training.
-      choice: [L,B] bool, one row of it in a layer: True for full attention, decided elsewhere.
-        None leaves it to the routers.
+      choice: [L,B] bool, one row of it in a layer: True for full attention, decided elsewhere and
+        obeyed however short the prompt. None leaves it to the routers.
     """
 
     lengths: jax.Array
@@ -115,8 +115,8 @@ def layer_routed_cost(
 
     Args:
       gate: [B] float32, 1 for full attention; its gradient is that of the costs.
-      full: [B,K,M] int32, blocks that each row visits where the gate is 1; B and K may be 1. 0 for
-        a tile without queries.
+      full: [B,K,M], blocks that each row visits where the gate is 1; B and K may be 1. 0 for a
+        tile without queries, a fraction for one of which only some queries visit blocks.
       sparse: the same where the gate is 0.
       visible: [B,M] int32, all blocks that a row could visit.
       router_work: scalar, the router's multiply-adds.
@@ -240,6 +240,7 @@ class LayerRouted(nn.Module):
     def _whole(self, q, k, v, positions, lengths, routing, mode):
         cfg, T = self.sparse, positions.shape[1]
         starts = jnp.arange(0, T, cfg.block_q, dtype=jnp.int32)[None]
+        answers = positions >= lengths[:, None]
         sums = means = scores = None
         if cfg.searches:
             sums, sizes = block_sums(k.reshape(*k.shape[:2], -1), positions >= 0, cfg.block_kv)
@@ -261,7 +262,6 @@ class LayerRouted(nn.Module):
             if cfg.answers == "full":
                 return y
             assert means is not None  # such answers are searched for
-            answers = positions >= lengths[:, None]
             return search_alone(cfg, y, q, k, v, means, dense, answers, lengths)
 
         choice, gate = routing.routing.choice, routing.gate
@@ -280,10 +280,10 @@ class LayerRouted(nn.Module):
         )
         report = layer_routed_cost(
             gate,
-            row_lengths(full, T, T, q_positions=positions),
-            row_lengths(sparse, T, T, q_positions=positions),
+            self._visits(full, jnp.full_like(choice, True), positions, answers),
+            self._visits(sparse, jnp.full_like(choice, False), positions, answers),
             visible_blocks(sparse, T, T, q_positions=positions),
-            jnp.float32(len(gate) * self._work(T)),
+            jnp.float32(len(gate) * self._work(T)) + self._work_alone(choice, positions, answers),
             self.heads,
             cfg.block_q * cfg.block_kv,
         )
@@ -296,8 +296,28 @@ class LayerRouted(nn.Module):
             ),
         )
 
+    def _visits(self, table, dense, positions, answers):
+        """[B,K,M], blocks that each row visits, tokens that search each for itself by their own.
+
+        What their tiles attend to in one pass, and is written over, prefill and decoding never do.
+        """
+        cfg, T = self.sparse, positions.shape[1]
+        alone = cfg.searched_after(dense)[:, None] & answers
+        of_tiles = row_lengths(table, T, T, q_positions=jnp.where(alone, -1, positions))
+        found = jnp.minimum(positions // cfg.block_kv + 1, table.capacity)
+        found = pad_axis(jnp.where(alone, found, 0), 1, table.num_tiles * cfg.block_q)
+        found = found.reshape(len(found), 1, -1, cfg.block_q).sum(axis=3)
+        return of_tiles + found / cfg.block_q
+
+    def _work_alone(self, choice, positions, answers):
+        """Multiply-adds of the searches that tokens after the prompt make, each for itself."""
+        cfg, heads = self.sparse, self.heads
+        alone = cfg.searched_after(choice)[:, None] & answers
+        seen = jnp.where(alone, positions // cfg.block_kv + 1, 0)
+        return jnp.sum(seen, dtype=jnp.float32) * (heads.num_kv_heads * heads.head_dim)
+
     def _work(self, num_tokens: int) -> int:
-        """Multiply-adds of the decisions for one sequence: the router's, and those of topk."""
+        """Multiply-adds of the decisions for one sequence: the router's, and those of tiles."""
         cfg, heads = self.sparse, self.heads
         work = self.router.work(heads.num_heads, heads.head_dim)
         if cfg.searches:

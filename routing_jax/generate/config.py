@@ -78,8 +78,9 @@ def check_servable(model: DecoderConfig, serving: ServingConfig) -> None:
     """Refuses a model that is not served from pages.
 
     Raises:
-      ValueError: its layers are not all full or all layer-routed, it has learned positions or a
-        bias of the logits, or its key blocks are not pages.
+      ValueError: its layers are not all full or all layer-routed, they are full and would search
+        while they read a prompt, it has learned positions or a bias of the logits, or its key
+        blocks are not pages.
 
     >>> check_servable(DecoderConfig(layers="conv,full"), ServingConfig(pages=8))
     Traceback (most recent call last):
@@ -89,6 +90,13 @@ def check_servable(model: DecoderConfig, serving: ServingConfig) -> None:
         raise ValueError(
             f"model.layers is {model.layers!r}; what is served has 'full' or 'layer' in all of "
             "them."
+        )
+    if "full" in model.mixers and model.sparse.retrieval != "full":
+        # Served, such layers would read a prompt otherwise than the decoder does.
+        raise ValueError(
+            f"model.layers is {model.layers!r} and model.sparse.retrieval "
+            f"{model.sparse.retrieval!r}; 'full' layers attend to everything, only 'layer' layers "
+            "search."
         )
     if model.learned_positions or model.head_bias:
         raise ValueError("what is served has no learned positions and no head_bias.")

@@ -150,7 +150,8 @@ class Engine:
             ones may decode faster.
           serving: the sizes.
           decisions: of each layer ROUTED, SPARSE or DENSE; when None, 'layer' layers are routed
-            and 'full' ones dense.
+            and 'full' ones dense. A SPARSE layer is sparse after any prompt, even one so short that
+            a router would not be asked: how much memory it takes is counted on.
 
         Raises:
           ValueError: a model that can't be served, decisions for another number of layers, or a

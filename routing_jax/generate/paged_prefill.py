@@ -3,7 +3,8 @@
 A layer's router reads the queries of a prompt's last tokens, which exist once the whole prompt has
 passed the layer below. So a host loop calls one compiled step a layer; which layer it is, and what
 is decided there, are values, not programs. Prompts so short that sparse attention would see all of
-them are not routed: they cost what they cost a model without routers.
+them are not routed: they cost what they cost a model without routers. What is decided without a
+router holds for them too, and for what follows.
 """
 
 import functools

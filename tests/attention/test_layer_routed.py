@@ -20,6 +20,7 @@ B, T, D, BLOCK = 3, 48, 8, 8
 HEADS = HeadsConfig(num_heads=4, num_kv_heads=2, head_dim=4)
 ROUTER = LayerRouterConfig(pool=3)
 SPARSE = SparseModeConfig(sink=8, window=16, last=4, blocks=1, block_q=4, block_kv=BLOCK)
+SEARCHING = dataclasses.replace(SPARSE, retrieval="topk", answers="topk")
 LENGTHS = np.array([40, 29, 45])
 SLOW_TRIANGLE = pytest.param("triangle", marks=pytest.mark.slow)
 POSITIONS = np.where(np.arange(T) < LENGTHS[:, None] + 3, np.arange(T), -1).astype(np.int32)
@@ -30,9 +31,10 @@ MODEL = DecoderConfig(
 )  # fmt: skip
 
 
-def mixer(mode="streaming"):
-    fields = vars(SPARSE) | {"mode": mode}
-    return LayerRouted(HEADS, ROUTER, SparseModeConfig(**fields))
+def mixer(sparse="streaming"):
+    if isinstance(sparse, str):
+        sparse = dataclasses.replace(SPARSE, mode=sparse)
+    return LayerRouted(HEADS, ROUTER, sparse)
 
 
 def random(shapes, seed=1):
@@ -121,6 +123,28 @@ def test_full_is_full_attention_and_costs_what_it_costs():
     assert (spent.usage, saved.usage) == (1, 0)
 
 
+def test_tokens_that_search_each_for_itself_cost_what_they_find():
+    choice = np.array([True, False, True])  # the second streams
+    _, report = mix(choice, sparse=SEARCHING)
+    visits = work = seen = 0
+    for length, searches in zip(LENGTHS, choice):
+        for start in range(0, length + 3, 4):
+            blocks = start // BLOCK + 1
+            seen += blocks
+            if not searches:
+                visits += min(blocks, 3)  # sink and window
+            elif start < length:  # and one more; the prompt's last tokens see everything
+                visits += blocks if start + 4 > length - SPARSE.last else min(blocks, 4)
+        for place in range(length, length + 3) if searches else ():
+            blocks = place // BLOCK + 1
+            visits += min(blocks, 4) / 4  # a query of a tile's four
+            work += blocks * 2 * 4
+    work += B * (ROUTER.work(4, 4) + (T + T // 4 * T // BLOCK) * 2 * 4)
+    expected = visits / seen + work / (seen * 4 * BLOCK * 2 * 4 * 4)
+    assert report.cost == pytest.approx(expected, rel=1e-5)
+    assert report.kv_cost == pytest.approx(visits / seen / 2, rel=1e-5)
+
+
 def test_only_the_prompt_decides():
     _, report = mix(None)
     chosen = report.choice[:, 0]
@@ -140,15 +164,16 @@ def test_a_prompt_of_which_sparse_attention_sees_everything_is_attended_fully():
     sparse = dict(PARAMS["router"], bias=np.array([100.0, -100.0], np.float32))
     lengths = jnp.array([24, 25, 10])  # sink and window are 24 tokens
 
-    def choices(mode):
+    def choices(mode, given=None):
         params = {"params": PARAMS | {"router": sparse}}
-        rng, prompts = jax.random.key(0), Prompts(lengths)
+        rng, prompts = jax.random.key(0), Prompts(lengths, 1.0, given)
         apply = jax.jit(mixer().apply, static_argnums=6)
         report = apply(params, X, PLACES, None, None, rng, mode, prompts)[2]
         return report.choice[:, 0].tolist()
 
     assert choices("eval") == [True, False, True]
     assert choices("train") == [False] * 3  # where routers are taught
+    assert choices("eval", jnp.zeros(B, bool)) == [False] * 3  # where no router is asked
 
 
 def test_training_passes_the_choice_forward_and_the_gate_backward():

@@ -31,15 +31,26 @@ def test_each_way_stands_where_its_sparsity_and_its_difference_to_dense_say(tmp_
     figure = plot_prompts(ways, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     left, right = figure.axes
+    # Student's quantiles for 3 and for 2 values.
     for axes, lost, half in (
-        (left, -100 / 3, 1.96 * np.std([0, -100, 0], ddof=1) / 3**0.5),
-        (right, 25.0, 1.96 * np.std([50, 0], ddof=1) / 2**0.5),
+        (left, -100 / 3, 4.3027 * np.std([0, -100, 0], ddof=1) / 3**0.5),
+        (right, 25.0, 12.7062 * np.std([50, 0], ddof=1) / 2**0.5),
     ):
         dense, static = (bar.lines[0].get_xydata()[0] for bar in axes.containers)
         assert dense.tolist() == [0, 0]
         assert static == pytest.approx([75, lost])
         (ends,) = axes.containers[1].lines[2][0].get_segments()
-        assert ends[:, 1] == pytest.approx([lost - half, lost + half])
+        assert ends[:, 1] == pytest.approx([lost - half, lost + half], rel=1e-4)
+
+
+def test_the_ways_of_routing_are_named_within_the_plot(tmp_path):
+    names = ("dense", "random", "routed", "sparse", "static+routed", "static+tasks", "static")
+    ways = [told(name, 0.5, [1.0, 1.0], [1.0, 1.0]) for name in names]
+    figure = plot_prompts(ways, tmp_path / "plot.png")
+    legend = figure.legends[0]
+    assert len(legend.get_texts()) == 7
+    box, width = legend.get_window_extent(), figure.bbox.width
+    assert 0 <= box.x0 < box.x1 <= width
 
 
 def test_nothing_is_drawn_where_dense_attention_does_no_task(tmp_path):

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from routing_jax.evals.prompt_tables import flux_table
+from routing_jax.evals.prompt_tables import flux_table, with_interval
 from routing_jax.evals.results import load_results
 
 RESULTS = Path(__file__).resolve().parents[2] / "evals/results"
+STUDENT = {4: 3.1824}  # the 97.5 % quantile of as many values
 
 
 def told(example, variant, seed, right, nll, sparsity):
@@ -37,8 +38,8 @@ def test_the_table_pairs_each_way_of_routing_with_dense():
     dense, static, routed = lines
     assert "75.0 % |" in dense
     assert "2.72" in dense
-    # Differences of the seeds' mean: 0, −½, 0, 1.
-    half = 1.96 * np.std([0, -50, 0, 100], ddof=1) / 2
+    # Differences of the seeds' mean: 0, −½, 0, 1. Seeds differ by no more than chance.
+    half = STUDENT[4] * np.std([0, -50, 0, 100], ddof=1) / 2
     assert f"87.5 % (+12.5 ± {half:.1f})" in routed
     assert f"{math.exp(1.15):.2f} (+16.18 %" in routed
     assert "60.0 %" in routed
@@ -61,6 +62,33 @@ def test_likelihoods_are_paired_with_those_of_dense():
     assert "maths, nats" in head
     assert "maths, right" not in head
     assert "| 2.500 |" in " ".join(dense.split())
-    half = 1.96 * np.std([0.5, 0, 0.5, 0.2], ddof=1) / 2
+    half = STUDENT[4] * np.std([0.5, 0, 0.5, 0.2], ddof=1) / 2
     assert f"2.800 (+0.300 ± {half:.3f})" in routed
     assert "25.0 %" in routed
+
+
+@pytest.mark.parametrize(
+    ("seeds", "by_seed", "least"),
+    [(1, 0.0, 930), (2, 0.0, 930), (2, 1.0, 850), (5, 0.1, 930), (5, 1.0, 930)],
+)
+def test_an_interval_holds_what_other_seeds_and_prompts_would_have_given(seeds, by_seed, least):
+    """The true mean, 0, lies in 95 % of the intervals; of the seeds' mean alone it would not."""
+    rng, prompts, held, alone = np.random.default_rng(0), 40, 0, 0
+    for _ in range(1000):
+        values = (
+            by_seed * rng.normal(size=(seeds, 1))
+            + rng.normal(size=(1, prompts))
+            + 0.5 * rng.normal(size=(seeds, prompts))
+        )
+        mean, half = with_interval(values)
+        held += abs(mean) < half
+        mean, half = with_interval(values.mean(axis=0, keepdims=True))
+        alone += abs(mean) < half
+    assert least <= held <= 990
+    if by_seed == 1:
+        assert alone < 700
+
+
+def test_an_interval_of_one_prompt_is_unknown_and_of_equal_values_empty():
+    assert math.isnan(with_interval(np.ones((2, 1)))[1])
+    assert with_interval(np.ones((2, 3))) == (1, 0)

@@ -3,9 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from routing_jax.attention import Prompts
 from routing_jax.attention.page_pool import NO_PAGE
 from routing_jax.generate import (
     DENSE,
@@ -19,6 +21,7 @@ from routing_jax.generate import (
 from routing_jax.generate.layer import layer_params
 from routing_jax.generate.paged_decode import read_tokens
 from routing_jax.generate.paged_prefill import empty_memory, prefill_layer, prefill_prompts
+from routing_jax.models import Decoder
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
 from ..small_model import MIXED, make_params
@@ -221,6 +224,18 @@ def test_a_prompt_of_which_sparse_layers_would_see_everything_costs_no_more_than
     assert not all(long[1])
 
 
+def test_a_given_decision_is_obeyed_after_a_prompt_that_would_not_be_routed():
+    request = Request(prompt(9), 20)  # sink and window are 12 tokens
+    (made,), engine = serve([request], SPARSE)
+    assert [made] != serve([request], ROUTED)[0]
+    assert not engine.memory.whole.any()
+    # One pass over prompt and answer obeys it alike.
+    given = Prompts(jnp.array([9]), 1.0, jnp.zeros((LAYERS, 1), bool))
+    tokens = jnp.array([[*request.tokens, *made]])
+    out = Decoder(MODEL).apply({"params": make_params(MODEL)}, tokens, prompts=given)
+    assert out.logits[0, 8:-1].argmax(axis=-1).tolist() == made
+
+
 def test_nothing_is_compiled_again_for_other_patterns_or_mixes():
     serve([Request(prompt(n), 3) for n in (30, 8, 7, 6)])
     compiled = prefill_layer._cache_size(), read_tokens._cache_size()
@@ -333,6 +348,7 @@ def test_a_prompt_that_will_never_fit_is_refused(model, serving, said):
         (MODEL, ServingConfig(pages=8), None, "page_size is 128; it must be model.sparse.block_kv"),
         (MODEL, SERVING, [DENSE], "there are decisions for 1 layers; the model has 3"),
         (FULL, SERVING, [ROUTED] * 3, "a layer is to be routed, and model.layers is 'full"),
+        (searching(FULL), SERVING, None, r"'full\*3' and model.sparse.retrieval 'topk'; 'full' la"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused(model, serving, decisions, said):

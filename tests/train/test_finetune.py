@@ -95,3 +95,12 @@ def test_what_will_not_do_is_refused_before_anything_is_made(config, changes, sa
     with pytest.raises(ValueError, match=said):
         run(config.replace(**changes), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_could_not_write_its_model_is_refused_before_it_trains(config, tmp_path):
+    (tmp_path / "model").mkdir()
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json, of a model in sev"):
+        run(config, tmp_path, quiet=True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [index]

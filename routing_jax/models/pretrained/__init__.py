@@ -9,7 +9,7 @@ from routing_jax.models.pretrained.router_file import (
     load_router,
     save_router,
 )
-from routing_jax.models.pretrained.save import published_config, save_pretrained
+from routing_jax.models.pretrained.save import check_save_folder, published_config, save_pretrained
 from routing_jax.models.pretrained.tokenizer import load_tokenizer, stop_tokens
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Pretrained",
     "SavedRouter",
     "base_checksum",
+    "check_save_folder",
     "load_pretrained",
     "load_routed",
     "load_router",

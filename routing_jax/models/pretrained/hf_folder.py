@@ -12,7 +12,7 @@ from routing_jax.models.pretrained.parts import Checkpoint, Tensor, check_size
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _REQUIRED = object()
 
 
@@ -45,11 +45,11 @@ def weight_files(folder: Path) -> list[Path]:
     Traceback (most recent call last):
     ValueError: ...model-... holds neither model.safetensors nor model.safetensors.index.json.
     """
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
-        if not (folder / _WEIGHTS).is_file():
-            raise ValueError(f"{folder} holds neither {_WEIGHTS} nor {_INDEX}.")
-        return [folder / _WEIGHTS]
+        if not (folder / WEIGHTS).is_file():
+            raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.")
+        return [folder / WEIGHTS]
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no 'weight_map', which says where each tensor lies.")

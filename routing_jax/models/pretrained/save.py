@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from routing_jax.files import write_whole
 from routing_jax.models.config import DecoderConfig
 from routing_jax.models.decoder import unstack_layers
-from routing_jax.models.pretrained.hf_folder import read_json
+from routing_jax.models.pretrained.hf_folder import INDEX, WEIGHTS, read_json
 from routing_jax.models.pretrained.load import open_checkpoint
 from routing_jax.models.pretrained.parts import parts, sizes
 from routing_jax.models.pretrained.tokenizer import load_tokenizer, stop_tokens
@@ -67,6 +67,21 @@ def published_config(base: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
+def check_save_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder whose model lies in several files: its index would be read, not ours.
+
+    Raises:
+      ValueError: it holds such a model.
+
+    >>> check_save_folder("nowhere")
+    """
+    if (epath.Path(folder) / INDEX).exists():
+        raise ValueError(
+            f"{os.fspath(folder)} holds {INDEX}, of a model in several files, which would be "
+            f"loaded in place of a new {WEIGHTS}; save into another folder."
+        )
+
+
 def save_pretrained(
     folder: str | os.PathLike[str],
     params: Mapping[str, Any],
@@ -78,14 +93,14 @@ def save_pretrained(
     The weights come last and whole, so that a folder that was not finished is none to load.
 
     Args:
-      folder: is made, with those above it.
+      folder: is made, with those above it; a model in one file that it holds is replaced.
       params: of `Decoder(config)`, on devices of this process.
       config: the model; all its layers are 'full'.
       base: the checkpoint that it began as, a Hugging Face folder or a GGUF file.
 
     Raises:
       ValueError: layers that are not the base's, such as routed ones, or what `published_config`
-        refuses.
+        or `check_save_folder` refuses.
       OSError: it can't be written; the file is named.
 
     >>> save_pretrained("out", {}, DecoderConfig(), "nowhere/model")
@@ -98,14 +113,17 @@ def save_pretrained(
             f"model.layers is {config.layers!r}; a folder like {base} holds "
             f"{open_checkpoint(base).config.layers!r}."
         )
+    check_save_folder(folder)
     to.mkdir(parents=True, exist_ok=True)
     for name in _KEPT:
         if (Path(base) / name).is_file():
             write_whole(to / name, (Path(base) / name).read_bytes())
+        else:  # what an earlier model left would be read as this one's
+            (to / name).unlink(missing_ok=True)
     write_whole(to / "tokenizer.json", tokenizer.to_str())
     values = {**values, "torch_dtype": "float32"}
     write_whole(to / "config.json", json.dumps(values, indent=2) + "\n")
-    write_whole(to / "model.safetensors", save(dict(_stored(params, config)), {"format": "pt"}))
+    write_whole(to / WEIGHTS, save(dict(_stored(params, config)), {"format": "pt"}))
 
 
 def _stored(params: Mapping[str, Any], config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:

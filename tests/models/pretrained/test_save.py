@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -87,3 +88,26 @@ def test_layers_that_no_such_folder_holds_are_refused(tmp_path, layers):
     with pytest.raises(ValueError, match=said):
         save_pretrained(tmp_path / "new", model.params, model.config.replace(layers=layers), base)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_folder_of_a_model_in_several_files_is_refused_and_left_as_it_is(tmp_path, elsewhere):
+    base, tensors = write(tmp_path, "llama3", False)
+    sharded = write_folder(tmp_path / "sharded", MODELS["llama3"], tensors, shards=3)
+    shutil.copy(base / "tokenizer.json", sharded)
+    model = load_pretrained(base)
+    held = {path.name: path.read_bytes() for path in sharded.iterdir()}
+    said = re.escape(f"{sharded} holds model.safetensors.index.json, of a model in several files")
+    with pytest.raises(ValueError, match=said):
+        save_pretrained(sharded, model.params, model.config, base if elsewhere else sharded)
+    assert {path.name: path.read_bytes() for path in sharded.iterdir()} == held
+
+
+def test_nothing_is_left_of_a_model_that_is_replaced(tmp_path):
+    base, _ = write(tmp_path, "llama3", False)
+    model, new = load_pretrained(base), tmp_path / "new"
+    (base / "generation_config.json").write_text('{"eos_token_id": 7}')
+    save_pretrained(new, model.params, model.config, base)
+    (base / "generation_config.json").unlink()
+    save_pretrained(new, model.params, model.config, base)
+    assert stop_tokens(new) == stop_tokens(base) == {5}
