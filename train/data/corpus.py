@@ -1,8 +1,8 @@
 """Text on disk into two byte arrays, one to train on and one held out.
 
-A corpus is a list of pieces: each document cut every 64 KiB, between characters. Which pieces are
-held out follows from their contents alone, so the same piece never stands on both sides, whatever
-its file is called and however often it occurs.
+A corpus is a list of pieces: each document cut every 64 KiB. Which pieces are held out follows
+from their contents alone, so the same piece never stands on both sides, whatever its file is
+called and however often it occurs.
 """
 
 import contextlib
@@ -111,25 +111,12 @@ def read_documents(source: str) -> list[bytes]:
 def cut(documents: Iterable[bytes]) -> Iterator[bytes]:
     """Cut documents into pieces of at most 64 KiB, leaving out empty ones.
 
-    No character of UTF-8 is cut in two: its halves would be no text, and may be held out apart.
-
-    >>> [len(piece) for piece in cut([b"", b"x" * 65537, b"x" * 65535 + "é".encode()])]
-    [65536, 1, 65535, 2]
+    >>> [len(piece) for piece in cut([b"", b"x" * 65537])]
+    [65536, 1]
     """
     for document in documents:
-        start = 0
-        while start < len(document):
-            end = _character_start(document, start + PIECE_BYTES)
-            yield document[start:end]
-            start = end
-
-
-def _character_start(document: bytes, place: int) -> int:
-    """Where the character begins that has the byte at `place`; there, if this is not UTF-8."""
-    for start in range(place, place - 4, -1):
-        if start >= len(document) or document[start] & 0xC0 != 0x80:
-            return start
-    return place
+        for start in range(0, len(document), PIECE_BYTES):
+            yield document[start : start + PIECE_BYTES]
 
 
 def split_pieces(pieces: Iterable[bytes], validation_fraction: float) -> Pieces:

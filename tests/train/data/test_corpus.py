@@ -48,27 +48,10 @@ def test_the_split_does_not_depend_on_order_or_file_names(tmp_path):
 
 
 def test_documents_are_cut_at_64_kib():
-    document = b"x" * (2 * PIECE_BYTES + 1)
+    document = os.urandom(2 * PIECE_BYTES + 1)
     pieces = list(cut([document, b"", b"end"]))
     assert [len(piece) for piece in pieces] == [PIECE_BYTES, PIECE_BYTES, 1, 3]
     assert b"".join(pieces) == document + b"end"
-
-
-@pytest.mark.parametrize("character", ["é", "€", "𝔘"])
-@pytest.mark.parametrize("before", range(4))
-def test_no_character_is_cut_in_two(character, before):
-    text = "x" * before + character * PIECE_BYTES
-    pieces = list(cut([text.encode()]))
-    assert "".join(piece.decode() for piece in pieces) == text
-    assert all(PIECE_BYTES - 4 < len(piece) <= PIECE_BYTES for piece in pieces[:-1])
-
-
-@pytest.mark.parametrize("byte", [b"\x80", b"\xff"])
-def test_what_is_no_text_is_cut_somewhere(byte):
-    document = byte * (2 * PIECE_BYTES + 1)
-    pieces = list(cut([document]))
-    assert [len(piece) for piece in pieces] == [PIECE_BYTES, PIECE_BYTES, 1]
-    assert b"".join(pieces) == document
 
 
 def test_a_folder_gives_its_text_files_unzipped_and_leaves_out_the_rest(tmp_path):
@@ -86,7 +69,7 @@ def test_a_folder_gives_its_text_files_unzipped_and_leaves_out_the_rest(tmp_path
 
 
 def test_a_single_file_is_a_corpus(tmp_path):
-    text = b"".join(bytes([byte]) * PIECE_BYTES for byte in b"abc")
+    text = os.urandom(3 * PIECE_BYTES).replace(b"\0", b"x")
     (tmp_path / "book.gz").write_bytes(gzip.compress(text, 1))
     corpus = load_corpus(str(tmp_path / "book.gz"), "", 0.02)
     assert (corpus.train.size, corpus.validation.size) == (2 * PIECE_BYTES + 1, PIECE_BYTES)
