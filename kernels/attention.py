@@ -103,7 +103,7 @@ def _attend_with_dropout(q, k, v, segment_ids, rate, rng):
     """Causal attention whose weights are dropped at random, which the library call cannot do."""
     B, T, N, H = q.shape
     K = k.shape[2]
-    # Keys are a row's last dimension in memory as well: softmax along columns takes XLA more passes.
+    # Keys end up last in memory too: a softmax along columns takes XLA more passes.
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     logits = jnp.einsum("BKGTH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
     mask = jnp.tri(T, dtype=bool)[None]
@@ -249,8 +249,6 @@ def decode_attention(
 ) -> jax.Array:
     """Attention of one query a sequence to the first `lengths` entries of its cache.
 
-    Nothing is computed when every length is 0.
-
     Args:
       q: [B,1,N,H].
       keys: [B,S,K,H], the cache.
@@ -268,9 +266,6 @@ def decode_attention(
     _check(q, keys, values)
     chex.assert_shape(lengths, q.shape[:1])
 
-    def attend():
-        mask = jnp.arange(keys.shape[1])[None, :] < jnp.maximum(lengths, 1)[:, None]
-        out = _attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None, None], "xla")
-        return jnp.where((lengths > 0)[:, None, None, None], out, 0)
-
-    return jax.lax.cond(jnp.any(lengths > 0), attend, lambda: jnp.zeros_like(q))
+    mask = jnp.arange(keys.shape[1])[None, :] < jnp.maximum(lengths, 1)[:, None]
+    out = _attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None, None], "xla")
+    return jnp.where((lengths > 0)[:, None, None, None], out, 0)
