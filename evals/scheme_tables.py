@@ -181,28 +181,36 @@ def elsewhere_table(results: Sequence[Result]) -> str | None:
 def times_table(rows: Sequence[dict[str, Any]]) -> str:
     """Milliseconds of each variant's training step, forward pass and decoded token, beside MHA's.
 
-    >>> row = {"variant": "mha", "kv_cost": 1.0, "step_ms": 4.0, "forward_ms": 1.0,
-    ...        "decode_ms": 0.5}
-    >>> print(times_table([row, row | {"variant": "soft", "step_ms": 6.0}]))
-    | variant | kv cost |     step, ms |  forward, ms |    decode, ms |
-    |:--------|--------:|-------------:|-------------:|--------------:|
-    | mha     |    1.00 | 4.00 (1.00×) | 1.00 (1.00×) | 0.500 (1.00×) |
-    | soft    |    1.00 | 6.00 (1.50×) | 1.00 (1.00×) | 0.500 (1.00×) |
+    >>> row = {"part": "step", "variant": "mha", "milliseconds": 4.0, "kv_cost": 1.0,
+    ...        "kv_bytes": None}
+    >>> long = row | {"part": "decode-long", "milliseconds": 0.5, "kv_bytes": 2**20}
+    >>> rows = [row, row | {"variant": "soft", "milliseconds": 6.0}, long]
+    >>> print(times_table(rows))
+    | variant |     step, ms | forward, ms | decode, ms | MiB read | long cache, ms | MiB read |
+    |:--------|-------------:|------------:|-----------:|---------:|---------------:|---------:|
+    | mha     | 4.00 (1.00×) |           – |          – |        – |  0.500 (1.00×) |     1.00 |
+    | soft    | 6.00 (1.50×) |           – |          – |        – |              – |        – |
     """
-    base = next((row for row in rows if row["variant"] == "mha"), {})
+    found = {(row["part"], row["variant"]): row for row in rows if row["milliseconds"] is not None}
 
-    def cell(row: dict[str, Any], name: str) -> str:
-        beside = f" ({row[name] / base[name]:.2f}×)" if base else ""
-        return significant(row[name]) + beside
+    def time(part: str, variant: str) -> str:
+        row, base = found.get((part, variant)), found.get((part, "mha"))
+        if row is None:
+            return NOTHING
+        beside = f" ({row['milliseconds'] / base['milliseconds']:.2f}×)" if base else ""
+        return significant(row["milliseconds"]) + beside
 
-    names = ("step_ms", "forward_ms", "decode_ms")
-    lines = [
-        [row["variant"], significant(row["kv_cost"]), *(cell(row, name) for name in names)]
-        for row in rows
-    ]
+    def read(part: str, variant: str) -> str:
+        row = found.get((part, variant))
+        return significant(row["kv_bytes"] / 2**20) if row else NOTHING
+
+    lines = []
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        decoded = [cell(part, name) for part in ("decode", "decode-long") for cell in (time, read)]
+        lines.append([name, time("step", name), time("forward", name), *decoded])
     columns = [
-        Column("variant", "left"), Column("kv cost"), Column("step, ms"), Column("forward, ms"),
-        Column("decode, ms"),
+        Column("variant", "left"), Column("step, ms"), Column("forward, ms"), Column("decode, ms"),
+        Column("MiB read"), Column("long cache, ms"), Column("MiB read"),
     ]  # fmt: skip
     return markdown_table(columns, lines)
 
@@ -210,9 +218,11 @@ def times_table(rows: Sequence[dict[str, Any]]) -> str:
 def times_caption(result: dict[str, Any]) -> str:
     """What the times were measured on, from their result file."""
     return (
-        "Models as initialised, one after another in one process; × beside MHA. Step: a whole "
-        "training step; forward: a batch, each token computing what it takes; decode: one token of "
-        f"one sequence at the end of a context. {named_device(result)}, {dated_versions(result)}"
+        "Models as initialised, one after another in one process, calls chained on the device; × "
+        "beside MHA. Step: a whole training step; forward: a batch, each token computing what it "
+        "takes; decode: a token of one sequence at the end of a context, and of a cache of "
+        f"{result['long']:,} tokens; MiB of keys and values that it read, counted. "
+        f"{named_device(result)}, {dated_versions(result)}"
     )
 
 

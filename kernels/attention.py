@@ -101,15 +101,18 @@ def _attend_rows(q, k, v, q_positions, k_positions, q_segments, k_segments):
 
 def _attend_with_dropout(q, k, v, segment_ids, rate, rng):
     """Causal attention whose weights are dropped at random, which the library call cannot do."""
-    B, T, _, H = q.shape
-    grouped = q.reshape(B, T, k.shape[2], -1, H)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    # Keys end up last in memory too: a softmax along columns takes XLA more passes.
+    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    logits = jnp.einsum("BKGTH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
     mask = jnp.tri(T, dtype=bool)[None]
     if segment_ids is not None:
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     logits = jnp.where(mask[:, None, None], logits * H**-0.5, -jnp.inf)
     weights = dropout(jax.nn.softmax(logits, axis=-1), rate, rng).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
+    out = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def dense_attention(
@@ -246,8 +249,6 @@ def decode_attention(
 ) -> jax.Array:
     """Attention of one query a sequence to the first `lengths` entries of its cache.
 
-    Nothing is computed when every length is 0.
-
     Args:
       q: [B,1,N,H].
       keys: [B,S,K,H], the cache.
@@ -265,9 +266,6 @@ def decode_attention(
     _check(q, keys, values)
     chex.assert_shape(lengths, q.shape[:1])
 
-    def attend():
-        mask = jnp.arange(keys.shape[1])[None, :] < jnp.maximum(lengths, 1)[:, None]
-        out = _attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None, None], "xla")
-        return jnp.where((lengths > 0)[:, None, None, None], out, 0)
-
-    return jax.lax.cond(jnp.any(lengths > 0), attend, lambda: jnp.zeros_like(q))
+    mask = jnp.arange(keys.shape[1])[None, :] < jnp.maximum(lengths, 1)[:, None]
+    out = _attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None, None], "xla")
+    return jnp.where((lengths > 0)[:, None, None, None], out, 0)

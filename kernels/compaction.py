@@ -112,4 +112,6 @@ def map_routed(
 
     branches = [lambda others: others, *(some(c) for c in ladder[1:-1]), everything]
     fullest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
-    return jax.lax.switch(jnp.searchsorted(jnp.array(ladder), fullest), branches, others)
+    # The first step that holds them, by counting: searchsorted is a loop, of a dozen GPU kernels.
+    step = jnp.sum(jnp.array(ladder) < fullest, dtype=jnp.int32)
+    return jax.lax.switch(step, branches, others)

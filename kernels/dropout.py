@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-_LEVELS = 1 << 16  # 16 random bits a value: half the work of 32, and a rate right to 1e-5
+_LEVELS = 1 << 16  # 16 random bits a value: a rate right to 1e-5
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:

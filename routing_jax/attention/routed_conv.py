@@ -178,9 +178,14 @@ class RoutedConv(nn.Module):
             assert cache is not None  # the decoder refuses this mode without one
             k, v = project_keys_values(x, positions, weights, heads)
             cache = write_kv(cache, k, v, positions)
-            q = project_queries(x, positions, weights, heads)
+            keys, values = cache.keys, cache.values
             lengths = jnp.where(routing.choice[:, 0], positions[:, 0] + 1, 0)
-            y = project_out(decode_attention(q, cache.keys, cache.values, lengths), weights)
+
+            def attend() -> jax.Array:
+                q = project_queries(x, positions, weights, heads)
+                return project_out(decode_attention(q, keys, values, lengths), weights)
+
+            y = jax.lax.cond(jnp.any(lengths > 0), attend, lambda: jnp.zeros_like(conv))
             y = jnp.where(routing.choice[:, :, None], y, conv)
         else:
             y, (k, v) = attend_routed(

@@ -138,6 +138,24 @@ def test_decode_of_unrouted_tokens_keeps_keys_and_attends_to_nothing(inputs):
     )
 
 
+def products(jaxpr, length, inside=False):
+    """For each product of a program over so many keys, whether a condition decides on it."""
+    for eqn in jaxpr.eqns:
+        shapes = [operand.aval.shape for operand in eqn.invars]
+        if eqn.primitive.name == "dot_general" and any(length in shape for shape in shapes):
+            yield inside
+        branches = eqn.params.get("branches", ())
+        parts = branches or [p for p in eqn.params.values() if hasattr(p, "jaxpr")]
+        for part in parts:
+            yield from products(part.jaxpr, length, inside or bool(branches))
+
+
+def test_decode_reads_its_cache_in_a_branch_only(inputs):
+    params, x = inputs
+    traced = jax.make_jaxpr(decode)(params, x[:, :1], FULL[:, :1], empty_cache())
+    assert list(products(traced.jaxpr, T)) == [True, True]
+
+
 def routed_cost(logits, positions, segment_ids):
     probs = jax.nn.sigmoid(logits)
     routing = Routing((probs > 0.5) & (positions >= 0), probs, logits)

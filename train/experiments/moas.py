@@ -52,7 +52,8 @@ class MoasArgs(ReproduceArgs):
     Attributes:
       text: files of text, joined in this order; or stdlib.
       elsewhere: other texts on which the trained models are evaluated as they are.
-      times: a JSON file: time the variants that `only` names, untrained, and write it.
+      times: a JSON file: time the variants that `only` names, untrained, and write it after each
+        measurement, none begun after `max_minutes`.
     """
 
     text: tuple[str, ...] = ("stdlib",)
@@ -239,7 +240,8 @@ def reproduce(args: MoasArgs) -> int:
         window_count(CharacterConfig(source=source, vocab_size=1 << 20), split="validation")
 
     if args.times:
-        time_variants(wanted_runs(args, runs(args.text)), Path(args.times))
+        wanted = wanted_runs(args, runs(args.text))
+        time_variants(wanted, Path(args.times), seconds=60 * args.max_minutes)
         return 0
 
     finish = functools.partial(with_details, args.elsewhere)

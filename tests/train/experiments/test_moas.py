@@ -1,6 +1,7 @@
 """The experiment with mixed schemes: fair controls, and one small run of it from text to table."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -193,12 +194,28 @@ def test_variants_are_timed_untrained(texts, tmp_path, monkeypatch, compile_cach
     assert moas.reproduce(args) == 0
     assert not (tmp_path / "out").exists()
     result = json.loads(file.read_text())
-    assert [row["variant"] for row in result["rows"]] == list(variants)
-    for row in result["rows"]:
-        assert min(row["step_ms"], row["forward_ms"], row["decode_ms"]) > 0
-    assert result["rows"][0]["kv_cost"] == 1
-    assert 0.5 <= result["rows"][1]["kv_cost"] < 1
+    parts = ("step", "forward", "decode", "decode-long")
+    rows = {(row["part"], row["variant"]): row for row in result["rows"]}
+    assert list(rows) == list(itertools.product(parts, variants))
+    assert all(row["milliseconds"] > 0 for row in rows.values())
+    for part, length in (("decode", 16), ("decode-long", result["long"])):
+        dense, mixed = (rows[part, variant] for variant in variants)
+        assert (dense["kv_cost"], dense["kv_bytes"]) == (1, length * 2 * 2 * 4 * 4)
+        assert mixed["kv_bytes"] == round(mixed["kv_cost"] * dense["kv_bytes"])
+        assert 0.5 <= mixed["kv_cost"] < 1
     assert result["device"] in times_caption(result)
+
+
+def test_what_there_is_no_time_for_is_skipped_and_says_so(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(moas, "runs", lambda text: iter([small("soft", text[0])]))
+    file = tmp_path / "times.json"
+    args = MoasArgs(str(tmp_path / "out"), text=texts[:1], times=str(file), max_minutes=1e-9)
+    assert moas.reproduce(args) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["part"] for row in rows] == ["step", "forward", "decode", "decode-long"]
+    for row in rows:
+        assert row["milliseconds"] is None
+        assert "skipped" in row["error"]
 
 
 def test_texts_that_will_not_do_are_refused_before_anything_runs(texts, tmp_path):
