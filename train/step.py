@@ -99,6 +99,13 @@ def _by_task(batch: Any) -> jax.Array:
     return jax.nn.one_hot(batch.tasks, len(PROMPT_TASKS))
 
 
+def _of_routers(tree: Any) -> Any:
+    """The tree with zeros for all that is no router's."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if "router" in (k.key for k in path) else jnp.zeros_like(leaf), tree
+    )
+
+
 @functools.cache  # a run that goes on in the same process finds its step compiled
 def make_train_step(
     config: TrainConfig,
@@ -184,10 +191,13 @@ def make_train_step(
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (micro, jnp.arange(n)))
 
         grads, slopes = grads
+        kept = _of_routers if config.routers_only else lambda tree: tree
+        grads = kept(grads)
         rate = learning_rate(config, state.curriculum)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        # Decay, too, would change what has no gradient.
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, kept(updates))
         curriculum = update_curriculum(
             config.curriculum, state.curriculum, metrics["accuracy"], metrics[weighs]
         )
