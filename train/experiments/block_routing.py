@@ -11,10 +11,11 @@ and compared with it; so, on text, are the routers named '+scratch'.
 Of the seeds of what is compared, the first chooses (which routers are followed up, which router and
 which fixed pattern is best) and the others say by how much.
 
-Command: `routing-jax reproduce block-routing --text FOLDER --jobs 8`; `--list` names the runs,
-`--only REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones
-resumed. `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat
-the same model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
+Command: `routing-jax reproduce block-routing --text FOLDER --jobs 5` (a run on text takes an
+estimated 10 GiB of the GPU, all others below 2); `--list` names the runs, `--only REGEX` and
+`--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
+`--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
+model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
 Hardware and time: 303 runs, by estimate 53 minutes of one H100: 25 on text (14 of them seed 0, and
 nearly 4 each later seed), 12 on recall, 8 on each kind of needle; the last seed, which comes last,
 is 8 of them. Jobs side by side compile meanwhile. In their order the runs can be cut anywhere. What
