@@ -216,7 +216,7 @@ def routing_findings(results: Sequence[Result]) -> str:
     if any(run.seed != results[0].seed for run in results):
         said.append(
             "Routers and patterns are chosen by the first seed and compared by the others, where "
-            "there are two."
+            "there are two; the table's means are of all."
         )
     return "\n".join(f"- {line}" for line in said)
 

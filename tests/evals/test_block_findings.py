@@ -36,7 +36,7 @@ def seeds(make_run, variant, figures, **other):
 
 LAST = (
     "- Routers and patterns are chosen by the first seed and compared by the others, where there "
-    "are two."
+    "are two; the table's means are of all."
 )
 
 

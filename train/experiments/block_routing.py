@@ -33,14 +33,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from routing_jax.attention import HeadsConfig
+from routing_jax.attention import HeadsConfig, attention_work
 from routing_jax.evals.attention_error import Row, attention_errors
-from routing_jax.evals.benchmarks.block_routing_cases import counted
 from routing_jax.evals.by_position import head_usage, loss_by_position, position_edges
 from routing_jax.evals.report import BLOCK_ROUTING as EXPERIMENT
 from routing_jax.evals.report import block_routing_text, plot_block_routing
 from routing_jax.evals.results import Result
-from routing_jax.routers import BlockRouterConfig
+from routing_jax.routers import BlockRouterConfig, block_router_work
 from routing_jax.train.config import TrainConfig
 from routing_jax.train.data import TextConfig, batches
 from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing
@@ -101,7 +100,19 @@ def with_router(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 @functools.cache
 def _router_share(router: BlockRouterConfig, length: int, heads: HeadsConfig, width: int) -> float:
-    return counted(router, length, heads, width).router
+    """The router's multiply-adds ÷ those of dense attention, of a whole sequence."""
+    seen = np.arange(0, length, router.block_q) // router.block_kv + 1
+    pairs = float(seen.sum()) * router.block_q * router.block_kv
+    work = block_router_work(
+        router,
+        tokens=length,
+        tiles=len(seen),
+        blocks=-(-length // router.block_kv),
+        width=width,
+        kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+    )
+    return work / attention_work(pairs, heads.num_heads, heads.head_dim)
 
 
 def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:

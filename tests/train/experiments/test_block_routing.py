@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 
 import jax
@@ -304,6 +305,21 @@ def test_what_a_wanted_run_goes_on_from_is_made_too_and_again_where_it_is_lost(t
     with pytest.raises(ValueError, match=rf"^.*{base} holds a run with another configuration; "):
         ask("pooled-25_s0")
     assert made == []
+
+
+def test_planning_leaves_a_gpus_memory_to_the_processes_of_the_runs(tmp_path, monkeypatch):
+    name, found = "XLA_PYTHON_CLIENT_PREALLOCATE", []
+    monkeypatch.delenv(name, raising=False)
+
+    def planned():
+        found.append(os.environ.get(name))
+        yield Run("block-lm", "base", 0, get_preset("block-lm"))
+
+    for jobs in (1, 2):
+        args = BlockRoutingArgs(out=str(tmp_path), list=True, jobs=jobs)
+        assert make_missing("block-routing", args, planned()) == []
+    assert found == [None, "false"]
+    assert name not in os.environ
 
 
 def test_an_unknown_router_is_named():
