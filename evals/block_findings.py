@@ -1,16 +1,23 @@
 """What the results of block routing say: whether routing was tested, and who beats whom."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from routing_jax.evals.attention_error import least_cost
 from routing_jax.evals.results import Result, Summary, summary
-from routing_jax.evals.tables import Column, markdown_table, natural_order, router_of, significant
+from routing_jax.evals.tables import (
+    Column,
+    dense_of,
+    markdown_table,
+    natural_order,
+    router_of,
+    significant,
+)
 
 _FIXED = ("window", "sink-window", "strided", "bigbird")
 _RANDOM = "random"
-_MORE = 1.1  # times the blocks of the controls that a router may visit beside them
+_MORE = 1.1  # times the cost of the controls that a router may have beside them
 _NEEDED = 0.02  # fewer bits per byte with the whole context, or a text cannot test routing
 _ERROR = 0.1
 
@@ -21,19 +28,23 @@ class Lead(NamedTuple):
     Attributes:
       by: difference of the means, above 0 where the first is better.
       errors: the same in standard errors of that difference; None with one seed on a side.
+      seeds: how many each side has, at least.
     """
 
     by: float
     errors: float | None
+    seeds: int
 
     def words(self, name: str) -> str:
         """The lead over a variant, in words.
 
-        >>> Lead(0.0123, 3.14).words("random"), Lead(-0.5, None).words("window")
-        ('0.0123 better than random (3.1 standard errors)', '0.500 worse than window (one seed)')
-        """
+        >>> Lead(0.0123, 3.14, 2).words("random"), Lead(-0.5, None, 1).words("window")
+        ('0.0123 better than random (3.1 standard errors, 2 seeds)', '0.500 worse than window (one seed)')
+        """  # noqa: E501 - as it is printed
         side = "better" if self.by > 0 else "worse"
-        sure = "one seed" if self.errors is None else f"{abs(self.errors):.1f} standard errors"
+        sure = "one seed"
+        if self.errors is not None:
+            sure = f"{abs(self.errors):.1f} standard errors, {self.seeds} seeds"
         return f"{significant(abs(self.by))} {side} than {name} ({sure})"
 
 
@@ -45,10 +56,11 @@ def lead(one: Summary, other: Summary, *, more_is_better: bool) -> Lead:
     12.25
     """
     by = (one.mean - other.mean) * (1 if more_is_better else -1)
-    if min(one.seeds, other.seeds) < 2:
-        return Lead(by, None)
+    seeds = min(one.seeds, other.seeds)
+    if seeds < 2:
+        return Lead(by, None, seeds)
     error = math.sqrt(one.std**2 / one.seeds + other.std**2 / other.seeds)
-    return Lead(by, by / error if error else math.copysign(math.inf, by) if by else 0.0)
+    return Lead(by, by / error if error else math.copysign(math.inf, by) if by else 0.0, seeds)
 
 
 class _Budget(NamedTuple):
@@ -68,99 +80,145 @@ def _budget_of(variant: str) -> _Budget | None:
     return None if percent is None else _Budget(percent, "+scratch" in variant)
 
 
-def _full(figures: dict[str, Summary], *, scratch: bool) -> Summary | None:
-    """Attention everywhere, trained like what it is compared with, or else as it was trained."""
-    return (figures.get("full+scratch") if scratch else None) or figures.get("full")
+def _figures(runs: Sequence[Result], field: str, seeds: Collection[int]) -> Summary:
+    """Of some of the seeds, which the runs have."""
+    found = summary((run for run in runs if run.seed in seeds), field)
+    assert found is not None
+    return found
 
 
-def _gate(task: str, figures: dict[str, Summary], text: bool) -> list[str]:
-    """Whether the task needs a context beyond the window."""
-    full, window = _full(figures, scratch=True), figures.get("window-1k")
-    if full is None or window is None:
-        return []
-    if not text:
+class _Task:
+    """The runs of one task, by variant, and how they are compared."""
+
+    def __init__(self, name: str, runs: Sequence[Result]):
+        self.name = name
+        self.text = runs[0].bits_per_byte is not None
+        self.field = "bits_per_byte" if self.text else "accuracy"
+        self.unit = "bits per byte" if self.text else "accuracy"
+        self.first = min(run.seed for run in runs)
+        self.variants: dict[str, list[Result]] = {}
+        for run in runs:
+            self.variants.setdefault(run.variant, []).append(run)
+
+    def chosen(self, variants: Collection[str]) -> str:
+        """The best of some variants, by the first seed."""
+
+        def figure(variant: str) -> float:
+            mean = _figures(self.variants[variant], self.field, {self.first}).mean
+            return -mean if self.text else mean
+
+        return max(variants, key=figure)
+
+    def seeds(self, *variants: str) -> set[int]:
+        """The seeds by which they are compared: those that did not choose, if there are two."""
+        of_each = [{run.seed for run in self.variants[variant]} for variant in variants]
+        common = set.intersection(*of_each)
+        later = common - {self.first}
+        return later if len(later) > 1 else {self.first}
+
+    def pair(self, one: str, other: str, seeds: Collection[int] = ()) -> tuple[Summary, Summary]:
+        """The figures of two variants, by the seeds that compare them or by those given."""
+        seeds = seeds or self.seeds(one, other)
+        first, second = (_figures(self.variants[v], self.field, seeds) for v in (one, other))
+        return first, second
+
+    def cost(self, variant: str) -> float:
+        """Of the first seed, router included, as a share of what attention everywhere costs."""
+        costs = {
+            run.variant: run.cost
+            for runs in self.variants.values()
+            for run in runs
+            if run.seed == self.first
+        }
+        return costs[variant] / costs.get(dense_of(variant), 1.0)
+
+    def gate(self) -> list[str]:
+        """Whether the task needs a context beyond the window."""
+        seeds = {run.seed for run in self.variants.get("base", [])}
+        seeds &= {run.seed for run in self.variants.get("window-1k", [])}
+        if not seeds:
+            return []
+        base, window = self.pair("base", "window-1k", seeds)
+        if not self.text:
+            return [
+                f"{self.name}: accuracy {base.mean:.2%} with attention everywhere, "
+                f"{window.mean:.2%} within 1,024 tokens."
+            ]
+        gain = 1 - base.mean / window.mean
+        verdict = "so it tests routing" if gain >= _NEEDED else "so it cannot test routing"
         return [
-            f"{task}: accuracy {full.mean:.2%} with attention everywhere, {window.mean:.2%} within "
-            "1,024 tokens."
+            f"{self.name}: attention everywhere has {100 * gain:.2f} % fewer bits per byte than "
+            f"the same model limited to 1,024 tokens ({100 * _NEEDED:.0f} % are needed), {verdict}."
         ]
-    gain = 1 - full.mean / window.mean
-    verdict = "so it tests routing" if gain >= _NEEDED else "so it cannot test routing"
-    return [
-        f"{task}: attention everywhere has {100 * gain:.2f} % fewer bits per byte than the same "
-        f"model limited to 1,024 tokens ({100 * _NEEDED:.0f} % are needed), {verdict}."
-    ]
+
+    def at(self, budget: _Budget) -> list[str]:
+        """The best router at a budget beside its controls."""
+        names = {
+            variant: router_of(variant).partition("+")[0]
+            for variant, runs in self.variants.items()
+            if _budget_of(variant) == budget and any(run.seed == self.first for run in runs)
+        }
+        fixed = [variant for variant, name in names.items() if name in _FIXED]
+        controls = [variant for variant, name in names.items() if name == _RANDOM]
+        rest = [variant for variant in names if variant not in (*fixed, *controls)]
+        most = _MORE * max(map(self.cost, (*fixed, *controls)), default=math.inf)
+        routers = [variant for variant in rest if self.cost(variant) <= most]
+        if not routers:
+            return []
+        seeds = max(len(self.variants[variant]) for variant in routers)
+        best = self.chosen([v for v in routers if len(self.variants[v]) == seeds])
+        if fixed:
+            controls.append(self.chosen(fixed))
+
+        def named(variant: str) -> str:
+            return f"{names[variant]} at {100 * self.cost(variant):.1f} % of the cost"
+
+        figure = _figures(self.variants[best], self.field, self.seeds(best)).mean
+        where = f"{self.name} at {budget.percent} %" + ", from the start" * budget.scratch
+        line = [f"{where}: best is {named(best)}, {self.unit} {figure:.4f}"]
+        dense = dense_of(best)
+        if any(run.seed == self.first for run in self.variants.get(dense, [])):
+            mine, full = self.pair(best, dense)
+            change = mine.mean / full.mean - 1 if full.mean else 0.0
+            line[0] += f" ({100 * change:+.2f} % against attention everywhere)"
+        leads = {v: lead(*self.pair(best, v), more_is_better=not self.text) for v in controls}
+        line += [found.words(named(variant)) for variant, found in leads.items()]
+        if leads and all(found.errors is not None for found in leads.values()):
+            won = all((found.errors or 0) > 2 for found in leads.values())
+            line.append(
+                "better than its controls" if won else "not better than all of its controls"
+            )
+        if over := [named(variant) for variant in rest if self.cost(variant) > most]:
+            line.append(f"beyond the budget: {', '.join(over)}")
+        return ["; ".join(line) + "."]
 
 
 def routing_findings(results: Sequence[Result]) -> str:
     """A Markdown list: for each task and budget the best router beside its controls.
 
-    The best is that of the best mean among those with the most seeds; what was trained from the
-    start is compared with what was too, and a router that visits more than a tenth more blocks than
-    all controls is named and left out. A router counts as better than its random control, or than
-    the best fixed pattern, when it leads by more than two standard errors; with one seed nothing is
-    said of that.
+    The best router, of those with the most seeds, and the best fixed pattern are chosen by the
+    first seed; they are compared by the others, so that no figure that was chosen by stands in what
+    it chose. A router counts as better than its random control, or than that pattern, when it leads
+    by more than two standard errors; with fewer than two seeds besides the first nothing is said of
+    that. What was trained from the start is compared with what was too, and a router that costs
+    more than a tenth more than all controls is named and left out.
 
     Args:
       results: of the experiment.
     """
     said = []
-    for task in sorted({run.task for run in results}, key=natural_order):
-        mine = [run for run in results if run.task == task]
-        text = mine[0].bits_per_byte is not None
-        figures, used = (
-            _by_variant(mine, field) for field in ("bits_per_byte" if text else "accuracy", "usage")
-        )
-        said += _gate(task, figures, text)
-        budgets = {budget for variant in figures if (budget := _budget_of(variant))}
+    for name in sorted({run.task for run in results}, key=natural_order):
+        task = _Task(name, [run for run in results if run.task == name])
+        said += task.gate()
+        budgets = {budget for variant in task.variants if (budget := _budget_of(variant))}
         for budget in sorted(budgets):
-            said += _at_budget(task, figures, used, budget, text)
+            said += task.at(budget)
+    if any(run.seed != results[0].seed for run in results):
+        said.append(
+            "Routers and patterns are chosen by the first seed and compared by the others, where "
+            "there are two; the table's means are of all."
+        )
     return "\n".join(f"- {line}" for line in said)
-
-
-def _by_variant(results: Sequence[Result], field: str) -> dict[str, Summary]:
-    found = {
-        variant: summary((run for run in results if run.variant == variant), field)
-        for variant in dict.fromkeys(run.variant for run in results)
-    }
-    return {variant: figures for variant, figures in found.items() if figures is not None}
-
-
-def _at_budget(
-    task: str, figures: dict[str, Summary], used: dict[str, Summary], budget: _Budget, text: bool
-) -> list[str]:
-    def named(of: dict[str, Summary]) -> dict[str, Summary]:
-        mine = {name: of[name] for name in of if _budget_of(name) == budget}
-        return {router_of(name).partition("+")[0]: figure for name, figure in mine.items()}
-
-    at, blocks = named(figures), named(used)
-    sign = -1 if text else 1
-    fixed = {n: f for n, f in at.items() if n in _FIXED}
-    controls = {_RANDOM: at[_RANDOM]} if _RANDOM in at else {}
-    if fixed:
-        pattern = max(fixed, key=lambda name: sign * fixed[name].mean)
-        controls[pattern] = fixed[pattern]
-    most = _MORE * max((blocks[n].mean for n in (*fixed, *controls)), default=math.inf)
-    rest = {n: f for n, f in at.items() if n not in (*_FIXED, _RANDOM)}
-    routers = {n: f for n, f in rest.items() if blocks[n].mean <= most}
-    if not routers:
-        return []
-    seeds = max(f.seeds for f in routers.values())
-    routers = {n: f for n, f in routers.items() if f.seeds == seeds}
-    best = max(routers, key=lambda name: sign * routers[name].mean)
-    unit = "bits per byte" if text else "accuracy"
-    where = f"{task} at {budget.percent} %" + ", from the start" * budget.scratch
-    line = [f"{where}: best is {best}, {unit} {routers[best].mean:.4f}"]
-    if full := _full(figures, scratch=budget.scratch):
-        change = routers[best].mean / full.mean - 1 if full.mean else 0.0
-        line[0] += f" ({100 * change:+.2f} % against attention everywhere)"
-    leads = {n: lead(routers[best], f, more_is_better=not text) for n, f in controls.items()}
-    line += [found.words(name) for name, found in leads.items()]
-    if leads and all(found.errors is not None for found in leads.values()):
-        won = all((found.errors or 0) > 2 for found in leads.values())
-        line.append("better than its controls" if won else "not better than all of its controls")
-    if over := [name for name in rest if blocks[name].mean > most]:
-        line.append(f"beyond the budget: {', '.join(over)}")
-    return ["; ".join(line) + "."]
 
 
 def error_table(results: Sequence[Result]) -> str:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from routing_jax.evals.plots import COLORS, INK, MARKERS, dress, new_figure, save_figure
 from routing_jax.evals.results import Result
-from routing_jax.evals.tables import router_of
+from routing_jax.evals.tables import dense_of, router_of
 
 _PERCENT = "25"  # the budget whose routers are drawn by position
 
@@ -23,36 +23,42 @@ def _style(i: int) -> dict[str, Any]:
 def plot_positions(results: Sequence[Result], path: epath.PathLike) -> Figure | None:
     """Bits per byte above attention everywhere, in percent, by position; a line a variant.
 
-    Drawn for controls and for routers at a quarter of the blocks, means over seeds; None, and no
-    file, without results by position of 'full' and of another variant.
+    Drawn for controls and for routers at a quarter of the blocks, means over the seeds that they
+    share with the dense model trained alike; None, and no file, where there are none.
 
     Args:
       results: of one task.
       path: where the plot goes.
     """
-    parts: dict[str, list[list[float]]] = {}
+    parts: dict[str, dict[int, list[float]]] = {}
     edges: list[int] = []
     for run in results:
         details = run.details or {}
         if "bits_per_byte" in details:
             edges = list(details["edges"])
-            parts.setdefault(run.variant, []).append(details["bits_per_byte"])
-    shown = [v for v in parts if v != "full" and (router_of(v) == v or v.endswith(f"-{_PERCENT}"))]
-    shown = [v for v in shown if len(np.unique([len(p) for p in parts[v]])) == 1]
-    if "full" not in parts or not shown:
+            parts.setdefault(run.variant, {})[run.seed] = details["bits_per_byte"]
+    dense = ("full", "base", "distil")  # all attend everywhere
+    shown = [v for v in parts if router_of(v) == v or v.endswith(f"-{_PERCENT}")]
+    lines = {}
+    for variant in (v for v in shown if v not in dense):
+        base = parts.get(dense_of(variant), {})
+        if seeds := sorted(base.keys() & parts[variant].keys()):
+            mine, theirs = (
+                np.mean([of[s] for s in seeds], axis=0) for of in (parts[variant], base)
+            )
+            lines[variant] = 100 * (mine / theirs - 1)
+    if not lines:
         return None
-    full = np.mean(parts["full"], axis=0)
     figure = new_figure(4.2)
     axes = figure.add_subplot()
-    for i, variant in enumerate(shown):
-        above = 100 * (np.mean(parts[variant], axis=0) / full - 1)
+    for i, (variant, above) in enumerate(lines.items()):
         axes.plot(edges, above, label=variant, **_style(i))
     axes.axhline(0, color=INK, linewidth=0.8)
     dress(axes)
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
-    axes.set(xlabel="up to position", ylabel="bits per byte above full, %")
+    axes.set(xlabel="up to position", ylabel="bits per byte above dense, %")
     figure.legend(loc="outside right upper", frameon=False)
     return save_figure(figure, path)
 

@@ -145,6 +145,9 @@ class TrainConfig:
         ones here, but for routers that it lacks; empty to draw all from the seed. Of a task in the
         tokens of a published model, this model, a folder or GGUF file: all of it is trained, and
         sizes are its own.
+      first_batch: which batch of the data the first step reads, so that a run that goes on from
+        another reads what the other has not.
+      routers_only: of a run that starts from another, train nothing but routers.
     """
 
     data: (
@@ -163,6 +166,8 @@ class TrainConfig:
     base: str = ""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     start_from: str = ""
+    first_batch: int = 0
+    routers_only: bool = False
 
     def __post_init__(self):
         _refuse_unbounded(self)
@@ -175,6 +180,10 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.first_batch < 0:
+            raise ValueError(f"first_batch is {self.first_batch}; it must be at least 0.")
+        if self.routers_only and not self.start_from:
+            raise ValueError("routers_only is True; it needs start_from, which is ''.")
         for length in self.lengths:
             if self.batch_size(length) < 1:
                 raise ValueError(

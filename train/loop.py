@@ -83,7 +83,7 @@ def abstract_state(config: TrainConfig, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 class _Feed:
-    """Batches of the current length, on the mesh, numbered by step."""
+    """Batches of the current length, on the mesh, numbered by step from `first_batch`."""
 
     def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh):
         self._config, self._mesh = config, mesh
@@ -100,7 +100,7 @@ class _Feed:
                 seed=self._config.seed,
                 batch_size=self._config.batch_size(length),
                 length=length,
-                start_step=step,
+                start_step=self._config.first_batch + step,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )

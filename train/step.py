@@ -99,6 +99,13 @@ def _by_task(batch: Any) -> jax.Array:
     return jax.nn.one_hot(batch.tasks, len(PROMPT_TASKS))
 
 
+def _but_routers(change: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
+    """The tree with everything changed that is no router's."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if "router" in (k.key for k in path) else change(leaf), tree
+    )
+
+
 @functools.cache  # a run that goes on in the same process finds its step compiled
 def make_train_step(
     config: TrainConfig,
@@ -136,6 +143,8 @@ def make_train_step(
         trained: Any, frozen: Any, batch: Any, rng: jax.Array, price: _Price, total: jax.Array
     ):
         params, multipliers = trained
+        if config.routers_only:
+            params = _but_routers(jax.lax.stop_gradient, params)
         out, missed, sparsity = run(params, multipliers, frozen, batch, rng, price)
         nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, batch.targets)
         hits = (jnp.argmax(out.logits, axis=-1) == batch.targets) * batch.weights
@@ -187,6 +196,8 @@ def make_train_step(
         rate = learning_rate(config, state.curriculum)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        if config.routers_only:  # decay would change what has no gradient
+            updates = _but_routers(jnp.zeros_like, updates)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         curriculum = update_curriculum(
             config.curriculum, state.curriculum, metrics["accuracy"], metrics[weighs]

@@ -28,9 +28,14 @@ from routing_jax.kernels.block_sparse.xla_tiles import (
     query_tiles,
     with_none,
 )
+from routing_jax.kernels.block_table import ceil_div
 from routing_jax.kernels.block_transpose import dense_runs, transpose_table
 from routing_jax.kernels.online_softmax import add_piece, empty_softmax, finish_softmax, matmul
 from routing_jax.kernels.ragged_rows import map_rows
+
+# Tiles are taken together up to so many queries where a block's list of them is walked. Where each
+# query is a tile of its own, a block that all of them list would else be a loop of T turns.
+_QUERIES = 64
 
 
 def _forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutputs:
@@ -43,7 +48,7 @@ def _forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOut
         def add_block(slot, state):
             block, bias = call.listed_block(rows, slot < lengths, slot)
             keys = call.key_row(batch, head, block)
-            logits = call.logits(q, call.tiles.k[keys], bias, batch, tile, block)
+            logits = call.logits(q, call.tiles.k[keys], bias, batch, tile[:, None], block)
             return add_piece(state, logits, call.tiles.v[keys])
 
         state = empty_softmax((rows.shape[0], call.G, call.table.block_q), call.H)
@@ -96,7 +101,7 @@ def _query_gradients(call: TiledCall, outputs: _OutputTiles):
             block, bias = call.listed_block(rows, slot < lengths, slot)
             keys = call.key_row(batch, head, block)
             k = call.tiles.k[keys]
-            p = jnp.exp(call.logits(q, k, bias, batch, tile, block) - lse[..., None])
+            p = jnp.exp(call.logits(q, k, bias, batch, tile[:, None], block) - lse[..., None])
             dp = matmul("rgqh,rph->rgqp", d_out, call.tiles.v[keys])
             ds = p * (dp - delta[..., None])
             dq += matmul("rgqp,rph->rgqh", ds.astype(k.dtype), k)
@@ -129,7 +134,7 @@ def _query_gradients(call: TiledCall, outputs: _OutputTiles):
 def _key_gradients(call: TiledCall, outputs: _OutputTiles, q_positions):
     """The gradients dk and dv [B·K·J,block_kv,H]: each block over the tiles that attend to it."""
     transposed = transpose_table(call.table, call.J)
-    C = transposed.capacity
+    C, together = transposed.capacity, max(1, _QUERIES // call.table.block_q)
     shape = (call.B, call.K, call.J)
     listed = jnp.broadcast_to(jnp.diff(transposed.offsets), shape)
 
@@ -140,26 +145,30 @@ def _key_gradients(call: TiledCall, outputs: _OutputTiles, q_positions):
 
     def step(rows, lengths):
         batch, head, block = call.split(rows, call.J)
-        at = call.table_row(batch, head)
+        at = tuple(x[:, None] for x in call.table_row(batch, head))
         k, v = call.tiles.k[rows], call.tiles.v[rows]
-        starts = transposed.offsets[(*at, block)]
+        starts = transposed.offsets[(*at, block[:, None])]
         listed_here, first_here = (x.reshape(-1)[rows] for x in (listed, first_dense))
 
-        def add_tile(i, gradients):
+        def of_tiles(x, source):  # [X+1,G,block_q,...], [R,n] -> [R,G,n·block_q,...]
+            x = jnp.swapaxes(x[source], 1, 2)
+            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+        def add_tiles(i, gradients):
             dk, dv = gradients
-            active = i < lengths
-            entry = transposed.entries[(*at, jnp.minimum(starts + i, call.M * C - 1))]
-            nth_dense = jnp.clip(first_here + i - listed_here, 0, call.M - 1)
-            is_listed = i < listed_here
-            tile = jnp.where(is_listed, entry // C, transposed.dense_tiles[(*at, nth_dense)])
-            tile = jnp.where(active, tile, 0)
-            source = (batch * call.K + head) * call.M + tile
+            nth = i * together + jnp.arange(together, dtype=jnp.int32)[None]
+            active, is_listed = nth < lengths[:, None], nth < listed_here[:, None]
+            entry = transposed.entries[(*at, jnp.minimum(starts + nth, call.M * C - 1))]
+            nth_dense = jnp.clip((first_here - listed_here)[:, None] + nth, 0, call.M - 1)
+            tiles = jnp.where(is_listed, entry // C, transposed.dense_tiles[(*at, nth_dense)])
+            tiles = jnp.where(active, tiles, 0)
+            source = ((batch * call.K + head) * call.M)[:, None] + tiles
             bias = None
             if call.bias is not None:
                 bias = jnp.where(is_listed, call.bias[source, entry % C], 0.0)
             source = jnp.where(active, source, call.B * call.K * call.M)
-            q, d_out, lse, _, delta = (x[source] for x in (call.tiles.q, *outputs))
-            logits = call.logits(q, k, bias, batch, tile, block)
+            q, d_out, lse, _, delta = (of_tiles(x, source) for x in (call.tiles.q, *outputs))
+            logits = call.logits(q, k, bias, batch, tiles, block)
             p = jnp.exp(logits - lse[..., None])  # 1 for no tile, whose q and d_out are 0
             dp = matmul("rgqh,rph->rgqp", d_out, v)
             ds = p * (dp - delta[..., None])
@@ -168,13 +177,15 @@ def _key_gradients(call: TiledCall, outputs: _OutputTiles, q_positions):
             return dk, dv
 
         start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-        dk, dv = jax.lax.fori_loop(0, lengths.max(), add_tile, start)
+        turns = ceil_div(lengths.max(), together)
+        dk, dv = jax.lax.fori_loop(0, turns, add_tiles, start)
         # A block that nobody attends to may hold anything, and nan·0 would be nan.
         read = lengths[:, None, None] > 0
         dk, dv = jnp.where(read, dk, 0.0), jnp.where(read, dv, 0.0)
         return (dk * call.options.scale).astype(k.dtype), dv.astype(v.dtype)
 
-    return map_rows(step, (listed + dense).reshape(-1), call.logits_per_row)
+    logits_per_row = call.logits_per_row * together
+    return map_rows(step, (listed + dense).reshape(-1), logits_per_row)
 
 
 def _backward(

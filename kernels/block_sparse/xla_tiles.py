@@ -147,7 +147,7 @@ class TiledCall:
         return jnp.minimum(batch, B - 1), jnp.minimum(head, K - 1)
 
     def listed_block(self, rows: jax.Array, active: jax.Array, slot: jax.Array):
-        """The block in a slot of each row, J where there is none, and its bias."""
+        """The block [R] in a slot of each row, J where there is none, and its bias [R,1]."""
         batch, head, tile = self.split(rows, self.M)
         where = (*self.table_row(batch, head), tile)
         dense = self.table.counts[where] < 0
@@ -156,21 +156,34 @@ class TiledCall:
         block = jnp.where(active & (block >= 0) & (block < self.J), block, self.J)
         bias = None
         if self.bias is not None:
-            bias = jnp.where(dense, 0.0, self.bias[rows, stored])
+            bias = jnp.where(dense, 0.0, self.bias[rows, stored])[:, None]
         return block, bias
 
-    def logits(self, q, k, bias, batch, tile, block):
-        """[R,G,block_q,block_kv] logits of one tile and block a row, −inf where hidden."""
-        size = self.table.block_kv
-        positions = self.tiles.positions[batch, tile][:, :, None]
+    def logits(self, q, k, bias, batch, tiles, block):
+        """[R,G,n·block_q,block_kv] logits of n tiles and one block a row, −inf where hidden.
+
+        Args:
+          q: [R,G,n·block_q,H].
+          k: [R,block_kv,H].
+          bias: [R,n] or None.
+          batch: [R].
+          tiles: [R,n].
+          block: [R].
+        """
+        size, at = self.table.block_kv, (batch[:, None], tiles)
+
+        def of_queries(by_tile):  # [B,M,block_q] -> [R,n·block_q,1]
+            return by_tile[at].reshape(q.shape[0], -1, 1)
+
+        positions = of_queries(self.tiles.positions)
         keys = (block[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None])[:, None, :]
         seen = (positions >= (keys if self.options.causal else 0)) & (keys < self.S)
         if self.tiles.q_segments is not None and self.tiles.k_segments is not None:
-            own = self.tiles.q_segments[batch, tile][:, :, None]
-            seen &= own == self.tiles.k_segments[batch, jnp.minimum(block, self.J - 1)][:, None, :]
+            of_block = self.tiles.k_segments[batch, jnp.minimum(block, self.J - 1)]
+            seen &= of_queries(self.tiles.q_segments) == of_block[:, None, :]
         logits = matmul("rgqh,rph->rgqp", q, k) * self.options.scale
         if bias is not None:
-            logits += bias[:, None, None, None]
+            logits += jnp.repeat(bias, self.table.block_q, axis=1)[:, None, :, None]
         return jnp.where(seen[:, None], logits, -jnp.inf)
 
     def key_row(self, batch: jax.Array, head: jax.Array, block: jax.Array) -> jax.Array:

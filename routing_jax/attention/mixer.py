@@ -76,7 +76,9 @@ def visible_pairs(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Ar
     return seen.astype(jnp.float32)
 
 
-def attention_work(pairs: jax.Array, num_heads: int, head_dim: int) -> jax.Array:
+def attention_work[Number: (jax.Array, float)](
+    pairs: Number, num_heads: int, head_dim: int
+) -> Number:
     """Multiply-adds of scores and weighted values over so many query–key pairs.
 
     Args:
@@ -84,7 +86,7 @@ def attention_work(pairs: jax.Array, num_heads: int, head_dim: int) -> jax.Array
       num_heads: N.
       head_dim: H.
 
-    >>> float(attention_work(jnp.float32(10), 2, 8))
+    >>> attention_work(10.0, 2, 8)
     320.0
     """
     return pairs * (2 * num_heads * head_dim)

@@ -4,7 +4,7 @@ MoBA's rule (arXiv 2502.13189) and what it is compared with, in one module: the 
 their scores alone, and all rows are made of scores by the same budget.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -155,14 +155,14 @@ def router_inputs(
 def block_router_work(
     config: BlockRouterConfig,
     *,
-    tokens: jax.Array,
-    tiles: int | jax.Array,
+    tokens: Any,
+    tiles: Any,
     blocks: int,
     width: int,
     kv_heads: int,
     head_dim: int,
-) -> jax.Array:
-    """Multiply-adds of a block router: pooling, projections, scores.
+) -> Any:
+    """Multiply-adds of a block router: pooling, projections, scores; of plain numbers a float.
 
     What training adds (noise, the map that an indexer is distilled from) is not counted.
 
@@ -176,12 +176,12 @@ def block_router_work(
       head_dim: H.
 
     >>> config = BlockRouterConfig(kind="pooled")
-    >>> work = dict(tokens=jnp.float32(128), tiles=2, blocks=2, width=8, kv_heads=1, head_dim=4)
-    >>> float(block_router_work(config, **work))  # 128·4 to pool, 2·2·4 to score
+    >>> work = dict(tokens=128, tiles=2, blocks=2, width=8, kv_heads=1, head_dim=4)
+    >>> block_router_work(config, **work)  # 128·4 to pool, 2·2·4 to score
     528.0
     """
     # Floats from the start: over a batch of long sequences, int32 would wrap around.
-    tokens, rows = jnp.float32(tokens), jnp.float32(tiles)
+    tokens, rows = 1.0 * tokens, 1.0 * tiles
     if config.kind in FIXED:
         return 0 * tokens
     scored = blocks

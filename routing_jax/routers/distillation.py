@@ -1,13 +1,15 @@
 """Where dense attention looks, block by block, and how far a router is from it.
 
 The target of SeerAttention's gate (arXiv 2410.13276) and of DeepSeek's indexer: the dense map
-pooled over tiles and blocks. It is made a tile at a time; no T×S array ever exists.
+pooled over tiles and blocks. It is made a few tiles at a time; no T×S array ever exists.
 """
 
 import jax
 import jax.numpy as jnp
 
 from routing_jax.kernels.padding import pad_axis
+
+_QUERIES = 32  # of small tiles, those that are taken together
 
 
 def pooled_attention(
@@ -59,7 +61,9 @@ def pooled_attention(
         mass = mass.reshape(B, K, blocks, block_kv).sum(axis=-1)
         return mass / jnp.maximum(mass.sum(axis=-1, keepdims=True), 1e-30)
 
-    return jnp.moveaxis(jax.lax.map(one_tile, (rows.swapaxes(0, 1), places, segments)), 0, 2)
+    together = max(1, _QUERIES // block_q)
+    inputs = rows.swapaxes(0, 1), places, segments
+    return jnp.moveaxis(jax.lax.map(one_tile, inputs, batch_size=together), 0, 2)
 
 
 def block_divergence(scores: jax.Array, target: jax.Array, open_: jax.Array) -> jax.Array:

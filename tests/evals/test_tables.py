@@ -205,17 +205,19 @@ def test_block_routers_stand_beside_dense_attention_of_their_task(make_result):
             made("needle", "learned-25", 1, accuracy=0.7, usage=0.3, details=heads),
             made("needle", "full", accuracy=1.0, usage=1.0),
             made("text", "full", bits_per_byte=2.0, accuracy=0.5),
+            made("text", "base", bits_per_byte=1.0, accuracy=0.5),
             made("text", "window-1k", bits_per_byte=2.1, accuracy=0.5),
         ]
     ).split("\n\n")
-    dense, learned, _, window = cells(table)
+    dense, learned, _, base, window = cells(table)
     assert dense["router and budget, %"] == "full"
     assert learned["accuracy (worst)"] == "80.00 % (70.00 %)"
-    assert learned["against full (worst)"] == "-20.00 % (-30.00 %)"
+    assert learned["against dense (worst)"] == "-20.00 % (-30.00 %)"
     assert learned["blocks visited (worst)"] == "25.0 % (30.0 %)"
     assert learned["by head"] == "10.0 % to 30.0 %"
     assert window["bits per byte ± std"] == "2.1000"
-    assert window["against full (worst)"] == "+5.00 %"
+    assert window["against dense (worst)"] == "+110.00 %"
+    assert base["against dense (worst)"] == "–"
     assert window["accuracy (worst)"] == dense["by head"] == "–"
     assert "NVIDIA H100" in told
     assert "Blocks visited: share of the key blocks" in told

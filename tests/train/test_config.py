@@ -36,6 +36,18 @@ def test_what_is_accepted_is_said(changes, said):
     assert str(caught.value) == f"{said}; it must be finite, and at most 3.4e+38."
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"first_batch": -1}, "first_batch is -1; it must be at least 0."),
+        ({"routers_only": True}, "routers_only is True; it needs start_from, which is ''."),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_refused(changes, said):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        TrainConfig().replace(**changes)
+
+
 def test_a_number_inside_a_part_of_a_part_is_refused():
     values = config_to_dict(TrainConfig())
     values["model"]["router"]["temperature"] = math.nan

@@ -95,6 +95,22 @@ def test_stopped_again_and_again_a_run_is_the_one_never_stopped(
     same(trained.state, whole.trained.state)
 
 
+def test_a_run_reads_from_its_first_batch_on_and_so_does_what_resumes_it(
+    whole, tiny_run, tmp_path, monkeypatch
+):
+    config = tiny_run.replace(first_batch=100)
+    later = train(config, tmp_path / "later", quiet=True)
+    assert later.step == whole.trained.step
+    assert lines(tmp_path / "later") != whole.text
+    with monkeypatch.context() as patch:
+        before_batch(patch, 110, terminate)
+        with pytest.raises(Interrupted, match="step 10 is saved"):
+            train(config, tmp_path / "stopped", quiet=True)
+    trained = train(config, tmp_path / "stopped", resume_step=10, quiet=True)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "later")
+    same(trained.state, later.state)
+
+
 def test_going_back_to_an_older_checkpoint_repeats_the_same_losses(whole, tiny_run, tmp_path):
     folder = whole.copy(tmp_path)
     steps = Checkpointer(folder / "checkpoints").steps()

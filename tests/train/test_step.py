@@ -190,6 +190,20 @@ def test_a_random_router_is_frozen():
     assert np.any(np.asarray(state.params["head"]) != start(config).params["head"])
 
 
+def test_routers_are_trained_alone_where_asked_for():
+    config = ROUTED.replace(
+        start_from="another", routers_only=True, optimizer__weight_decay=0.5, model__scan=True
+    )
+    state = start(config)
+    for _ in range(3):
+        state, _ = stepper(config)(state, some_batch())
+    for (path, leaf), before in zip(
+        jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(start(config).params)
+    ):
+        changed = np.any(np.asarray(leaf) != before)
+        assert changed == ("router" in [key.key for key in path]), path
+
+
 def test_metrics_read_the_weighted_positions_only():
     batch = some_batch()
     junk = np.where(batch.weights > 0, batch.targets, 3)

@@ -1,24 +1,30 @@
 """Block routing measured: routers, controls and budgets on recall, needles and text.
 
 A model learns with attention everywhere ('base'), and from it every variant goes on under its rows:
-dense train, then sparse fine-tune, the recipe that is known to work, and a third of the time of
-training each from the start. 'full' goes on with attention everywhere. What cannot go on, the model
-limited to 1,024 tokens, linear attention and convolutions, is trained from the start for as many
-steps; so are the routers named '+scratch' and, for all these to be compared with, 'full+scratch'.
-A learning rate that falls once is not one that falls twice, and of a text what goes on reads its
-base's first batches again.
+dense train, then sparse fine-tune, the recipe that is known to work, and a quarter of the time of
+training each from the start. 'full' goes on with attention everywhere. All of them take equally
+many steps and read the same batches, none of which their base has read. An indexer is first taught
+where its base looks ('distil'), which leaves the base's own parameters as they are. What cannot go
+on, the model limited to 1,024 tokens, linear attention and convolutions, is trained as the base is
+and compared with it; so, on text, are the routers named '+scratch'.
 
-Command: `routing-jax reproduce block-routing --text FOLDER --jobs 8`; `--list` names the runs,
-`--only REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones
-resumed. `--only 'block-lm_(full|window-1k)'` first: where attention everywhere does not beat
-the same model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: an estimated 1 to 3 minutes a run on an H100, a third of it compilation, and 277
-runs in all; in their order they can be cut anywhere. What a run goes on from is made before it, and
-again where its folder is lost.
+Of the seeds of what is compared, the first chooses (which routers are followed up, which router and
+which fixed pattern is best) and the others say by how much.
+
+Command: `routing-jax reproduce block-routing --text FOLDER --jobs 5` (a run on text takes an
+estimated 10 GiB of the GPU, all others below 2); `--list` names the runs, `--only REGEX` and
+`--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
+`--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
+model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
+Hardware and time: 303 runs, by estimate 53 minutes of one H100: 25 on text (14 of them seed 0, and
+nearly 4 each later seed), 12 on recall, 8 on each kind of needle; the last seed, which comes last,
+is 8 of them. Jobs side by side compile meanwhile. In their order the runs can be cut anywhere. What
+a run goes on from is made before it, and again where its folder is lost.
 Expect: not measured yet.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,11 +33,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from routing_jax.attention import HeadsConfig, attention_work
 from routing_jax.evals.attention_error import Row, attention_errors
 from routing_jax.evals.by_position import head_usage, loss_by_position, position_edges
 from routing_jax.evals.report import BLOCK_ROUTING as EXPERIMENT
 from routing_jax.evals.report import block_routing_text, plot_block_routing
 from routing_jax.evals.results import Result
+from routing_jax.routers import BlockRouterConfig, block_router_work
 from routing_jax.train.config import TrainConfig
 from routing_jax.train.data import TextConfig, batches
 from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing
@@ -60,7 +68,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
 STRONGEST = ("learned", "pooled", "indexer")
 BASELINES = ("random", "sink-window")  # what a learned router must beat
 TASKS = ("block-lm", "block-mqar-2048", "block-needle-4096", "block-multi-needle-4096")
-SEEDS = 3  # where a difference is to be judged; one seed elsewhere
+SEEDS = 4  # where a difference is to be judged: one that chooses, three that compare
+FROM_THE_START = ("learned", "random")  # routers that are also trained without a base
+_SMALLER = 4  # times, batches that a router alone is trained on
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,8 @@ class BlockRoutingArgs(ReproduceArgs):
 
     Attributes:
       text: corpus of the language-model runs, as --data.source takes it.
-      strongest: the routers that get three seeds at 12 and 25 %, and one at 5 and 50 %; choose them
-        by the first seeds of all, and know that those then stand in their means.
+      strongest: the routers that get several seeds at 12 and 25 %, and one at 5 and 50 %. Choose
+        them by seed 0 of all: what is compared are the other seeds.
     """
 
     text: str = "stdlib"
@@ -88,32 +98,59 @@ def with_router(config: TrainConfig, **changes: Any) -> TrainConfig:
     return config.replace(model__blocks=dataclasses.replace(config.model.blocks, **changes))
 
 
-def blocks_listed(config: TrainConfig, percent: int) -> int:
+@functools.cache
+def _router_share(router: BlockRouterConfig, length: int, heads: HeadsConfig, width: int) -> float:
+    """The router's multiply-adds ÷ those of dense attention, of a whole sequence."""
+    seen = np.arange(0, length, router.block_q) // router.block_kv + 1
+    pairs = float(seen.sum()) * router.block_q * router.block_kv
+    work = block_router_work(
+        router,
+        tokens=length,
+        tiles=len(seen),
+        blocks=-(-length // router.block_kv),
+        width=width,
+        kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+    )
+    return work / attention_work(pairs, heads.num_heads, heads.head_dim)
+
+
+def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:
     """How many blocks a row lists for a sequence to cost that percentage; short rows are dense.
 
-    The router's own work is not in it: under 0.1 % of attention's, but in recall, where every query
-    is routed, up to 5 %, which a fixed pattern does not spend. `cost` in the results has it.
+    The router's own work is in it: under 0.1 % of attention's, but in recall, where every query is
+    routed, up to 4 %, for which fixed patterns list more blocks. A budget that pays for any choice
+    pays for one block at least.
 
     A share of what each row sees would cost the same, and leave early rows nothing to choose: a
     query that comes soon after what it asks for could then be answered by no router.
 
-    >>> [blocks_listed(get_preset("block-lm"), percent) for percent in (5, 12, 25, 50)]
+    >>> [blocks_listed(get_preset("block-lm"), "learned", percent) for percent in (5, 12, 25, 50)]
     [3, 8, 17, 38]
     """
     blocks = config.model.blocks
     seen = np.arange(1, -(-config.data.length // blocks.block_kv) + 1)
     counts = range(blocks.forced, len(seen) + 1)
-    costs = [np.minimum(count, seen).sum() / seen.sum() for count in counts]
-    return counts[int(np.argmin(np.abs(np.array(costs) - percent / 100)))]
+    costs = np.array([np.minimum(count, seen).sum() / seen.sum() for count in counts])
+
+    def nearest(cost: float) -> int:
+        return counts[int(np.argmin(np.abs(costs - cost)))]
+
+    listed = nearest(percent / 100)
+    if listed == blocks.forced:
+        return listed
+    asked = with_router(config, **{"budget": "blocks", "blocks": listed} | ROUTERS[router]).model
+    share = _router_share(asked.blocks, config.data.length, asked.heads, asked.width)
+    return max(nearest(percent / 100 - share), blocks.forced + 1)
 
 
 def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
-    """The run with a router at a budget: blocks that cost that percentage of attention.
+    """The run with a router at a budget: what both cost is that percentage of attention.
 
     'mass' adapts within twice the budget; for 'gates' λ rises until cost is down to it.
     """
     fraction = percent / 100
-    listed = blocks_listed(config, percent)
+    listed = blocks_listed(config, router, percent)
     config = with_router(config, **{"budget": "blocks", "blocks": listed} | ROUTERS[router])
     if router == "mass":
         config = with_router(config, fraction=min(1.0, 2 * fraction))
@@ -138,37 +175,56 @@ def control(config: TrainConfig, name: str) -> TrainConfig:
     """
     if name == "conv":
         return convolution_only(config)
-    if name == "window-1k":
-        blocks = WINDOW // config.model.blocks.block_kv
-        return with_router(config, kind="window", sinks=0, budget="blocks", blocks=blocks)
+    if name == "window-1k":  # whose rows need no small tiles
+        size = max(64, config.model.blocks.block_kv)
+        tiles = {"block_q": size, "block_kv": size, "blocks": WINDOW // size}
+        return with_router(config, kind="window", sinks=0, budget="blocks", **tiles)
     return config.replace(model__layers=config.model.layers.replace("block", name))
 
 
 def tuning_steps(config: TrainConfig) -> int:
-    """Steps that a variant takes after its base: half of the base's hold.
+    """Steps that a variant takes after its base: a third of the base's hold.
 
     >>> tuning_steps(get_preset("block-lm"))
-    450
+    300
     """
-    return config.curriculum.hold_steps // 2
+    return config.curriculum.hold_steps // 3
 
 
-def from_the_start(config: TrainConfig) -> TrainConfig:
-    """The run with the steps that a base and what follows it take together."""
-    plan = config.curriculum
-    return config.replace(curriculum__hold_steps=plan.hold_steps + tuning_steps(config))
+def tuned(base: TrainConfig, config: TrainConfig, start_from: str) -> TrainConfig:
+    """The run as one that goes on from a base, at half the learning rate, and reads on.
 
-
-def tuned(config: TrainConfig, start_from: str, steps: int) -> TrainConfig:
-    """The run as one that goes on from another, at half the learning rate."""
+    Args:
+      base: the task's preset.
+      config: the run, of the same batches.
+      start_from: the folder of the base, or of a run with the base's parameters.
+    """
     return config.replace(
         start_from=start_from,
+        first_batch=base.curriculum.max_steps,
         curriculum__lengths=(),
         curriculum__learn_steps=0,
         curriculum__ramp_steps=0,
-        curriculum__hold_steps=steps,
+        curriculum__hold_steps=tuning_steps(base),
         curriculum__explore_fades=False,  # there is no other phase in which to distil or balance
-        optimizer__learning_rate=config.optimizer.learning_rate / 2,
+        optimizer__learning_rate=base.optimizer.learning_rate / 2,
+    )
+
+
+def distilled(base: TrainConfig, start_from: str) -> TrainConfig:
+    """The run that teaches an indexer where its base looks: routers alone, of smaller batches.
+
+    The base's parameters stay as they are, so that an indexer's model has been trained no longer
+    than any other's. The text is none that the base or what goes on from it reads.
+    """
+    config = with_router(base, kind="indexer", fraction=1.0, distil=True)
+    plan = tuned(base, config, start_from)
+    return plan.replace(
+        routers_only=True,
+        batch_tokens=base.batch_tokens // _SMALLER,
+        first_batch=(plan.first_batch + tuning_steps(base)) * _SMALLER,
+        curriculum__explore=1.0,
+        optimizer__learning_rate=base.optimizer.learning_rate,
     )
 
 
@@ -177,49 +233,60 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
 
     Args:
       base: the task's preset.
-      variant: its name; 'learned+scratch-25' is 'learned-25' trained from the start, as
-        'full+scratch' is 'full'.
+      variant: its name; 'learned+scratch-25' is 'learned-25' trained from the start.
       folder: from another variant's name to the folder of its run.
 
     >>> variant_config(get_preset("block-lm"), "pooled-12", str).model.blocks.blocks
     8
     """
-    steps = tuning_steps(base)
     if variant == "base":
         return control(base, "full")
     if variant == "full":
-        return tuned(control(base, "full"), folder("base"), steps)
-    if variant == "distil":  # attention everywhere, while an indexer learns where it looks
-        config = with_router(base, kind="indexer", fraction=1.0, distil=True)
-        return tuned(config, folder("base"), steps // 2).replace(curriculum__explore=1.0)
+        return tuned(base, control(base, "full"), folder("base"))
+    if variant == "distil":
+        return distilled(base, folder("base"))
     router, _, percent = variant.rpartition("-")
     if not percent.isdigit():
-        return from_the_start(control(base, variant.removesuffix("+scratch")))
+        return control(base, variant)
     name, _, scratch = router.partition("+")
     if scratch:
-        return routed(from_the_start(base), name, int(percent))
-    if name == "indexer":
-        return tuned(routed(base, name, int(percent)), folder("distil"), steps - steps // 2)
-    return routed(tuned(base, folder("base"), steps), name, int(percent))
+        return routed(base, name, int(percent))
+    before = folder("distil" if name == "indexer" else "base")
+    # λ of 'gates' rises within what is tuned, so the budget is set last.
+    return routed(tuned(base, base, before), name, int(percent))
 
 
 def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Variants and seeds by need: cut anywhere, what was made is a comparison that can be read."""
     main = dict.fromkeys((*strongest, *BASELINES))
-    yield from itertools.product(("base", "full", "window-1k"), range(SEEDS))
-    yield "full+scratch", 0
-    yield "distil", 0
-    for percent in (25, 12):
-        yield from ((f"{router}-{percent}", 0) for router in ROUTERS)
-    for seed in range(1, SEEDS):
+
+    def compared(seed: int) -> Iterator[tuple[str, int]]:
+        yield from ((name, seed) for name in ("base", "full"))
         if "indexer" in main:
             yield "distil", seed
         for percent in (25, 12):
             yield from ((f"{router}-{percent}", seed) for router in main)
-    yield from ((name, 0) for name in ("linear", "conv"))
-    yield from ((f"{router}+scratch-25", 0) for router in main if router != "indexer")
-    for percent in (5, 50):
+
+    yield from ((name, 0) for name in ("base", "full", "window-1k", "distil"))
+    for percent in (25, 12):
+        yield from ((f"{router}-{percent}", 0) for router in ROUTERS)
+    for seed in range(1, SEEDS - 1):
+        yield from compared(seed)
+    for percent in (50, 5):
         yield from ((f"{router}-{percent}", 0) for router in main)
+    yield from ((name, 0) for name in ("linear", "conv"))
+    yield from ((f"{router}+scratch-25", 0) for router in FROM_THE_START)
+    yield from compared(SEEDS - 1)
+
+
+def _tests_something(base: TrainConfig, variant: str) -> bool:
+    """Whether a task has a choice to offer at a variant's budget, and any use for the variant."""
+    router, _, percent = variant.rpartition("-")
+    name, _, scratch = router.partition("+")
+    if scratch and not isinstance(base.data, TextConfig):
+        return False
+    forced = base.model.blocks.forced
+    return not percent.isdigit() or blocks_listed(base, name, int(percent)) > forced
 
 
 def runs(
@@ -230,7 +297,8 @@ def runs(
     """All runs of the experiment, in the order in which they are made.
 
     Where a budget pays for no block besides a row's own and the sinks, no router has a choice and
-    none is run: at 5 %, everywhere but on text.
+    none is run: at 5 %, everywhere but on text. Only on text, too, is anything routed trained from
+    the start.
 
     Args:
       text: corpus of the language-model runs.
@@ -242,8 +310,7 @@ def runs(
             base = get_preset(task)
             if isinstance(base.data, TextConfig):
                 base = base.replace(data__source=text)
-            percent = variant.rpartition("-")[2]
-            if percent.isdigit() and blocks_listed(base, int(percent)) <= base.model.blocks.forced:
+            if not _tests_something(base, variant):
                 continue
 
             def folder(other: str, task: str = task, seed: int = seed) -> str:

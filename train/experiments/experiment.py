@@ -12,7 +12,12 @@ from etils import epath
 
 from routing_jax.evals.results import Result, load_results, result_path, write_result
 from routing_jax.train.config import TrainConfig
-from routing_jax.train.experiments.side_by_side import Task, side_by_side
+from routing_jax.train.experiments.side_by_side import (
+    LITTLE_MEMORY,
+    Task,
+    environment_variables,
+    side_by_side,
+)
 from routing_jax.train.run import read_config, run
 
 
@@ -159,7 +164,10 @@ def make_missing(
       ValueError: as `wanted_runs` and `train_run`.
       RuntimeError: with several jobs, some of them failed; they and their logs are named.
     """
-    planned = list(planned)
+    alone = args.jobs == 1
+    # Planning counts parameters, which starts the device: its memory is for the runs.
+    with environment_variables(**({} if alone else LITTLE_MEMORY)):
+        planned = list(planned)
     wanted = wanted_runs(args, planned)
     paths = [result_path(args.out, experiment, r.task, r.variant, r.seed) for r in wanted]
     if args.list:
@@ -168,7 +176,6 @@ def make_missing(
         return []
     folder = epath.Path(args.scratch) / experiment
     missing = _with_starts([r for r, p in zip(wanted, paths) if not p.exists()], planned, folder)
-    alone = args.jobs == 1
     make = make or functools.partial(train_run, timed=alone)
     one = functools.partial(_make_one, experiment, args.out, folder, make, finish)
     (_make_in_turn if alone else _make_side_by_side)(missing, one, args, folder)

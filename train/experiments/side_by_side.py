@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+# A process takes only the memory of a GPU that it needs, which leaves others theirs.
+LITTLE_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
 
 class Task(NamedTuple):
     """What a process does.
@@ -48,8 +51,13 @@ def _start(task: Task, log: Path) -> BaseProcess:
 
 
 @contextlib.contextmanager
-def _environment(**changed: str) -> Iterator[None]:
-    """Environment variables as a process started inside inherits them."""
+def environment_variables(**changed: str) -> Iterator[None]:
+    """Environment variables as a device or process started inside finds them.
+
+    >>> with environment_variables(SOME_NAME="a value"):
+    ...     os.environ["SOME_NAME"]
+    'a value'
+    """
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     try:
@@ -116,15 +124,14 @@ def side_by_side(
     'hi\n'
     """
     logs.mkdir(parents=True, exist_ok=True)
-    shared = {
+    cache = {
         "JAX_COMPILATION_CACHE_DIR": str(logs / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-    shared = {name: os.environ.get(name, value) for name, value in shared.items()}
+    shared = {name: os.environ.get(name, value) for name, value in (cache | LITTLE_MEMORY).items()}
     waiting = list(tasks)
     running: dict[str, tuple[BaseProcess, str]] = {}
-    with _environment(**shared):
+    with environment_variables(**shared):
         gpus = _gpus()
     start = time.monotonic()
     with _exit_on_sigterm():
@@ -145,7 +152,7 @@ def side_by_side(
                     used = [gpu for _, gpu in running.values()]
                     gpu = min(gpus, key=used.count, default="")
                     own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-                    with _environment(**shared, **own):
+                    with environment_variables(**shared, **own):
                         running[task.name] = _start(task, logs / f"{task.name}.txt"), gpu
                 time.sleep(0.05)
         finally:
