@@ -30,6 +30,8 @@ class SchemesConfig:
       hidden: width of the router's hidden layer.
       gate_dropout: of soft gates in training, the rest scaled up, not renormalised.
       gate_noise: whether hard gates have Gumbel noise in training, so that tokens explore.
+      detached: whether the router's gradient ends at its own parameters, so that nothing below
+        learns to be routed: what is trained beside is trained as beside a random router.
       temperature: of the soft gate behind the straight-through gradient of a hard one.
     """
 
@@ -39,6 +41,7 @@ class SchemesConfig:
     hidden: int = 96
     gate_dropout: float = 0.0
     gate_noise: bool = True
+    detached: bool = False
     temperature: float = 1.0
 
     def __post_init__(self):
@@ -138,6 +141,8 @@ class SchemeRouter(nn.Module):
         """Routes the tokens x [B,T,D]; see the class."""
         cfg = self.config
         E = len(cfg.each)
+        if cfg.detached:
+            x = jax.lax.stop_gradient(x)
         if cfg.kind == "average":
             logits = jnp.zeros((*valid.shape, E))
         else:

@@ -66,6 +66,19 @@ def test_a_hard_gate_has_the_gradient_of_the_soft_one():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_detached_router_learns_and_leaves_what_it_reads_alone(detached):
+    router = SchemeRouter(SchemesConfig(hidden=4, kind="hard", detached=detached))
+
+    def weighed(params, x):
+        gates = router.apply({"params": params}, x, VALID).gates
+        return (gates @ jnp.array([1.0, 2.0, -3.0])).sum()
+
+    own, read = jax.grad(weighed, argnums=(0, 1))(PARAMS, X)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(own))
+    assert np.any(read) != detached
+
+
 def test_a_random_router_gives_its_parameters_no_gradient():
     grads = jax.grad(lambda p: (route(params=p, kind="random").gates ** 2).sum())(PARAMS)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))

@@ -131,6 +131,7 @@ VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "nested-hard": _schemes(nested=True, kind="hard", gate_dropout=0.0),
     "nested-hard+kv-cost": _priced(nested=True),
     "nested-hard+kv-cost+no-noise": _priced(nested=True, gate_noise=False),
+    "nested-hard+kv-cost+detached": _priced(nested=True, gate_noise=False, detached=True),
     "nested-random": _schemes(nested=True, kind="random", gate_dropout=0.0),
 }
 

@@ -50,7 +50,10 @@ def test_variants_differ_in_what_they_are_named_for():
             kind = config.model.schemes.kind
             assert kind in variant, variant
             assert config.model.schemes.nested == variant.startswith("nested"), variant
-            assert config.model.schemes.gate_noise == (not variant.endswith("no-noise")), variant
+            detached = variant.endswith("detached")
+            quiet = detached or variant.endswith("no-noise")
+            assert config.model.schemes.gate_noise == (not quiet), variant
+            assert config.model.schemes.detached == detached, variant
         assert (config.curriculum.peak > 0) == ("kv-cost" in variant), variant
         if "kv-cost" in variant:
             assert (config.curriculum.weighs, config.curriculum.explore) == ("kv_cost", 0)
