@@ -27,8 +27,8 @@ def with_interval(values: np.ndarray) -> tuple[float, float]:
 
     >>> [round(x, 3) for x in with_interval(np.array([[0.0, 1.0, 0.0, 1.0]]))]
     [0.5, 0.919]
-    >>> round(with_interval(np.array([[0.0, 1.0, 0.0, 1.0], [0.2, 1.2, 0.2, 1.2]]))[1], 3)
-    1.05
+    >>> round(with_interval(np.array([[0.0, 1.0, 0.0, 1.0], [0.4, 1.4, 0.4, 1.4]]))[1], 2)
+    0.99
     """
     R, n = values.shape
     mean = float(values.mean())
