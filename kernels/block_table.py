@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from routing_jax.kernels.checks import check_dtype, known_values, match_shape, refuse_rows
+from routing_jax.kernels.checks import check_dtype, match_shape, refuse_rows, values_to_check
 
 DENSE = -1  # the count of a row that attends to every visible block without listing any
 
@@ -306,7 +306,10 @@ def check_table(
 
 
 def _check_values(table: BlockTable, num_blocks: int) -> None:
-    xp, (counts, indices) = known_values(table.counts, table.indices)
+    found = values_to_check(table.counts, table.indices)
+    if found is None:
+        return
+    xp, (counts, indices) = found
     listed = xp.arange(table.capacity)[None, None, None] < counts[..., None]
     ascending = indices[..., 1:] > indices[..., :-1]
 

@@ -153,18 +153,20 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def known_values(*arrays: jax.Array) -> tuple[Any, list[Any]]:
-    """The arrays as numpy's if all their values are known here, and the module to compute with.
+def values_to_check(*arrays: jax.Array) -> tuple[Any, list[Any]] | None:
+    """The arrays, if their values are looked at, and the module to compute with.
 
-    Values are unknown while an array is traced or partly on another host.
+    Values are unknown while an array is traced or partly on another host, and are then looked at
+    under `checked` only: nothing is computed that nobody asked for.
 
     Args:
       arrays: any arrays.
 
     Returns:
-      numpy and numpy arrays, or jax.numpy and the arrays as they came.
+      numpy and numpy arrays where all values are known; else under `checked` jax.numpy and the
+      arrays as they came, elsewhere None.
 
-    >>> xp, (x,) = known_values(jnp.arange(3))
+    >>> xp, (x,) = values_to_check(jnp.arange(3))
     >>> xp.__name__, type(x).__name__
     ('numpy', 'ndarray')
     """
@@ -172,7 +174,9 @@ def known_values(*arrays: jax.Array) -> tuple[Any, list[Any]]:
         isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable)
         for x in arrays
     )
-    return (np, [np.asarray(x) for x in arrays]) if known else (jnp, list(arrays))
+    if known:
+        return np, [np.asarray(x) for x in arrays]
+    return (jnp, list(arrays)) if _checks_traced.value else None
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,7 +194,8 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
       what a check found.
 
     >>> def first(x):
-    ...     refuse_rows(x > 3, "x must be at most 3", str)
+    ...     if found := values_to_check(x):
+    ...         refuse_rows(found[1][0] > 3, "x must be at most 3", str)
     ...     return x[0]
     >>> error, _ = jax.jit(checked(first))(jnp.array([1, 4]))
     >>> error.get().splitlines()[0]
@@ -206,10 +211,10 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_rows(bad: Any, sentence: str, describe: Callable[[tuple[int, ...]], str]) -> None:
-    """Refuses the call if a row is marked bad: at once, or under `checked` while it is traced.
+    """Refuses the call if a row is marked bad: at once, or by checkify while it is traced.
 
     Args:
-      bad: bool, one a row; numpy's if known, jax's if traced.
+      bad: bool, one a row, made of `values_to_check`: numpy's if known, jax's if traced.
       sentence: what must hold.
       describe: a row's place to what it holds, for known values.
 
@@ -222,8 +227,7 @@ def refuse_rows(bad: Any, sentence: str, describe: Callable[[tuple[int, ...]], s
     ValueError: rows must be short; row (1,) is long.
     """
     if not isinstance(bad, np.ndarray):
-        if _checks_traced.value:
-            checkify.debug_check(~bad.any(), f"{sentence}; some row breaks this.")
+        checkify.debug_check(~bad.any(), f"{sentence}; some row breaks this.")
     elif bad.any():
         row = tuple(int(i) for i in np.argwhere(bad)[0])
         raise ValueError(f"{sentence}; row {row} {describe(row)}.")

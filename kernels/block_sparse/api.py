@@ -21,10 +21,10 @@ from routing_jax.kernels.checks import (
     check_dtype,
     check_head_groups,
     check_same_floats,
-    known_values,
     match_shape,
     refuse_rows,
     resolve_scale,
+    values_to_check,
 )
 from routing_jax.kernels.choice import choose
 
@@ -129,7 +129,10 @@ def _check_inputs(q, k, v, table, block_bias, q_positions, segment_ids) -> Atten
 
 def _check_positions(q_positions: jax.Array) -> None:
     """Ascending, then −1: the backward pass and the loop bounds of dense rows rely on it."""
-    _, (positions,) = known_values(q_positions)
+    found = values_to_check(q_positions)
+    if found is None:
+        return
+    _, (positions,) = found
     later, earlier = positions[:, 1:], positions[:, :-1]
     ascending = (later == -1) | ((later > earlier) & (earlier >= 0))
     refuse_rows(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from routing_jax.kernels.checks import check_dtype, known_values, match_shape, refuse_rows
+from routing_jax.kernels.checks import check_dtype, match_shape, refuse_rows, values_to_check
 
 
 class PageList(NamedTuple):
@@ -146,7 +146,10 @@ def check_pages(pages: PageList, *, batch: int, kv_heads: int, pool_size: int) -
             f"pages' K must be 1 or that of the pool, {kv_heads}; "
             f"its counts [B,K] have shape {pages.counts.shape}."
         )
-    xp, (counts, physical, blocks) = known_values(*pages)
+    found = values_to_check(*pages)
+    if found is None:
+        return
+    xp, (counts, physical, blocks) = found
     listed = xp.arange(sizes["C"])[None, None] < counts[..., None]
     order = xp.sort(xp.where(listed, blocks, np.iinfo(np.int32).max), axis=-1)
     repeated = listed[..., 1:] & (order[..., 1:] == order[..., :-1])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.kernels import PageList
-from routing_jax.kernels.checks import known_values, refuse_rows
+from routing_jax.kernels.checks import refuse_rows, values_to_check
 from routing_jax.routers import SparseModeConfig
 
 NO_PAGE = -1  # what a table holds where it owns nothing
@@ -60,10 +60,14 @@ def take_pages(pool: PagePool, counts: jax.Array, slots: int) -> tuple[PagePool,
     ([[3, -1, -1], [2, 1, -1]], 1)
     """
     ends = jnp.cumsum(counts)
-    _, (known, free) = known_values(ends, pool.available)
-    refuse_rows(
-        known > free, "the pages wanted must be free", lambda row: f"is short of {free} free ones"
-    )
+    found = values_to_check(ends, pool.available)
+    if found is not None:
+        _, (known, free) = found
+        refuse_rows(
+            known > free,
+            "the pages wanted must be free",
+            lambda row: f"is short of {free} free ones",
+        )
     slot = jnp.arange(slots, dtype=jnp.int32)[None]
     place = pool.available - 1 - ((ends - counts)[:, None] + slot)
     wanted = (slot < counts[:, None]) & (place >= 0)

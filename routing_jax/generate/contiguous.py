@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from routing_jax.kernels.checks import known_values, refuse_rows
+from routing_jax.kernels.checks import refuse_rows, values_to_check
 from routing_jax.models import Decoder, DecoderCache, DecoderConfig, init_cache
 
 
@@ -40,12 +40,14 @@ def prefill(
     ((2, 256), [4, 2])
     """
     B, T = tokens.shape
-    _, (known,) = known_values(lengths)
-    refuse_rows(
-        (known < 1) | (known > T),
-        f"lengths must be from 1 to {T}, the tokens given of each prompt",
-        lambda row: f"is {known[row]}",
-    )
+    found = values_to_check(lengths)
+    if found is not None:
+        _, (known,) = found
+        refuse_rows(
+            (known < 1) | (known > T),
+            f"lengths must be from 1 to {T}, the tokens given of each prompt",
+            lambda row: f"is {known[row]}",
+        )
     index = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.where(index < lengths[:, None], index, -1)
     cache = init_cache(config, B, cache_length)

@@ -27,7 +27,7 @@ from routing_jax.attention import (
     scheme_heads,
 )
 from routing_jax.kernels import ATTENTION, dropout
-from routing_jax.kernels.checks import known_values, refuse_rows
+from routing_jax.kernels.checks import refuse_rows, values_to_check
 from routing_jax.models.config import DecoderConfig, repeating_pattern
 from routing_jax.models.embedding import embed
 from routing_jax.models.gpt import GeluMLP, LayerNorm, draw_weights
@@ -48,8 +48,9 @@ class DecoderCache(NamedTuple):
 def _check_room(cache: DecoderCache, positions: jax.Array) -> None:
     """Refuses positions [B,T] that the cache has no place for; without keys it has no end."""
     sizes = [layer.keys.shape[-3] for layer in cache.layers if layer.keys is not None]
-    if sizes:
-        _, (known,) = known_values(positions)
+    found = values_to_check(positions)
+    if sizes and found is not None:
+        _, (known,) = found
         refuse_rows(
             (known >= sizes[0]).any(-1),
             f"positions must be below {sizes[0]}, the most tokens a sequence of this cache holds",
