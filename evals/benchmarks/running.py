@@ -34,16 +34,16 @@ def error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-class Measured(NamedTuple):
+class Measured[T](NamedTuple):
     """What came of one measurement: its timing, or why there is none."""
 
-    timing: Timing | None
+    timing: T | None
     error: str | None
 
 
-def measure_in_time(
-    clock: Clock, program: concurrent.futures.Future, measure: Callable[[Any], Timing]
-) -> Measured:
+def measure_in_time[T](
+    clock: Clock, program: concurrent.futures.Future, measure: Callable[[Any], T]
+) -> Measured[T]:
     """Times a program once it is compiled, unless that failed or the time is spent.
 
     Args:
@@ -59,7 +59,7 @@ def measure_in_time(
         return Measured(None, error_text(error))
 
 
-def beside_dense(routed: Measured, dense: Measured) -> dict[str, Any]:
+def beside_dense(routed: Measured[Timing], dense: Measured[Timing]) -> dict[str, Any]:
     """What a row says of a routed and a dense measurement: times, spreads, speed-up, errors.
 
     >>> row = beside_dense(Measured(Timing(2.0, 0.1), None), Measured(Timing(6.0, 0.2), None))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.evals.benchmarks.environment import environment
-from routing_jax.evals.benchmarks.running import Clock, collect, error_text, record
+from routing_jax.evals.benchmarks.running import Clock, collect, measure_in_time, record
 from routing_jax.evals.benchmarks.timing import State
 from routing_jax.evals.model_time import (
     Compiled,
@@ -78,17 +78,17 @@ def _rows(runs: Sequence[Run], long: int, clock: Clock) -> Iterator[dict[str, An
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             found = [pool.submit(compile_in_time, part, run) for run in runs]
         for run, future in zip(runs, found):
-            row: dict[str, Any] = {"part": part, "variant": run.variant}
-            try:
-                clock.check()
-                timing, kv_cost = time_model(future.result())
-                row |= {**timing._asdict(), "kv_cost": kv_cost, "kv_bytes": None}
+            names = ("milliseconds", "spread", "kv_cost", "kv_bytes")
+            row: dict[str, Any] = {"part": part, "variant": run.variant, **dict.fromkeys(names)}
+            timed, error = measure_in_time(clock, future, time_model)
+            if timed is None:
+                row["error"] = error
+            else:
+                timing, kv_cost = timed
+                row |= {**timing._asdict(), "kv_cost": kv_cost}
                 if part.startswith("decode"):
                     length = run.config.data.length if part == "decode" else long
                     row["kv_bytes"] = round(kv_cost * _kv_bytes(run.config.model, length))
-            except Exception as error:  # one variant that fails must not cost the others
-                names = ("milliseconds", "spread", "kv_cost", "kv_bytes")
-                row |= dict.fromkeys(names) | {"error": error_text(error)}
             yield row
 
 
