@@ -154,7 +154,7 @@ class _Task:
     def at(self, budget: _Budget) -> list[str]:
         """The best router at a budget beside its controls."""
         names = {
-            variant: router_of(variant).partition("+")[0]
+            variant: router_of(variant).removesuffix("+scratch")
             for variant, runs in self.variants.items()
             if _budget_of(variant) == budget and any(run.seed == self.first for run in runs)
         }

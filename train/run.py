@@ -184,8 +184,8 @@ def load_run(
 def starting_parameters(config: TrainConfig) -> Any:
     """The parameters of the run or published model that `start_from` names, on this run's mesh.
 
-    A router that the other run lacks, or has in other sizes, is drawn whole from this run's seed;
-    layer routers of a base, which are all that such a run holds, are not.
+    What the other run's routers lack is drawn from this run's seed, and so is the whole of a router
+    that has other sizes there; layer routers of a base, all that such a run holds, are not.
 
     Raises:
       ValueError: there is no such run, or what is not drawn differs from this model's.
@@ -214,14 +214,18 @@ def starting_parameters(config: TrainConfig) -> Any:
         )
     if not differ:
         return params
-    others = tuple(layer + router for layer, router, _ in differ)
+    others = tuple(
+        "".join(name.partition(_ROUTER)[:2])
+        for name in found.keys() & wanted.keys()
+        if found[name].shape != wanted[name].shape
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     with jax.set_mesh(mesh):
         drawn = jax.jit(lambda: init_state(config).params, out_shardings=shardings)()
 
     def first(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        return leaf if name.startswith(others) else found[name]
+        return leaf if name.startswith(others) else found.get(name, leaf)
 
     return jax.tree.map_with_path(first, drawn)
 

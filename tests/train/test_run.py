@@ -14,6 +14,7 @@ from etils import epath
 from routing_jax.checkpoint import Checkpointer, CheckpointError
 from routing_jax.evals.provenance import all_devices
 from routing_jax.evals.results import read_result
+from routing_jax.routers import BlockRouterConfig
 from routing_jax.train import loop
 from routing_jax.train.config import config_from_dict, config_to_dict
 from routing_jax.train.data import TextConfig, batches
@@ -127,6 +128,25 @@ def test_routers_that_the_other_run_lacks_are_drawn(tiny_run, finished):
         for key in path:
             source = source[key.key]
         np.testing.assert_array_equal(leaf, source)
+
+
+def test_a_gated_router_goes_on_from_the_projections_of_an_indexer(tiny_run, tmp_path, monkeypatch):
+    """Only the bias of its gates, which an indexer lacks, is drawn."""
+    blocks = BlockRouterConfig(kind="indexer", block_q=4, block_kv=8, width=2)
+    indexer = tiny_run.replace(model__layers="block*2", model__blocks=blocks)
+    params = init_state(indexer).params
+    monkeypatch.setattr(
+        "routing_jax.train.run.load_run", lambda folder, mesh: (indexer, params, None)
+    )
+    gated = dataclasses.replace(blocks, kind="learned")
+    config = indexer.replace(start_from=str(tmp_path), seed=5, model__blocks=gated)
+    found = {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(params)}
+    start = jax.tree.leaves_with_path(starting_parameters(config))
+    new = [(path, leaf) for path, leaf in start if jax.tree_util.keystr(path) not in found]
+    assert [np.unique(leaf).tolist() for _, leaf in new] == [[gated.bias]] * 2
+    for path, leaf in start:
+        if (name := jax.tree_util.keystr(path)) in found:
+            np.testing.assert_array_equal(leaf, found[name])
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_is(tiny_run, finished):

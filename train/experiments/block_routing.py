@@ -6,7 +6,8 @@ training each from the start. 'full' goes on with attention everywhere. All of t
 many steps and read the same batches, none of which their base has read. An indexer is first taught
 where its base looks ('distil'), which leaves the base's own parameters as they are. What cannot go
 on, the model limited to 1,024 tokens, linear attention and convolutions, is trained as the base is
-and compared with it; so, on text, are the routers named '+scratch'.
+and compared with it; so, on text, are the routers named '+scratch'. Those named '+distilled' have
+gates, which attention teaches, and begin as the indexer does.
 
 Of the seeds of what is compared, the first chooses (which routers are followed up, which router and
 which fixed pattern is best) and the others say by how much.
@@ -16,7 +17,7 @@ estimated 10 GiB of the GPU, all others below 2); `--list` names the runs, `--on
 `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
 model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: 303 runs, by estimate 53 minutes of one H100: 25 on text (14 of them seed 0, and
+Hardware and time: 319 runs, by estimate 53 minutes of one H100: 25 on text (14 of them seed 0, and
 nearly 4 each later seed), 12 on recall, 8 on each kind of needle; the last seed, which comes last,
 is 8 of them. Jobs side by side compile meanwhile. In their order the runs can be cut anywhere. What
 a run goes on from is made before it, and again where its folder is lost.
@@ -70,6 +71,8 @@ BASELINES = ("random", "sink-window")  # what a learned router must beat
 TASKS = ("block-lm", "block-mqar-2048", "block-needle-4096", "block-multi-needle-4096")
 SEEDS = 4  # where a difference is to be judged: one that chooses, three that compare
 FROM_THE_START = ("learned", "random")  # routers that are also trained without a base
+DISTILLED = ("learned", "gates")  # routers that also begin as the indexer that was distilled
+_SCREENED = (*ROUTERS, *(f"{router}+distilled" for router in DISTILLED))
 _SMALLER = 4  # times, batches that a router alone is trained on
 
 
@@ -89,8 +92,8 @@ class BlockRoutingArgs(ReproduceArgs):
     def __post_init__(self):
         super().__post_init__()
         for router in self.strongest:
-            if router not in ROUTERS:
-                raise ValueError(f"strongest holds {router!r}; accepted: {', '.join(ROUTERS)}.")
+            if router not in _SCREENED:
+                raise ValueError(f"strongest holds {router!r}; accepted: {', '.join(_SCREENED)}.")
 
 
 def with_router(config: TrainConfig, **changes: Any) -> TrainConfig:
@@ -158,7 +161,9 @@ def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
         config = with_router(config, fraction=1.0)
         plan, mixers = config.curriculum, config.model.mixers
         config = config.replace(
-            curriculum__peak=1.0,
+            # Up to 1.0, λ grew faster than gates close: cost fell to half the budget, and with it
+            # what had been learned.
+            curriculum__peak=0.4,
             curriculum__weighs="cost",
             # λ weighs the mean over layers, most of whose cost is that of the block layers.
             curriculum__target=fraction * mixers.count("block") / len(mixers),
@@ -233,7 +238,8 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
 
     Args:
       base: the task's preset.
-      variant: its name; 'learned+scratch-25' is 'learned-25' trained from the start.
+      variant: its name; 'learned+scratch-25' is 'learned-25' trained from the start, and
+        'learned+distilled-25' the same with the projections of the indexer that was distilled.
       folder: from another variant's name to the folder of its run.
 
     >>> variant_config(get_preset("block-lm"), "pooled-12", str).model.blocks.blocks
@@ -248,12 +254,16 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
     router, _, percent = variant.rpartition("-")
     if not percent.isdigit():
         return control(base, variant)
-    name, _, scratch = router.partition("+")
-    if scratch:
+    name, _, start = router.partition("+")
+    if start == "scratch":
         return routed(base, name, int(percent))
-    before = folder("distil" if name == "indexer" else "base")
+    before = folder("distil" if _is_distilled(router) else "base")
     # λ of 'gates' rises within what is tuned, so the budget is set last.
     return routed(tuned(base, base, before), name, int(percent))
+
+
+def _is_distilled(router: str) -> bool:
+    return router == "indexer" or router.endswith("+distilled")
 
 
 def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -262,14 +272,14 @@ def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
 
     def compared(seed: int) -> Iterator[tuple[str, int]]:
         yield from ((name, seed) for name in ("base", "full"))
-        if "indexer" in main:
+        if any(map(_is_distilled, main)):
             yield "distil", seed
         for percent in (25, 12):
             yield from ((f"{router}-{percent}", seed) for router in main)
 
     yield from ((name, 0) for name in ("base", "full", "window-1k", "distil"))
     for percent in (25, 12):
-        yield from ((f"{router}-{percent}", 0) for router in ROUTERS)
+        yield from ((f"{router}-{percent}", 0) for router in _SCREENED)
     for seed in range(1, SEEDS - 1):
         yield from compared(seed)
     for percent in (50, 5):
@@ -282,8 +292,8 @@ def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
 def _tests_something(base: TrainConfig, variant: str) -> bool:
     """Whether a task has a choice to offer at a variant's budget, and any use for the variant."""
     router, _, percent = variant.rpartition("-")
-    name, _, scratch = router.partition("+")
-    if scratch and not isinstance(base.data, TextConfig):
+    name, _, start = router.partition("+")
+    if start == "scratch" and not isinstance(base.data, TextConfig):
         return False
     forced = base.model.blocks.forced
     return not percent.isdigit() or blocks_listed(base, name, int(percent)) > forced

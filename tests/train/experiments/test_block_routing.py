@@ -21,6 +21,7 @@ from routing_jax.train.data import Batch
 from routing_jax.train.experiments import block_routing
 from routing_jax.train.experiments.block_routing import (
     BASELINES,
+    DISTILLED,
     ROUTERS,
     TASKS,
     BlockRoutingArgs,
@@ -70,16 +71,17 @@ def parameters(config):
 
 
 def test_every_run_is_planned_once_with_several_seeds_where_it_counts():
-    plan = list(runs(text="corpus", strongest=("tree", "indexer")))
+    plan = list(runs(text="corpus", strongest=("tree", "gates+distilled")))
     names = [run.name for run in plan]
     assert len(set(names)) == len(names)
     assert all(run.config.seed == run.seed for run in plan)
-    main = ("tree", "indexer", *BASELINES)
+    main = ("tree", "gates+distilled", *BASELINES)
     for task, seed in itertools.product(TASKS, range(4)):
         for variant in ("base", "full", "distil"):
             assert f"{task}_{variant}_s{seed}" in names
         assert {f"{task}_{v}-{p}_s{seed}" for v in main for p in (12, 25)} <= {*names}
-    assert {f"{t}_{r}-{p}_s0" for t in TASKS for r in ROUTERS for p in (12, 25)} <= {*names}
+    routers = (*ROUTERS, *(f"{router}+distilled" for router in DISTILLED))
+    assert {f"{t}_{r}-{p}_s0" for t in TASKS for r in routers for p in (12, 25)} <= {*names}
     assert {f"{t}_{c}_s0" for t in TASKS for c in ("window-1k", "linear", "conv")} <= {*names}
     assert {f"{t}_{r}-50_s0" for t in TASKS for r in main} <= {*names}
     assert {f"block-lm_{r}-5_s0" for r in main} <= {*names}
@@ -90,7 +92,7 @@ def test_every_run_is_planned_once_with_several_seeds_where_it_counts():
     # before the last seed leaves three of each that is compared.
     first = [f"block-lm_{variant}_s0" for variant in ("base", "full", "window-1k")]
     later = [name for name in names if name.endswith(("-25_s1", "-5_s0", "scratch-25_s0"))]
-    screened = [names.index(f"{t}_{r}-{p}_s0") for t in TASKS for r in ROUTERS for p in (12, 25)]
+    screened = [names.index(f"{t}_{r}-{p}_s0") for t in TASKS for r in routers for p in (12, 25)]
     assert max(map(names.index, first)) < min(screened)
     assert max(screened) < min(map(names.index, later))
     last = [place for place, run in enumerate(plan) if run.seed == 3]
@@ -137,7 +139,8 @@ def test_what_a_run_goes_on_from_is_made_before_it():
     places = {run.name: place for place, run in enumerate(plan)}
     for run in plan:
         if run.config.start_from:
-            before = "distil" if run.variant.startswith("indexer") else "base"
+            distilled = run.variant.startswith("indexer") or "+distilled" in run.variant
+            before = "distil" if distilled else "base"
             before = f"{run.task}_{before}_s{run.seed}"
             assert run.config.start_from == f"scratch/block-routing/{before}"
             assert places[before] < places[run.name]
