@@ -41,6 +41,7 @@ from routing_jax.kernels.decode import (
     where_pages,
 )
 from routing_jax.kernels.dropout import dropout
+from routing_jax.kernels.rope import apply_rope, llama3_factors
 from routing_jax.kernels.segments import segment_starts
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "PageList",
     "Selection",
     "TransposedTable",
+    "apply_rope",
     "block_sparse_attention",
     "block_sparse_decode",
     "capacity_ladder",
@@ -68,6 +70,7 @@ __all__ = [
     "dropout",
     "global_table",
     "listed_pages",
+    "llama3_factors",
     "map_routed",
     "row_lengths",
     "segment_starts",

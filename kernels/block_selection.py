@@ -116,6 +116,7 @@ def table_from_scores(
     block_q: int,
     block_kv: int,
     sinks: int = 0,
+    local: int = 0,
     causal: bool = True,
     wanted: jax.Array | None = None,
     row_limits: jax.Array | None = None,
@@ -123,10 +124,10 @@ def table_from_scores(
 ) -> Selection:
     """For each tile and kv head: its own blocks, the sinks, and the best-scored of the others.
 
-    A tile's own blocks are those its queries stand in. Under causality only blocks that were
-    complete before the tile's first query compete, so a row never depends on later keys; the
-    scores of other blocks are not read. Of equal scores the earlier block wins; a score of −inf
-    is never chosen. No gradient flows to the scores: give it through `block_bias`.
+    A tile's own blocks are those its queries stand in, and `local` ones before. Under causality
+    only blocks that were complete before the tile's first query compete, so a row never depends on
+    later keys; the scores of other blocks are not read. Of equal scores the earlier block wins; a
+    score of −inf is never chosen. No gradient flows to the scores: give it through `block_bias`.
 
     Args:
       scores: [B,K,M,J], larger is better.
@@ -134,6 +135,7 @@ def table_from_scores(
       block_q: queries a tile.
       block_kv: keys a block.
       sinks: how many of the first blocks every row lists, once they are not in the future.
+      local: how many blocks before those that its queries stand in every row lists.
       causal: whether later keys are hidden.
       wanted: [B,K,M,J] bool, blocks a gate opened: only these are listed, the best-scored first
         where they do not all fit. None wants as many as fit.
@@ -158,11 +160,12 @@ def table_from_scores(
         match_shape("wanted", wanted, "BKMJ", sizes)
     if tile_starts is None:
         starts = jnp.arange(sizes["M"], dtype=jnp.int32)[None] * block_q
-        forced = sinks + max(1, -(-block_q // block_kv))
+        forced = sinks + local + max(1, -(-block_q // block_kv))
     else:
         match_shape("tile_starts", tile_starts, "BM", sizes)
         starts = tile_starts
-        forced = sinks + 1 + -(-(block_q - 1) // block_kv)  # a tile may start inside a block
+        # A tile may start inside a block.
+        forced = sinks + local + 1 + -(-(block_q - 1) // block_kv)
     if capacity < min(forced, sizes["J"]):
         raise ValueError(
             f"capacity must hold a tile's own blocks and the sinks, {forced} blocks; "
@@ -171,7 +174,7 @@ def table_from_scores(
     blocks = jnp.arange(sizes["J"], dtype=jnp.int32)[None, None, None]
     first_own = (starts // block_kv)[:, None, :, None]
     last_own = ((starts + block_q - 1) // block_kv)[:, None, :, None]
-    own = (blocks >= first_own) & (blocks <= last_own)
+    own = (blocks >= first_own - local) & (blocks <= last_own)
     sink = (blocks < sinks) & (blocks <= last_own) if causal else blocks < sinks
     open_ = (blocks < first_own) if causal else jnp.ones_like(own)
     if wanted is not None:

@@ -306,7 +306,8 @@ def block_language_model() -> TrainConfig:
         data__length=8192,
         model__layers="block*6",
         model__router=TokenRouterConfig(),  # none: blocks have their own
-        model__blocks=BlockRouterConfig(kind="learned", fraction=0.25),
+        # Of text the tokens just before say most: no router should spend its choice on them.
+        model__blocks=BlockRouterConfig(kind="learned", fraction=0.25, local=1),
         model__scan=True,
         curriculum=CurriculumConfig(
             peak=0.0,

@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 import jax
 
-from routing_jax.attention import llama3_factors
 from routing_jax.evals.benchmarks.running import set_memory_fraction
+from routing_jax.kernels import llama3_factors
 from routing_jax.models import DecoderConfig, with_layer_routing
 from routing_jax.routers import LayerRouterConfig, SparseMode, SparseModeConfig
 

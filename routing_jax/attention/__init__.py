@@ -26,7 +26,6 @@ from routing_jax.attention.mixer import LayerReport, Mode, attention_work, visib
 from routing_jax.attention.mixture_of_schemes import MixtureOfSchemes, scheme_cost, scheme_heads
 from routing_jax.attention.norm import rms_norm
 from routing_jax.attention.projections import HeadsConfig
-from routing_jax.attention.rope import apply_rope, llama3_factors
 from routing_jax.attention.routed_conv import RoutedConv, attend_routed, routed_conv_cost
 
 __all__ = [

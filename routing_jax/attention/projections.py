@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.norm import rms_norm
-from routing_jax.attention.rope import apply_rope
-from routing_jax.kernels import AttentionImplementation, dense_attention
+from routing_jax.kernels import AttentionImplementation, apply_rope, dense_attention
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from routing_jax.kernels import BlockTable
+from routing_jax.kernels import BlockTable, apply_rope
 from routing_jax.routers.block_budget import (
     competing_blocks,
     row_limits,
@@ -273,10 +273,13 @@ class BlockRouter(nn.Module):
             x = jax.lax.stop_gradient(x)
         if cfg.kind == "random":
             query, key = jax.lax.stop_gradient((query, key))
-        return (
-            jnp.einsum("BMD,DKR->BMKR", x, query, precision="highest"),
-            jnp.einsum("BJD,DKR->BJKR", blocks.means, key, precision="highest"),
-        )
+        queries = jnp.einsum("BMD,DKR->BMKR", x, query, precision="highest")
+        keys = jnp.einsum("BJD,DKR->BJKR", blocks.means, key, precision="highest")
+        if cfg.kind == "clusters":
+            return queries, keys
+        # What a block holds says little of how near it is, and attention looks near first.
+        places = jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
+        return apply_rope(queries, tiles.starts // cfg.block_kv), apply_rope(keys, places)
 
     def _select(self, tiles, allowed, scores, wanted, bias, aux) -> BlockRouting:
         """Rows from scores [B,K,M,J] of all blocks."""
@@ -312,8 +315,8 @@ class BlockRouter(nn.Module):
         return BlockRouting(routing, gate, listed, dropped, jnp.float32(0))
 
     def _of_chosen(self, tiles: TileQueries, table: BlockTable, bias: jax.Array) -> jax.Array:
-        """The bias of slots whose block was chosen: own blocks, sinks and empty slots have none."""
+        """The bias of slots whose block was chosen: forced blocks and empty slots have none."""
         slots = jnp.arange(table.capacity, dtype=jnp.int32)[None, None, None]
         own = (tiles.starts // self.config.block_kv)[:, None, :, None]
-        chosen = (table.indices >= self.config.sinks) & (table.indices < own)
+        chosen = (table.indices >= self.config.sinks) & (table.indices < own - self.config.local)
         return jnp.where(chosen & (slots < table.counts[..., None]), bias, 0.0)

@@ -9,7 +9,7 @@ from routing_jax.routers.block_config import BlockRouterConfig
 
 
 def competing_blocks(config: BlockRouterConfig, own: jax.Array, num_blocks: int) -> jax.Array:
-    """The blocks that a router chooses among: before the tile's own one, and no sink.
+    """The blocks that a router chooses among: before the tile's own and local ones, and no sink.
 
     Args:
       config: the router.
@@ -23,7 +23,7 @@ def competing_blocks(config: BlockRouterConfig, own: jax.Array, num_blocks: int)
     [False, True, True, False, False]
     """
     blocks = jnp.arange(num_blocks, dtype=jnp.int32)[None, None, None]
-    return (blocks >= config.sinks) & (blocks < own[:, None, :, None])
+    return (blocks >= config.sinks) & (blocks < own[:, None, :, None] - config.local)
 
 
 def row_limits(
@@ -66,7 +66,7 @@ def select_blocks(
     starts: jax.Array,
     wanted: jax.Array | None = None,
 ) -> Selection:
-    """The own block and the sinks, then the best of the others within the budget.
+    """The own block, the local ones and the sinks, then the best others within the budget.
 
     Args:
       config: the router.
@@ -86,6 +86,7 @@ def select_blocks(
         block_q=config.block_q,
         block_kv=config.block_kv,
         sinks=config.sinks,
+        local=config.local,
         wanted=wanted,
         row_limits=row_limits(config, starts // config.block_kv, num_blocks, scores),
         tile_starts=starts,
@@ -114,13 +115,20 @@ def select_candidates(
     [[[[0, 2, 4]]]]
     """
     own = starts // config.block_kv
-    at = jnp.broadcast_to(own[:, None, :, None], (*blocks.shape[:3], 1))
-    sinks = jnp.arange(config.sinks, dtype=jnp.int32)[None, None, None]
-    sinks = jnp.broadcast_to(sinks, (*blocks.shape[:3], config.sinks))
-    forced = jnp.concatenate([jnp.ones_like(at, bool), sinks < at], axis=-1)
-    rank = jnp.where(blocks >= config.sinks, jax.lax.stop_gradient(scores), -jnp.inf)
-    rank = jnp.concatenate([jnp.where(forced, jnp.inf, -jnp.inf), rank], axis=-1)
-    blocks = jnp.concatenate([at, sinks, blocks], axis=-1)
+    back, sinks = (
+        jnp.arange(n, dtype=jnp.int32)[None, None, None] for n in (1 + config.local, config.sinks)
+    )
+    own_and_local = own[:, None, :, None] - back
+    first = own_and_local[..., -1:]
+    competes = (blocks >= config.sinks) & (blocks < first)
+    rank = jnp.where(competes, jax.lax.stop_gradient(scores), -jnp.inf)
+    # A sink among the local ones counts once.
+    always = jnp.concatenate([own_and_local >= 0, sinks < first], axis=-1)
+    forced = jnp.concatenate([own_and_local, sinks + jnp.zeros_like(first)], axis=-1)
+    shape = *blocks.shape[:3], config.forced
+    ranks = jnp.where(always, jnp.inf, -jnp.inf)
+    rank = jnp.concatenate([jnp.broadcast_to(ranks, shape), rank], axis=-1)
+    blocks = jnp.concatenate([jnp.broadcast_to(forced, shape), blocks], axis=-1)
     best, chosen = jax.lax.top_k(rank, min(config.capacity(num_blocks), blocks.shape[-1]))
     slots = jnp.arange(best.shape[-1], dtype=jnp.int32)[None, None, None]
     limits = row_limits(config, own, num_blocks)

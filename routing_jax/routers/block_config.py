@@ -22,21 +22,23 @@ class BlockRouterConfig:
 
     A tile of block_q queries has one row of blocks for each kv head. It is decided from the tile's
     first query and from blocks that were complete before it, so training, prefill and decode
-    agree. A row always lists the tile's own block and the sinks.
+    agree. A row always lists the tile's own block, the local ones before it and the sinks.
 
     Attributes:
       kind: pooled: q · mean(k of the block), nothing learned (MoBA's rule). learned: the same
-        with projections of its own, whose gate enters attention. indexer: those projections,
-        trained only by distillation. clusters: blocks in the tile's cluster. random: projections
+        with projections of its own, turned by their places in blocks (RoPE, as SeerAttention's
+        gate), whose gate enters attention. indexer: those projections, trained only by
+        distillation. clusters: blocks in the tile's cluster. random: projections
         that are never trained. window, strided, bigbird: fixed patterns (with sinks the first is
         the usual sink + window, and the last one's sinks are its global blocks).
       block_q: queries a tile; divides block_kv. 1 routes each query by itself.
       block_kv: keys a block.
       sinks: first blocks of the sequence that every row lists.
+      local: blocks before the tile's own one that every row lists.
       budget: blocks: so many a row. fraction: that share of the blocks a row can see. mass: as
         many as hold that share of the row's softmax over the scores. gates: those whose gate is
         open, so that λ on `cost` decides.
-      blocks: for budget 'blocks', how many a row lists, own block and sinks included.
+      blocks: for budget 'blocks', how many a row lists, with all that it always lists.
       fraction: for budget 'fraction'; for 'mass' and 'gates' the most that a row may list.
       mass: for budget 'mass'.
       width: R, of the projections of 'learned', 'indexer' and 'random'.
@@ -60,6 +62,7 @@ class BlockRouterConfig:
     block_q: int = 64
     block_kv: int = 64
     sinks: int = 1
+    local: int = 0
     budget: BlockBudget = "fraction"
     blocks: int = 8
     fraction: float = 0.25
@@ -87,12 +90,15 @@ class BlockRouterConfig:
                 f"blocks.block_q is {self.block_q}; it must divide blocks.block_kv = "
                 f"{self.block_kv}."
             )
-        if self.sinks < 0:
-            raise ValueError(f"blocks.sinks is {self.sinks}; it must be at least 0.")
+        for name in ("sinks", "local"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"blocks.{name} is {getattr(self, name)}; it must be at least 0.")
+        if self.width % 2:
+            raise ValueError(f"blocks.width is {self.width}; it must be even, as RoPE turns pairs.")
         if self.blocks < self.forced:
             raise ValueError(
-                f"blocks.blocks is {self.blocks}; it must hold a tile's own block and the sinks, "
-                f"{self.forced} blocks."
+                f"blocks.blocks is {self.blocks}; it must hold a tile's own block, the local ones "
+                f"and the sinks, {self.forced} blocks."
             )
         for name in ("fraction", "mass"):
             if not 0 < getattr(self, name) <= 1:
@@ -119,12 +125,12 @@ class BlockRouterConfig:
 
     @property
     def forced(self) -> int:
-        """How many blocks every long enough row lists: its own and the sinks.
+        """How many blocks every long enough row lists: its own, the local ones and the sinks.
 
         >>> BlockRouterConfig(sinks=2).forced
         3
         """
-        return 1 + self.sinks
+        return 1 + self.local + self.sinks
 
     @property
     def feature_width(self) -> int | None:

@@ -1,7 +1,8 @@
 """Where dense attention looks, block by block, and how far a router is from it.
 
-The target of SeerAttention's gate (arXiv 2410.13276) and of DeepSeek's indexer: the dense map
-pooled over tiles and blocks. It is made a few tiles at a time; no T×S array ever exists.
+The target of SeerAttention's gate (arXiv 2410.13276) and of DeepSeek's indexer: the dense map,
+summed over blocks of keys, of whichever query of a tile wants a block most. It is made a few tiles
+at a time; no T×S array ever exists.
 """
 
 import jax
@@ -20,7 +21,10 @@ def pooled_attention(
     block_kv: int,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """The causal attention map, averaged over a tile's queries and a kv head's query heads.
+    """The causal attention map by blocks: how much any query of a tile looks there, at most.
+
+    All query heads of a kv head count. Of one query that needs a block among many that do not, a
+    mean would leave next to nothing.
 
     Args:
       q: [B,T,N,H].
@@ -33,8 +37,8 @@ def pooled_attention(
       [B,K,M,J] float32; a row sums to 1. No gradient flows through it.
 
     >>> q = jnp.zeros((1, 4, 1, 2))
-    >>> pooled_attention(q, q, block_q=2, block_kv=2)[0, 0].tolist()  # query t sees t+1 keys alike
-    [[1.0, 0.0], [0.5833333730697632, 0.4166666865348816]]
+    >>> pooled_attention(q, q, block_q=2, block_kv=2)[0, 0].round(3).tolist()  # 2/3 and 1/2 at most
+    [[1.0, 0.0], [0.571, 0.429]]
     """
     q, k = jax.lax.stop_gradient((q, k))
     B, T, N, H = q.shape
@@ -57,8 +61,8 @@ def pooled_attention(
         logits = jnp.where(seen[:, None, None], logits * H**-0.5, -jnp.inf)
         live = ((at < T)[None] & seen.any(-1))[:, None, None, :, None]
         mass = jnp.where(live, jax.nn.softmax(jnp.where(live, logits, 0.0), axis=-1), 0.0)
-        mass = pad_axis(mass.sum(axis=(2, 3)), 2, blocks * block_kv)  # B K S
-        mass = mass.reshape(B, K, blocks, block_kv).sum(axis=-1)
+        mass = pad_axis(mass, 4, blocks * block_kv)  # B K G Q S
+        mass = mass.reshape(*mass.shape[:4], blocks, block_kv).sum(axis=-1).max(axis=(2, 3))
         return mass / jnp.maximum(mass.sum(axis=-1, keepdims=True), 1e-30)
 
     together = max(1, _QUERIES // block_q)

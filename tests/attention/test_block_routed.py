@@ -26,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("compile_cache")
 B, T, D = 2, 22, 8  # the last tile and block are ragged
 HEADS = HeadsConfig(num_heads=4, num_kv_heads=2, head_dim=4)
 PLAIN = BlockRouterConfig(
-    block_q=2, block_kv=4, budget="blocks", blocks=3, width=3, clusters=2, bias=0.0
+    block_q=2, block_kv=4, budget="blocks", blocks=3, width=4, clusters=2, bias=0.0
 )
 ROUTERS = {
     "pooled": dataclasses.replace(PLAIN, kind="pooled"),
     "pooled, mass": dataclasses.replace(PLAIN, kind="pooled", budget="mass", mass=0.4, fraction=1),
     "learned": PLAIN,
     "learned, gates": dataclasses.replace(PLAIN, budget="gates", fraction=1.0),
-    "learned, tree": dataclasses.replace(PLAIN, fanout=2, budget="fraction", fraction=0.5),
+    "learned, tree": dataclasses.replace(PLAIN, fanout=2, budget="fraction", fraction=0.8, local=1),
     "indexer": dataclasses.replace(PLAIN, kind="indexer"),
     "clusters": dataclasses.replace(PLAIN, kind="clusters", blocks=4),
     "random": dataclasses.replace(PLAIN, kind="random"),
@@ -343,7 +343,7 @@ from routing_jax.sharding import make_mesh
 x = np.random.default_rng(0).normal(size=(4, 22, 8)).astype(np.float32)
 places = np.tile(np.arange(22, dtype=np.int32), (4, 1))
 kind = sys.argv[1]
-router = BlockRouterConfig(kind=kind, block_q=2, block_kv=4, budget="blocks", blocks=3, width=3)
+router = BlockRouterConfig(kind=kind, block_q=2, block_kv=4, budget="blocks", blocks=3, width=4)
 mixer = BlockRouted(HeadsConfig(4, 2, 4), router)
 shapes = jax.eval_shape(mixer.init, jax.random.key(0), x, places)
 rng = np.random.default_rng(1)

@@ -17,7 +17,7 @@ from ..small_model import make_params
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
-BLOCKS = BlockRouterConfig(kind="indexer", block_q=4, block_kv=4, fraction=1.0, width=3)
+BLOCKS = BlockRouterConfig(kind="indexer", block_q=4, block_kv=4, fraction=1.0, width=4)
 CONFIG = DecoderConfig(
     width=8, layers="(conv,block)*2", head_dim=4, mlp_width=0, blocks=BLOCKS, dtype="float32"
 )

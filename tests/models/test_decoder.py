@@ -25,7 +25,7 @@ from ..small_model import MIXED, make_params
 
 BLOCKS = MIXED.replace(
     layers="(block,linear)*2",
-    blocks=BlockRouterConfig(block_q=2, block_kv=4, budget="blocks", blocks=3, width=3),
+    blocks=BlockRouterConfig(block_q=2, block_kv=4, budget="blocks", blocks=3, width=4),
     scan=True,
 )
 SCANNED = MIXED.replace(layers="(conv,routed,full)*2", scan=True)
@@ -247,7 +247,7 @@ def test_the_parameters_are_those_of_the_formula(layers):
     R, hidden = 3, 4
     router = D * R + (D + 1) * hidden + hidden + 1
     mixer = {"full": attention, "conv": conv, "routed": attention + conv + router}
-    mixer |= {"block": attention + 2 * D * K * 3 + K, "linear": attention}
+    mixer |= {"block": attention + 2 * D * K * 4 + K, "linear": attention}
     want = 2 * V * D + D + sum(mixer[kind] + 3 * D * F + 2 * D for kind in config.mixers)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     assert count_params(shapes) == want

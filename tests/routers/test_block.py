@@ -24,7 +24,7 @@ from routing_jax.routers import (
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 B, M, J, K, G, H, D = 2, 12, 6, 2, 2, 4, 5
-PLAIN = BlockRouterConfig(block_q=2, block_kv=4, budget="blocks", blocks=3, width=3, clusters=3)
+PLAIN = BlockRouterConfig(block_q=2, block_kv=4, budget="blocks", blocks=3, width=4, clusters=4)
 
 
 def make_inputs(seed):
@@ -35,7 +35,7 @@ def make_inputs(seed):
 
     starts = np.tile(np.arange(M, dtype=np.int32) * 2, (B, 1))
     tiles = TileQueries(draw(B, M, D), draw(B, M, K * G, H), starts)
-    params = {"query": draw(D, K, 3), "key": draw(D, K, 3), "bias": draw(K)}
+    params = {"query": draw(D, K, 4), "key": draw(D, K, 4), "bias": draw(K)}
     return tiles, draw(B, J, D), draw(B, J, K * H), params
 
 
@@ -61,6 +61,15 @@ def rows_of(table):
     return {at: indices[at][: counts[at]].tolist() for at in np.ndindex(B, K, M)}
 
 
+def turned(x, places):
+    """Pairs (x_i, x_{i+R/2}) as complex numbers, each turned by its place."""
+    half = x.shape[-1] // 2
+    pairs = x[..., :half] + 1j * x[..., half:]
+    angle = places[:, None, None] * 10_000.0 ** (-np.arange(half) / half)
+    pairs = pairs * np.exp(1j * angle)
+    return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
 def numpy_scores(config, seed):
     """[B,K,M,J] in float64."""
     tiles, means, key_means, params = make_inputs(seed)
@@ -72,14 +81,17 @@ def numpy_scores(config, seed):
         k = np.einsum("bjd,dkr->bjkr", means.astype(float), params["key"])
     if config.kind == "clusters":
         return q, k
+    if config.kind != "pooled":
+        q, k = turned(q, np.arange(M) // 2), turned(k, np.arange(J))
     scores = np.einsum("bmkr,bjkr->bkmj", q, k) / np.sqrt(q.shape[-1])
     return scores + params["bias"][None, :, None, None] * (config.kind == "learned")
 
 
 def numpy_row(config, scores, own, together=None):
     """What one row lists, from its scores [J]: the rule in plain words."""
-    always = {own} | set(range(min(config.sinks, own)))
-    others = list(range(config.sinks, own))
+    near = own - config.local
+    always = set(range(max(0, near), own + 1)) | set(range(min(config.sinks, own)))
+    others = list(range(config.sinks, near))
     ranked = sorted(others, key=lambda j: -scores[j])
     if config.budget == "blocks":
         most = config.blocks
@@ -109,14 +121,16 @@ SOFT = st.one_of(
 @given(
     kind=st.sampled_from(["pooled", "learned", "indexer", "random"]),
     budget=SOFT,
-    sinks=st.integers(0, 1),
+    always=st.sampled_from([(0, 0), (1, 0), (0, 1), (1, 1), (2, 2)]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=10)
-def test_a_row_lists_what_its_scores_say(kind, budget, sinks, seed):
+@settings(max_examples=12)
+def test_a_row_lists_what_its_scores_say(kind, budget, always, seed):
     if kind == "random" and budget["budget"] == "mass":
         kind = "learned"
-    config = dataclasses.replace(PLAIN, kind=kind, sinks=sinks, **budget)
+    sinks, local = always
+    budget = budget | {"blocks": max(budget.get("blocks", 0), 1 + sinks + local)}
+    config = dataclasses.replace(PLAIN, kind=kind, sinks=sinks, local=local, **budget)
     scores = numpy_scores(config, seed)
     for (b, k, m), got in rows_of(route(config, seed).table).items():
         assert got == numpy_row(config, scores[b, k, m], m // 2)
@@ -280,6 +294,9 @@ def test_work_of_many_long_sequences_is_counted_past_two_thousand_million(kind):
         ({"fraction": 1.5}, r"blocks\.fraction is 1\.5; it must lie in \(0, 1\]"),
         ({"mass": -1.0}, r"blocks\.mass is -1\.0; it must lie in \(0, 1\]"),
         ({"blocks": 1}, r"blocks\.blocks is 1; it must hold .* and the sinks, 2 blocks"),
+        ({"blocks": 3, "local": 2}, r"blocks\.blocks is 3; it must hold .*, 4 blocks"),
+        ({"local": -1}, r"blocks\.local is -1; it must be at least 0"),
+        ({"width": 3}, r"blocks\.width is 3; it must be even, as RoPE turns pairs"),
         ({"block_q": 0}, r"blocks\.block_q is 0; it must be at least 1"),
         ({"block_q": 48}, r"blocks\.block_q is 48; it must divide blocks\.block_kv = 64"),
         ({"clusters": 0}, r"blocks\.clusters is 0; it must be at least 1"),

@@ -18,7 +18,7 @@ from routing_jax.routers import (
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
-B, M, J, K, R = 2, 20, 20, 2, 3
+B, M, J, K, R = 2, 20, 20, 2, 4
 
 
 def draw(seed):
@@ -64,8 +64,11 @@ def test_candidates_are_those_of_a_plain_beam(fanout, beam):
             assert got.keys() == set(range(m))
 
 
-def test_a_broad_beam_chooses_what_scoring_every_block_chooses():
-    flat = BlockRouterConfig(block_q=4, block_kv=4, budget="fraction", fraction=0.99, width=R)
+@pytest.mark.parametrize(("sinks", "local"), [(1, 0), (2, 3)])
+def test_a_broad_beam_chooses_what_scoring_every_block_chooses(sinks, local):
+    flat = BlockRouterConfig(
+        block_q=4, block_kv=4, budget="fraction", fraction=0.99, width=R, sinks=sinks, local=local
+    )
     params, tiles, blocks = inputs()
     made = [
         jax.jit(BlockRouter(c, K).apply)({"params": params}, tiles, blocks)

@@ -61,10 +61,10 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "mass": {"kind": "learned", "budget": "mass"},
     "gates": {"kind": "learned", "budget": "gates"},
     "random": {"kind": "random"},
-    "window": {"kind": "window", "sinks": 0},
-    "sink-window": {"kind": "window"},
-    "strided": {"kind": "strided"},
-    "bigbird": {"kind": "bigbird"},
+    "window": {"kind": "window", "sinks": 0, "local": 0},
+    "sink-window": {"kind": "window", "local": 0},
+    "strided": {"kind": "strided", "local": 0},
+    "bigbird": {"kind": "bigbird", "local": 0},
 }
 STRONGEST = ("learned", "pooled", "indexer")
 BASELINES = ("random", "sink-window")  # what a learned router must beat
@@ -74,6 +74,7 @@ FROM_THE_START = ("learned", "random")  # routers that are also trained without 
 DISTILLED = ("learned", "gates")  # routers that also begin as the indexer that was distilled
 _SCREENED = (*ROUTERS, *(f"{router}+distilled" for router in DISTILLED))
 _SMALLER = 4  # times, batches that a router alone is trained on
+_NEARLY = 1.5  # times a budget that the least choice may cost
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,14 @@ def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:
     """How many blocks a row lists for a sequence to cost that percentage; short rows are dense.
 
     The router's own work is in it: under 0.1 % of attention's, but in recall, where every query is
-    routed, up to 4 %, for which fixed patterns list more blocks. A budget that pays for any choice
-    pays for one block at least.
+    routed, up to 4 %, for which fixed patterns list more blocks. A budget that nearly pays for a
+    choice pays for one block at least.
 
     A share of what each row sees would cost the same, and leave early rows nothing to choose: a
     query that comes soon after what it asks for could then be answered by no router.
 
     >>> [blocks_listed(get_preset("block-lm"), "learned", percent) for percent in (5, 12, 25, 50)]
-    [3, 8, 17, 38]
+    [4, 8, 17, 38]
     """
     blocks = config.model.blocks
     seen = np.arange(1, -(-config.data.length // blocks.block_kv) + 1)
@@ -140,7 +141,7 @@ def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:
         return counts[int(np.argmin(np.abs(costs - cost)))]
 
     listed = nearest(percent / 100)
-    if listed == blocks.forced:
+    if listed == blocks.forced and costs[1] > _NEARLY * percent / 100:
         return listed
     asked = with_router(config, **{"budget": "blocks", "blocks": listed} | ROUTERS[router]).model
     share = _router_share(asked.blocks, config.data.length, asked.heads, asked.width)

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from routing_jax.attention import llama3_factors
+from routing_jax.kernels import llama3_factors
 from routing_jax.models.config import DecoderConfig
 from routing_jax.models.pretrained.parts import Checkpoint, Tensor, check_size
 

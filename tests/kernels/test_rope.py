@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from routing_jax.attention import apply_rope, llama3_factors
+from routing_jax.kernels import apply_rope, llama3_factors
 
 B, T, N, H = 2, 7, 2, 8
 rope = jax.jit(apply_rope, static_argnums=(2, 3))
