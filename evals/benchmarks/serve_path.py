@@ -44,7 +44,8 @@ from routing_jax.evals.benchmarks.serve_path_report import Row, describe, table
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.generate.layer import Params, layer_params, route_prompts
 from routing_jax.generate.paged_decode import decode_tokens
-from routing_jax.generate.paged_prefill import empty_memory, forget, prefill_prompts
+from routing_jax.generate.paged_memory import empty_memory, forget
+from routing_jax.generate.paged_prefill import prefill_prompts
 from routing_jax.kernels import default_implementation
 
 __all__ = ["ServePathConfig", "default_config", "main", "run"]

@@ -20,7 +20,8 @@ from routing_jax.generate.layer import (
     project_prompts,
     read_out,
 )
-from routing_jax.generate.paged_prefill import DENSE, SPARSE, PagedMemory, empty_memory
+from routing_jax.generate.paged_memory import PagedMemory, empty_memory
+from routing_jax.generate.paged_prefill import DENSE, SPARSE
 from routing_jax.kernels import default_implementation, dense_attention
 from routing_jax.models import DecoderConfig, init_params
 

@@ -20,7 +20,8 @@ from routing_jax.generate import (
 )
 from routing_jax.generate.layer import layer_params
 from routing_jax.generate.paged_decode import read_tokens
-from routing_jax.generate.paged_prefill import empty_memory, prefill_layer, prefill_prompts
+from routing_jax.generate.paged_memory import empty_memory
+from routing_jax.generate.paged_prefill import prefill_layer, prefill_prompts
 from routing_jax.models import Decoder
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 

@@ -25,7 +25,8 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
 from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, dense_layers
 from routing_jax.evals.report import readme_blocks
 from routing_jax.generate.paged_decode import decode_tokens
-from routing_jax.generate.paged_prefill import empty_memory, prefill_prompts
+from routing_jax.generate.paged_memory import empty_memory
+from routing_jax.generate.paged_prefill import prefill_prompts
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 CONFIG = ServePathConfig(
