@@ -166,6 +166,7 @@ class Engine:
             )
         self.config, self.serving, self.params = config, serving, params
         self.decisions = decisions
+        self._decided = jnp.array(decisions, jnp.int32)
         self.memory = empty_memory(config, serving)
         B = serving.sequences
         self._tokens = jnp.zeros(B, jnp.int32)
@@ -296,7 +297,7 @@ class Engine:
             self.config,
             self.serving,
             self.params,
-            self.decisions,
+            self._decided,
             jnp.asarray(tokens),
             jnp.asarray(lengths),
             jnp.array([request.length for request in requests], jnp.int32),

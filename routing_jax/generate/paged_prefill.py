@@ -118,9 +118,13 @@ def prefill_short(
     # Of all layers at once: many small computations a layer would be seen beside a short prompt.
     memory, target = _make_room(config, serving, layers, dense, T, lengths, limits, rows, memory)
 
+    target = jax.lax.optimization_barrier(target)  # or each write would work it out for itself
+
     def read(past: tuple[jax.Array, _Held], of_layer: tuple) -> tuple[tuple, None]:
         own, (dense, target) = of_layer
-        return _read_layer(config, serving, own, dense, target, lengths, *past), None
+        past = _read_layer(config, serving, own, dense, target, lengths, *past)
+        # Or layers' values would be written after the last one, and all be kept until then.
+        return jax.lax.optimization_barrier(past), None
 
     past = embed_tokens(config, params, tokens), (memory.keys, memory.values, memory.sums)
     (x, held), _ = through_layers(params, read, past, (dense, target))
@@ -229,6 +233,17 @@ def _end(config: DecoderConfig, params: Params, x: jax.Array, lengths: jax.Array
     return read_out(config, params, last[:, 0])
 
 
+def reads_at_once(config: DecoderConfig, length: int) -> bool:
+    """Whether prompts padded to so many tokens are read by one program over all layers.
+
+    >>> from routing_jax.routers import SparseModeConfig
+    >>> config = DecoderConfig(sparse=SparseModeConfig(sink=128, window=1024))
+    >>> reads_at_once(config, 1024), reads_at_once(config, 2048)
+    (True, False)
+    """
+    return length <= config.sparse.reach
+
+
 def prefill_prompts(
     config: DecoderConfig,
     serving: ServingConfig,
@@ -262,7 +277,7 @@ def prefill_prompts(
       ([B,V] logits after each prompt's last token, the memory).
     """
     decided = jnp.asarray(decisions, jnp.int32)
-    if tokens.shape[1] <= config.sparse.reach:
+    if reads_at_once(config, tokens.shape[1]):
         return prefill_short(
             config, serving, params, decided, tokens, lengths, limits, rows, memory
         )
