@@ -3,8 +3,9 @@
 A composed one beside them is routed alike, and its layers that are not sparse search for blocks.
 Layers are routed in a fixed pattern, with the routers' work in the times; weights are random.
 Prefill is the whole path from tokens to logits: host loop, routers, tables, pages; before each
-sample the last one's pages are given back. A sample of decoding is several steps, the choice of each token included. The router's own time stands by
-itself, per layer.
+sample the last one's pages are given back. Prompts that one program reads, the dense side reads
+by one, too. A sample of decoding is several steps, the choice of each token included. The router's
+own time stands by itself, per layer.
 """
 
 import dataclasses

@@ -73,9 +73,7 @@ def prefill_layer(
     B, T, _ = x.shape
     dense = jnp.broadcast_to(decision == DENSE, (B,))
     if "layer" in config.mixers:
-        routed = lengths <= config.sparse.reach
-        if config.sparse.reach < T:
-            routed |= route_prompts(config, params, x, lengths)
+        routed = route_prompts(config, params, x, lengths) | (lengths <= config.sparse.reach)
         dense = jnp.where(decision == ROUTED, routed, dense)
     memory, target = _make_room(
         config, serving, layer[None], dense[None], T, lengths, limits, rows, memory
