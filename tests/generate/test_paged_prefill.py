@@ -33,15 +33,17 @@ SERVING = ServingConfig(pages=96, sequences=4, length=40, page_size=4, chunk=16)
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
-def read(model, decisions, tokens, lengths, limits, rows, memory):
+def read(model, decisions, tokens, lengths, limits, rows, memory, serving=SERVING):
     numbers = (jnp.asarray(n, jnp.int32) for n in (tokens, lengths, limits, rows))
-    return prefill_prompts(model, SERVING, make_params(model), decisions, *numbers, memory)
+    return prefill_prompts(model, serving, make_params(model), decisions, *numbers, memory)
 
 
-@pytest.mark.parametrize("model", [UNROLLED, SCANNED, SEARCHING])
+# Two prompts pass in one chunk or in several.
+@pytest.mark.parametrize(("model", "chunk"), [(UNROLLED, 16), (SCANNED, 8), (SEARCHING, 16)])
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(data=st.data())
-def test_one_program_reads_what_a_program_a_layer_reads(model, data):
+def test_one_program_reads_what_a_program_a_layer_reads(model, chunk, data):
+    serving = dataclasses.replace(SERVING, chunk=chunk)
     each = st.integers(1, T)
     decisions = data.draw(
         st.lists(st.sampled_from([ROUTED, SPARSE, DENSE]), min_size=3, max_size=3)
@@ -56,8 +58,9 @@ def test_one_program_reads_what_a_program_a_layer_reads(model, data):
             patch.setattr(paged_prefill, "reads_at_once", lambda *_, yes=at_once: yes)
             memory = empty_memory(model, SERVING)
             # Somebody is there already.
-            _, memory = read(model, [DENSE] * LAYERS, tokens[:1], [T], [MOST], rows[2:3], memory)
-            found.append(read(model, decisions, tokens, lengths, limits, rows[:2], memory))
+            there = [T, T], [MOST, MOST], rows[2:]
+            _, memory = read(model, [DENSE] * LAYERS, tokens, *there, memory, serving)
+            found.append(read(model, decisions, tokens, lengths, limits, rows[:2], memory, serving))
     (logits, memory), (by_layer, expected) = found
     np.testing.assert_allclose(logits, by_layer, rtol=1e-4, atol=1e-4)
     assert np.abs(logits).max() > 0.1
