@@ -115,7 +115,6 @@ def prefill_short(
     dense = jnp.broadcast_to((decisions != SPARSE)[:, None], (len(decisions), B))
     # Of all layers at once: many small computations a layer would be seen beside a short prompt.
     memory, target = _make_room(config, serving, layers, dense, T, lengths, limits, rows, memory)
-
     target = jax.lax.optimization_barrier(target)  # or each write would work it out for itself
 
     def read(past: tuple[jax.Array, _Held], of_layer: tuple) -> tuple[tuple, None]:

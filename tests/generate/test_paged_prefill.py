@@ -115,3 +115,13 @@ def test_progress_tells_the_layers_that_are_read_one_by_one(length):
         empty_memory(SCANNED, SERVING), seen.append,
     )  # fmt: skip
     assert seen == ([] if length <= T else list(range(LAYERS)))
+
+
+@pytest.mark.parametrize("length", [T, 16])
+def test_while_prompts_are_read_the_host_sends_nothing(length):
+    numbers = [jnp.asarray(n, jnp.int32) for n in (np.zeros((1, length)), [9], [9], [0])]
+    decisions, params = jnp.full(LAYERS, ROUTED), jax.device_put(make_params(UNROLLED))
+    memory = empty_memory(UNROLLED, SERVING)
+    # Not even which layer it is: sent one by one, numbers would hold up every layer.
+    with jax.transfer_guard("disallow"):
+        prefill_prompts(UNROLLED, SERVING, params, decisions, *numbers, memory)
