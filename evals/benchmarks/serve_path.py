@@ -2,9 +2,10 @@
 
 A composed one beside them is routed alike, and its layers that are not sparse search for blocks.
 Layers are routed in a fixed pattern, with the routers' work in the times; weights are random.
-Prefill is the whole path from tokens to logits: host loop, routers, tables, pages. A sample of
-decoding is several steps, the choice of each token included. The router's own time stands by
-itself, per layer.
+Prefill is the whole path from tokens to logits: host loop, routers, tables, pages; before each
+sample the last one's pages are given back. Prompts that one program reads, the dense side reads
+by one, too. A sample of decoding is several steps, the choice of each token included. The router's
+own time stands by itself, per layer.
 """
 
 import dataclasses
@@ -44,8 +45,10 @@ from routing_jax.evals.benchmarks.serve_path_report import Row, describe, table
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.generate.layer import Params, layer_params, route_prompts
 from routing_jax.generate.paged_decode import decode_tokens
-from routing_jax.generate.paged_prefill import empty_memory, forget, prefill_prompts
+from routing_jax.generate.paged_memory import PagedMemory, empty_memory, forget
+from routing_jax.generate.paged_prefill import prefill_prompts, reads_at_once
 from routing_jax.kernels import default_implementation
+from routing_jax.models import DecoderConfig
 
 __all__ = ["ServePathConfig", "default_config", "main", "run"]
 
@@ -55,10 +58,16 @@ _ROUTER_LAYERS = 4  # whose queries' weights together exceed a GPU's cache
 _SHARE_OF_MEMORY = 0.97
 
 
-def _time(config: ServePathConfig, run: Callable[[], Any], calls: int = 1) -> Row:
-    """Wall-clock of what `run` computes, by each of its calls."""
+def _time(
+    config: ServePathConfig,
+    run: Callable[[], Any],
+    calls: int = 1,
+    prepare: Callable[[], Any] = lambda: None,
+) -> Row:
+    """Wall-clock of what `run` computes, by each of its calls; `prepare` comes before each run."""
     begun, samples = time.monotonic(), list[float]()
     while len(samples) < config.repeats:
+        jax.block_until_ready(prepare())
         start = time.perf_counter()
         jax.block_until_ready(run())
         samples.append(time.perf_counter() - start)
@@ -104,11 +113,16 @@ def _time_router(config: ServePathConfig, size: Size, params: Params) -> Row:
     return {**timing._asdict(), "samples": config.repeats, "kv_bytes": 0}
 
 
+def _warming(model: DecoderConfig, tokens: jax.Array) -> int:
+    """How many layers must read [B,T] tokens for all that a prefill runs to be compiled."""
+    return len(model.mixers) if reads_at_once(model, tokens.shape[1]) else 1
+
+
 def _time_prefill(config: ServePathConfig, size: Size, params: Params, who: Who) -> Row:
     """Prompts from tokens to logits; and the bytes of keys and values that they leave."""
     batch, length = size.batch, size.length
     decoder = config.model_of(who)
-    sizes, decided = serving(config, size), decisions(config, size)
+    sizes, decided = serving(config, size), jnp.array(decisions(config, size), jnp.int32)
     tokens = _tokens(config, batch, sizes.bucket(batch, length))
     if who == "dense":
         chunk = sizes.chunk_of(batch, length)
@@ -122,12 +136,12 @@ def _time_prefill(config: ServePathConfig, size: Size, params: Params, who: Who)
             held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
             return logits
 
-        jax.block_until_ready(run(1))  # one layer has all that is compiled
+        jax.block_until_ready(run(_warming(decoder, tokens)))
         return {**_time(config, run), "kv_bytes": held}
 
     memory = empty_memory(decoder, sizes)
-    limits, rows = jnp.full(batch, sizes.length, jnp.int32), jnp.arange(batch, dtype=jnp.int32)
-    lengths, everyone = jnp.full(batch, length, jnp.int32), jnp.ones(batch, bool)
+    rows, everyone = jnp.arange(batch, dtype=jnp.int32), jnp.ones(batch, bool)
+    lengths = jnp.full(batch, length, jnp.int32)  # no room for more tokens, as on the dense side
 
     def run_paged(layers: int = len(decided)) -> Any:
         nonlocal memory
@@ -138,14 +152,19 @@ def _time_prefill(config: ServePathConfig, size: Size, params: Params, who: Who)
             decided[:layers],
             tokens,
             lengths,
-            limits,
+            lengths,
             rows,
-            forget(memory, everyone),
+            memory,
         )
         return logits, memory
 
-    jax.block_until_ready(run_paged(1))
-    return {**_time(config, run_paged), "kv_bytes": held_bytes(memory)}
+    def empty() -> PagedMemory:
+        nonlocal memory
+        memory = forget(memory, everyone)
+        return memory
+
+    jax.block_until_ready(run_paged(_warming(decoder, tokens)))
+    return {**_time(config, run_paged, prepare=empty), "kv_bytes": held_bytes(memory)}
 
 
 def _time_decode(config: ServePathConfig, size: Size, params: Params, who: Who) -> Row:

@@ -20,7 +20,8 @@ from routing_jax.generate.layer import (
     project_prompts,
     read_out,
 )
-from routing_jax.generate.paged_prefill import DENSE, SPARSE, PagedMemory, empty_memory
+from routing_jax.generate.paged_memory import PagedMemory, empty_memory
+from routing_jax.generate.paged_prefill import DENSE, SPARSE, reads_at_once
 from routing_jax.kernels import default_implementation, dense_attention
 from routing_jax.models import DecoderConfig, init_params
 
@@ -161,12 +162,15 @@ def _dense_layer(
 
 _embed = jax.jit(embed_tokens, static_argnums=0)
 _read_out = jax.jit(read_out, static_argnums=0)
+_Read = tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]
 
 
 def dense_prefill(
     config: DecoderConfig, params: Params, tokens: jax.Array, chunk: int, layers: int
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+) -> _Read:
     """The model as it was published: prompts of one length, every layer dense.
+
+    One program a layer, or for prompts that paged memory reads so (`reads_at_once`) one in all.
 
     Args:
       config: the model.
@@ -178,6 +182,13 @@ def dense_prefill(
     Returns:
       ([B,V] logits, keys and values [B,T,K,H] of each layer).
     """
+    read = _dense_at_once if reads_at_once(config, tokens.shape[1]) else _dense_layers
+    return read(config, params, tokens, chunk, layers)
+
+
+def _dense_layers(
+    config: DecoderConfig, params: Params, tokens: jax.Array, chunk: int, layers: int
+) -> _Read:
     lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
     whole = {name: part for name, part in params.items() if "layers" not in name}
     x = _embed(config, whole, tokens)
@@ -186,6 +197,9 @@ def dense_prefill(
         x, k, v = _dense_layer(config, chunk, layer_params(params, layer), x, lengths)
         cache.append((k, v))
     return _read_out(config, whole, x[:, -1]), cache
+
+
+_dense_at_once = jax.jit(_dense_layers, static_argnames=("config", "chunk", "layers"))
 
 
 class DenseCache(NamedTuple):

@@ -17,19 +17,13 @@ import numpy as np
 from routing_jax.generate.config import ServingConfig, check_servable
 from routing_jax.generate.layer import Params
 from routing_jax.generate.paged_decode import decode_tokens
-from routing_jax.generate.paged_prefill import (
-    DENSE,
-    ROUTED,
-    SPARSE,
-    empty_memory,
-    forget,
-    prefill_prompts,
-)
+from routing_jax.generate.paged_memory import empty_memory, forget
+from routing_jax.generate.paged_prefill import DENSE, ROUTED, SPARSE, prefill_prompts
 from routing_jax.generate.sampling import Sampling, choose_tokens
 from routing_jax.models import DecoderConfig
 
 Progress = Callable[[int, int], None]
-"""Called with layers done and layers in all while prompts are read."""
+"""Called with layers done and layers in all while prompts are read; of short ones at the end."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +166,7 @@ class Engine:
             )
         self.config, self.serving, self.params = config, serving, params
         self.decisions = decisions
+        self._decided = jnp.array(decisions, jnp.int32)
         self.memory = empty_memory(config, serving)
         B = serving.sequences
         self._tokens = jnp.zeros(B, jnp.int32)
@@ -302,7 +297,7 @@ class Engine:
             self.config,
             self.serving,
             self.params,
-            self.decisions,
+            self._decided,
             jnp.asarray(tokens),
             jnp.asarray(lengths),
             jnp.array([request.length for request in requests], jnp.int32),

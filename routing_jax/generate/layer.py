@@ -4,7 +4,8 @@ Long prompts pass in chunks: queries, keys and values are held whole, the MLP's 
 are. Chunks that no prompt reaches are not computed.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,6 +43,40 @@ def layer_params(params: Params, layer: int) -> Params:
 @jax.jit
 def _cut(stacked: Params, layer: jax.Array) -> Params:
     return jax.tree.map(lambda p: p[layer], stacked)
+
+
+def through_layers(
+    params: Params, step: Callable[[Any, tuple], tuple[Any, Any]], held: Any, of_layers: Any
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` of a step over layers, in one program that copies no weights it could read.
+
+    Stacked parameters are scanned. Of others, each layer is a part of the program; a step that is
+    jitted is lowered once for all of them.
+
+    Args:
+      params: the model's.
+      step: (held, (a layer's parameters, its part of `of_layers`)) -> (held, output).
+      held: what the first layer is given.
+      of_layers: arrays [L,…]; L may be less than there are layers, to leave out the last.
+
+    Returns:
+      (what the last layer leaves, outputs [L,…]).
+
+    >>> params = {f"layers_{i}": {"block_0": jnp.float32(i)} for i in range(3)}
+    >>> add = lambda held, own: (held + own[0] * own[1], own[1])
+    >>> through_layers(params, add, jnp.float32(1), jnp.array([5.0, 6.0]))[0].tolist()
+    7.0
+    """
+    depth = len(jax.tree.leaves(of_layers)[0])
+    if "layers" in params:
+        stacked = jax.tree.map(lambda p: p[:depth], params["layers"]["block_0"])
+        return jax.lax.scan(step, held, (stacked, of_layers))
+    outputs = []
+    for layer in range(depth):
+        part = jax.tree.map(operator.itemgetter(layer), of_layers)
+        held, output = step(held, (layer_params(params, layer), part))
+        outputs.append(output)
+    return held, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
 def _weights(config: DecoderConfig, params: Params) -> AttentionWeights:

@@ -8,7 +8,6 @@ can't read them in place, and decoding is bound by the bytes of weights, keys an
 """
 
 import functools
-import operator
 from typing import NamedTuple
 
 import jax
@@ -21,11 +20,11 @@ from routing_jax.generate.layer import (
     Params,
     embed_tokens,
     finish,
-    layer_params,
     project,
     read_out,
+    through_layers,
 )
-from routing_jax.generate.paged_prefill import PagedMemory
+from routing_jax.generate.paged_memory import PagedMemory
 from routing_jax.generate.sampling import Sampling, choose_tokens
 from routing_jax.kernels import PageList, block_sparse_decode, dense_pages, where_pages
 from routing_jax.models import DecoderConfig
@@ -69,16 +68,7 @@ def read_tokens(
         return _read_layer(config, serving, own, lengths, pages, memory.sums, *held)
 
     held = embed_tokens(config, params, tokens[:, None]), memory.keys, memory.values
-    if config.scan:
-        held, added = jax.lax.scan(read, held, (params["layers"]["block_0"], every))
-    else:
-        keys_of_layers = []
-        for layer in range(len(config.mixers)):
-            pages = jax.tree.map(operator.itemgetter(layer), every)
-            held, one = read(held, (layer_params(params, layer), pages))
-            keys_of_layers.append(one)
-        added = jnp.stack(keys_of_layers)
-    x, keys, values = held
+    (x, keys, values), added = through_layers(params, read, held, every)
     sums = memory.sums
     if sums is not None:
         # Once for all layers, as no search reads the newest page. All of them must have been made,

@@ -1,28 +1,22 @@
-"""Layer-major prefill into paged memory: each layer reads whole prompts and decides what to keep.
+"""Prefill into paged memory: each layer reads whole prompts and decides what to keep.
 
 A layer's router reads the queries of a prompt's last tokens, which exist once the whole prompt has
 passed the layer below. So a host loop calls one compiled step a layer; which layer it is, and what
 is decided there, are values, not programs. Prompts so short that sparse attention would see all of
 them are not routed: they cost what they cost a model without routers. What is decided without a
 router holds for them too, and for what follows.
+
+So all is decided of short prompts before the first layer is read, and one program reads all layers:
+a GPU is done with a layer of few tokens before the host could have called the next.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from routing_jax.attention.page_pool import (
-    NO_PAGE,
-    PagePool,
-    new_pool,
-    pages_needed,
-    prompt_pages,
-    return_pages,
-    take_pages,
-)
+from routing_jax.attention.page_pool import NO_PAGE, pages_needed, prompt_pages, take_pages
 from routing_jax.generate.config import ServingConfig
 from routing_jax.generate.layer import (
     Params,
@@ -32,7 +26,9 @@ from routing_jax.generate.layer import (
     project_prompts,
     read_out,
     route_prompts,
+    through_layers,
 )
+from routing_jax.generate.paged_memory import PagedMemory
 from routing_jax.kernels import block_sparse_attention, dense_attention
 from routing_jax.models import DecoderConfig
 from routing_jax.routers import block_sums, layer_table, mean_key_scores
@@ -40,49 +36,8 @@ from routing_jax.routers import block_sums, layer_table, mean_key_scores
 ROUTED, SPARSE, DENSE = -1, 0, 1
 """Who decides a layer: its router, or nobody."""
 
-
-class PagedMemory(NamedTuple):
-    """What is remembered of all sequences.
-
-    Attributes:
-      keys: [P,page_size,K,H].
-      values: [P,page_size,K,H].
-      pool: which pages are free.
-      tables: [L,B,C] int32, the pages that a layer of a sequence owns; −1 for none.
-      whole: [L,B] bool, whether it keeps everything, and attends to it from now on or searches it.
-      searches: [L,B] bool, whether its tokens search what it keeps, each by its own query.
-      lengths: [B] int32, tokens whose keys are held; 0 where there is no sequence.
-      sums: [P,K,H] float32, of the keys of each page; None where no layer searches them.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    pool: PagePool
-    tables: jax.Array
-    whole: jax.Array
-    searches: jax.Array
-    lengths: jax.Array
-    sums: jax.Array | None = None
-
-
-def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
-    """Memory without a sequence.
-
-    >>> empty_memory(DecoderConfig(layers="full*2"), ServingConfig(pages=4)).keys.shape
-    (4, 128, 1, 64)
-    """
-    L, B = len(config.mixers), serving.sequences
-    shape = (serving.pages, serving.page_size, config.num_kv_heads, config.head_dim)
-    return PagedMemory(
-        jnp.zeros(shape, config.dtype),
-        jnp.zeros(shape, config.dtype),
-        new_pool(serving.pages),
-        jnp.full((L, B, serving.slots), NO_PAGE, jnp.int32),
-        jnp.zeros((L, B), bool),
-        jnp.zeros((L, B), bool),
-        jnp.zeros(B, jnp.int32),
-        jnp.zeros((shape[0], *shape[2:])) if config.sparse.answers == "topk" else None,
-    )
+_Held = tuple[jax.Array, jax.Array, jax.Array | None]
+"""Keys, values and sums of a PagedMemory."""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("x", "memory"))
@@ -116,14 +71,114 @@ def prefill_layer(
       (the layer's output, the memory with the layer's keys and values).
     """
     B, T, _ = x.shape
-    page_size, sparse = serving.page_size, config.sparse
-    chunk = serving.chunk_of(B, T)
     dense = jnp.broadcast_to(decision == DENSE, (B,))
     if "layer" in config.mixers:
-        routed = lengths <= sparse.reach
-        if sparse.reach < T:
-            routed |= route_prompts(config, params, x, lengths)
+        routed = route_prompts(config, params, x, lengths) | (lengths <= config.sparse.reach)
         dense = jnp.where(decision == ROUTED, routed, dense)
+    memory, target = _make_room(
+        config, serving, layer[None], dense[None], T, lengths, limits, rows, memory
+    )
+    held = memory.keys, memory.values, memory.sums
+    x, held = _read_layer(config, serving, params, dense, target[0], lengths, x, held)
+    return x, _with_held(memory, held)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("memory",))
+def prefill_short(
+    config: DecoderConfig,
+    serving: ServingConfig,
+    params: Params,
+    decisions: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    limits: jax.Array,
+    rows: jax.Array,
+    memory: PagedMemory,
+) -> tuple[jax.Array, PagedMemory]:
+    """`prefill_prompts` of prompts that no router reads, all layers in one program.
+
+    Args:
+      config: the model.
+      serving: the sizes.
+      params: the model's.
+      decisions: [L] int32; ROUTED is DENSE here.
+      tokens: [B,T] int32, T whole pages and at most `config.sparse.reach`.
+      lengths: [B] int32, valid tokens of each prompt.
+      limits: [B] int32, the most tokens that each sequence will have.
+      rows: [B] int32, which sequence of the memory each becomes.
+      memory: is donated.
+
+    Returns:
+      ([B,V] logits after each prompt's last token, the memory).
+    """
+    (B, T), layers = tokens.shape, jnp.arange(len(decisions), dtype=jnp.int32)
+    dense = jnp.broadcast_to((decisions != SPARSE)[:, None], (len(decisions), B))
+    # Of all layers at once: many small computations a layer would be seen beside a short prompt.
+    memory, target = _make_room(config, serving, layers, dense, T, lengths, limits, rows, memory)
+    target = jax.lax.optimization_barrier(target)  # or each write would work it out for itself
+
+    def read(past: tuple[jax.Array, _Held], of_layer: tuple) -> tuple[tuple, None]:
+        own, (dense, target) = of_layer
+        past = _read_layer(config, serving, own, dense, target, lengths, *past)
+        # Or layers' values would be written after the last one, and all be kept until then.
+        return jax.lax.optimization_barrier(past), None
+
+    past = embed_tokens(config, params, tokens), (memory.keys, memory.values, memory.sums)
+    (x, held), _ = through_layers(params, read, past, (dense, target))
+    return _end(config, params, x, lengths), _with_held(memory, held)
+
+
+def _make_room(
+    config: DecoderConfig,
+    serving: ServingConfig,
+    layers: jax.Array,
+    dense: jax.Array,
+    length: int,
+    lengths: jax.Array,
+    limits: jax.Array,
+    rows: jax.Array,
+    memory: PagedMemory,
+) -> tuple[PagedMemory, jax.Array]:
+    """Takes the pages of prompts padded to `length` in layers [n], `dense` [n,B] of which are.
+
+    Returns (the memory, [n,B·J] int32: the page of each block, each layer's without a double; of
+    blocks that are not kept it is past the pool's end).
+    """
+    sparse, (n, B) = config.sparse, dense.shape
+    whole = dense if sparse.forgets else jnp.ones_like(dense)
+    counts = pages_needed(limits[None], whole, sparse).reshape(-1)
+    pool, pages = take_pages(memory.pool, counts, serving.slots)
+    target = prompt_pages(
+        pages, jnp.tile(lengths, n), whole.reshape(-1), length // serving.page_size, sparse
+    ).reshape(n, -1)
+    # Each page that is not kept has a place of its own past the end, so that no two are the same.
+    beyond = serving.pages + jnp.arange(target.shape[1], dtype=jnp.int32)
+    at = layers[:, None], rows[None]
+    memory = memory._replace(
+        pool=pool,
+        tables=memory.tables.at[at].set(pages.reshape(n, B, -1)),
+        whole=memory.whole.at[at].set(whole),
+        searches=memory.searches.at[at].set(sparse.searched_after(dense)),
+        lengths=memory.lengths.at[rows].set(lengths),
+    )
+    return memory, jnp.where(target == NO_PAGE, beyond[None], target)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "serving"))  # lowered once for all layers
+def _read_layer(
+    config: DecoderConfig,
+    serving: ServingConfig,
+    params: Params,
+    dense: jax.Array,
+    target: jax.Array,
+    lengths: jax.Array,
+    x: jax.Array,
+    held: _Held,
+) -> tuple[jax.Array, _Held]:
+    """A layer's output, and the pages with its keys and values written where `target` says."""
+    B, T, _ = x.shape
+    page_size, sparse = serving.page_size, config.sparse
+    chunk = serving.chunk_of(B, T)
     q, k, v = project_prompts(config, params, x, lengths, chunk)
 
     place = jnp.arange(T, dtype=jnp.int32)[None]
@@ -147,32 +202,21 @@ def prefill_layer(
     else:
         attended = dense_attention(q, k, v)  # padding comes after all that a query sees
 
-    whole = dense if sparse.forgets else jnp.ones_like(dense)
-    counts = pages_needed(limits, whole, sparse)
-    pool, pages = take_pages(memory.pool, counts, serving.slots)
-    target = prompt_pages(pages, lengths, whole, T // page_size, sparse).reshape(-1)
-    # Each page that is not kept has a place of its own past the end, so that no two are the same.
-    beyond = serving.pages + jnp.arange(target.shape[0], dtype=jnp.int32)
-    target = jnp.where(target == NO_PAGE, beyond, target)
-
     def write(held: jax.Array, new: jax.Array) -> jax.Array:
         blocks = new.reshape(-1, *held.shape[1:])
         return held.at[target].set(blocks, mode="drop", unique_indices=True)
 
-    if memory.sums is not None:
+    keys, values, held_sums = held
+    if held_sums is not None:
         assert sums is not None  # a memory has sums where the model searches
-        memory = memory._replace(sums=write(memory.sums, sums))
+        held_sums = write(held_sums, sums)
+    held = write(keys, k), write(values, v), held_sums
+    return finish_prompts(config, params, x, attended, lengths, chunk), held
 
-    memory = memory._replace(
-        keys=write(memory.keys, k),
-        values=write(memory.values, v),
-        pool=pool,
-        tables=memory.tables.at[layer, rows].set(pages),
-        whole=memory.whole.at[layer, rows].set(whole),
-        searches=memory.searches.at[layer, rows].set(sparse.searched_after(dense)),
-        lengths=memory.lengths.at[rows].set(lengths),
-    )
-    return finish_prompts(config, params, x, attended, lengths, chunk), memory
+
+def _with_held(memory: PagedMemory, held: _Held) -> PagedMemory:
+    keys, values, sums = held
+    return memory._replace(keys=keys, values=values, sums=sums)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -186,11 +230,22 @@ def _end(config: DecoderConfig, params: Params, x: jax.Array, lengths: jax.Array
     return read_out(config, params, last[:, 0])
 
 
+def reads_at_once(config: DecoderConfig, length: int) -> bool:
+    """Whether prompts padded to so many tokens are read by one program over all layers.
+
+    >>> from routing_jax.routers import SparseModeConfig
+    >>> config = DecoderConfig(sparse=SparseModeConfig(sink=128, window=1024))
+    >>> reads_at_once(config, 1024), reads_at_once(config, 2048)
+    (True, False)
+    """
+    return length <= config.sparse.reach
+
+
 def prefill_prompts(
     config: DecoderConfig,
     serving: ServingConfig,
     params: Params,
-    decisions: Sequence[int],
+    decisions: Sequence[int] | jax.Array,
     tokens: jax.Array,
     lengths: jax.Array,
     limits: jax.Array,
@@ -198,32 +253,42 @@ def prefill_prompts(
     memory: PagedMemory,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, PagedMemory]:
-    """Reads prompts into the memory, layer by layer.
+    """Reads prompts into the memory: layer by layer, or all layers at once where none is routed.
 
     Args:
       config: the model.
       serving: the sizes.
       params: the model's.
-      decisions: who decides each layer: ROUTED, SPARSE or DENSE. Layers without one are left out.
-      tokens: [B,T] int32, padded at the end to `serving.bucket`.
+      decisions: [L], who decides each layer: ROUTED, SPARSE or DENSE. Layers without one are left
+        out.
+      tokens: [B,T] int32, padded at the end to `serving.bucket`. Where T is at most
+        `config.sparse.reach`, no layer is routed.
       lengths: [B] int32, valid tokens of each prompt, at least 1.
       limits: [B] int32, the most tokens that each sequence will have.
       rows: [B] int32, which sequence of the memory each becomes; none of them may be in use.
       memory: is donated.
-      progress: called with the layers done so far. It waits for them, one layer late.
+      progress: called with the layers done so far. It waits for them, one layer late. Not called
+        where layers are read at once.
 
     Returns:
       ([B,V] logits after each prompt's last token, the memory).
     """
+    decided = jnp.asarray(decisions, jnp.int32)
+    if reads_at_once(config, tokens.shape[1]):
+        return prefill_short(
+            config, serving, params, decided, tokens, lengths, limits, rows, memory
+        )
     x = _begin(config, {"embedding": params["embedding"]}, tokens)
     before = None
-    for layer, decision in enumerate(decisions):
+    # Numbers cut out on the device; made by the host, each would be a transfer of its own.
+    numbers = zip(jnp.arange(len(decisions), dtype=jnp.int32), decided)
+    for done, (layer, decision) in enumerate(numbers):
         x, memory = prefill_layer(
             config,
             serving,
-            layer_params(params, layer),
-            jnp.int32(layer),
-            jnp.int32(decision),
+            layer_params(params, done),
+            layer,
+            decision,
             x,
             lengths,
             limits,
@@ -233,25 +298,5 @@ def prefill_prompts(
         if progress is not None:
             jax.block_until_ready(before)
             before = jnp.copy(memory.pool.available)  # the memory itself is given away
-            progress(layer)
+            progress(done)
     return _end(config, {n: p for n, p in params.items() if "layers" not in n}, x, lengths), memory
-
-
-@functools.partial(jax.jit, donate_argnames=("memory",))
-def forget(memory: PagedMemory, leaving: jax.Array) -> PagedMemory:
-    """The memory without some sequences, whose pages are free again.
-
-    Args:
-      memory: is donated.
-      leaving: [B] bool.
-
-    >>> memory = empty_memory(DecoderConfig(layers="full"), ServingConfig(pages=4, sequences=2))
-    >>> int(forget(memory, jnp.array([True, False])).pool.available)
-    4
-    """
-    pages = jnp.where(leaving[None, :, None], memory.tables, NO_PAGE)
-    return memory._replace(
-        pool=return_pages(memory.pool, pages),
-        tables=jnp.where(leaving[None, :, None], NO_PAGE, memory.tables),
-        lengths=jnp.where(leaving, 0, memory.lengths),
-    )

@@ -11,7 +11,8 @@ import pytest
 from routing_jax.generate import DENSE, SPARSE, ServingConfig
 from routing_jax.generate.layer import layer_params
 from routing_jax.generate.paged_decode import read_tokens
-from routing_jax.generate.paged_prefill import empty_memory, prefill_layer, prefill_prompts
+from routing_jax.generate.paged_memory import empty_memory
+from routing_jax.generate.paged_prefill import prefill_layer, prefill_prompts
 from routing_jax.kernels.hopper import hopper_refusal
 from routing_jax.models import DecoderConfig, init_params
 from routing_jax.routers import SparseModeConfig

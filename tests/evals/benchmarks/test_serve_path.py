@@ -25,7 +25,8 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
 from routing_jax.evals.benchmarks.serve_path_config import ServePathConfig, dense_layers
 from routing_jax.evals.report import readme_blocks
 from routing_jax.generate.paged_decode import decode_tokens
-from routing_jax.generate.paged_prefill import empty_memory, prefill_prompts
+from routing_jax.generate.paged_memory import empty_memory
+from routing_jax.generate.paged_prefill import prefill_layer, prefill_prompts, prefill_short
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 CONFIG = ServePathConfig(
@@ -57,6 +58,23 @@ def test_the_paged_and_the_published_model_are_one():
         np.testing.assert_array_equal(made, own)
         seen += made.tolist()
     assert len(set(seen)) > 2
+
+
+def test_short_prompts_are_read_by_one_program_and_held_as_on_the_dense_side():
+    config = dataclasses.replace(CONFIG, lengths=(16,), parts=("prefill",), sparse_shares=(0.5,))
+    compiled = prefill_layer._cache_size(), prefill_short._cache_size()
+    routed, dense = serve_path.run(config)["rows"]
+    assert (prefill_layer._cache_size(), prefill_short._cache_size() - 1) == compiled
+    assert routed["kv_bytes"] == dense["kv_bytes"] > 0
+    size, length = Size(1, 16, 0.5), jnp.full(1, 16, jnp.int32)
+    model, sizes, params = config.decoder, serving(config, size), random_model(config)
+    tokens = jax.random.randint(jax.random.key(1), (1, 16), 0, 64)
+    logits, _ = dense_prefill(config.model_of("dense"), params, tokens, 16, 4)
+    paged, _ = prefill_prompts(
+        model, sizes, params, decisions(config, size), tokens, length, length, jnp.arange(1),
+        empty_memory(model, sizes),
+    )  # fmt: skip
+    np.testing.assert_allclose(logits, paged, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["streaming", "triangle"])
