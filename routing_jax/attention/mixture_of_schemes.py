@@ -8,6 +8,7 @@ reads no more of the cache than that one needs. Keys and values are made for eve
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -75,6 +76,26 @@ class SchemeHeads(NamedTuple):
         start = sum(self.kv_heads[:scheme])
         return k[:, :, start : start + count]
 
+    def spread(self, x: jax.Array, num_heads: int) -> jax.Array:
+        """Key (or value) heads [B,S,E·N,H] for each query head of each scheme, from all of x."""
+        N = num_heads // len(self.kv_heads)
+        x = x.swapaxes(1, 2)  # as attention wants them: turned once, not part by part
+        if self.basis is not None:
+            K = len(self.basis)
+            makes = np.zeros((K, num_heads), np.float32)
+            for e, count in enumerate(self.kv_heads):
+                each = np.repeat(self.basis[:count, :: K // count], N // count, axis=1)
+                makes[:count, e * N : (e + 1) * N] = each
+            # A sum, not a product of matrices: those that thin are several kernels a scheme.
+            made = jnp.sum(x[:, :, None] * makes[None, :, :, None, None], axis=1)
+            return made.astype(x.dtype).swapaxes(1, 2)
+        starts = itertools.accumulate(self.kv_heads, initial=0)
+        parts = [
+            jnp.repeat(x[:, start : start + count], N // count, axis=1)
+            for start, count in zip(starts, self.kv_heads)
+        ]
+        return jnp.concatenate(parts, axis=1).swapaxes(1, 2)
+
     def weights(self, weights: AttentionWeights, scheme: int) -> AttentionWeights:
         """The projections whose queries and outputs are the scheme's."""
         out = jnp.moveaxis(self.queries(jnp.moveaxis(weights.out, 0, -2), scheme), -2, 0)
@@ -140,12 +161,9 @@ def mix_schemes(
     if heads.basis is not None:
         q, N = jnp.tile(q, (1, 1, E, 1)), E * N
 
-    def spread(x: jax.Array) -> jax.Array:
-        """Key/value heads repeated for each query head, so that all schemes go in one call."""
-        parts = [jnp.repeat(heads.keys(x, e), N // E // K, 2) for e, K in enumerate(heads.kv_heads)]
-        return jnp.concatenate(parts, axis=2)
-
-    y = attend_everywhere(q, spread(k), spread(v), segment_ids, heads.projected, rng)
+    y = attend_everywhere(
+        q, heads.spread(k, N), heads.spread(v, N), segment_ids, heads.projected, rng
+    )
     y = y.reshape(B, T, E, N // E, H) * gates[:, :, :, None, None].astype(y.dtype)
     return y.sum(2) if heads.basis is not None else y.reshape(B, T, N, H)
 

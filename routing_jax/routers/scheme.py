@@ -150,7 +150,9 @@ class SchemeRouter(nn.Module):
             hidden = self.param("hidden", init, (x.shape[-1], cfg.hidden))
             out = self.param("out", init, (cfg.hidden, E))
             # float32: a choice between near equals must not flip by rounding.
-            logits = jax.nn.gelu(x.astype(jnp.float32) @ hidden, approximate=False) @ out
+            found = jax.nn.gelu(x.astype(jnp.float32) @ hidden, approximate=False)
+            # Sums, not a product: with so few columns they are made where gelu is.
+            logits = jnp.sum(found[..., None] * out[None, None], axis=-2)
         if cfg.kind == "random":
             logits = jax.lax.stop_gradient(logits)
         explores = cfg.kind == "hard" and cfg.gate_noise
