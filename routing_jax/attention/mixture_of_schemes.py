@@ -43,6 +43,7 @@ from routing_jax.routers import (
     SchemeRouting,
     SchemesConfig,
     balance_loss,
+    largest,
     straight_through,
 )
 
@@ -311,7 +312,7 @@ def scheme_cost(
     valid = positions >= 0
     probs = jnp.where(valid[:, :, None], routing.probs, 0)
     # Without noise: in training, what the layer would spend if it were used as it is now.
-    preferred = jnp.argmax(routing.logits, axis=-1)
+    preferred = largest(routing.logits)
     taken = jax.nn.one_hot(preferred, len(counts)) * valid[:, :, None]
     weighed = straight_through(taken, probs) if schemes.one_each else probs
     computed = weighed if schemes.one_each else jnp.broadcast_to(valid[:, :, None], probs.shape)
@@ -327,7 +328,7 @@ def scheme_cost(
     return LayerReport(
         cost=work / attention_work(seen, num_heads, head_dim),
         kv_cost=jnp.sum(pairs_of * jnp.array(counts, jnp.float32)) / (seen * num_heads),
-        usage=weighed[:, :, dearest].sum() / jnp.maximum(tokens, 1),
+        usage=weighed.sum(axis=(0, 1))[dearest] / jnp.maximum(tokens, 1),
         aux=balance_loss(routing.probs, valid),
         choice=(preferred == dearest) & valid,
     )

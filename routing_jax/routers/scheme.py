@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.kernels import dropout
-from routing_jax.routers.gates import categorical_gate
+from routing_jax.routers.gates import categorical_gate, largest
 from routing_jax.routers.routing import Routing
 
 
@@ -158,8 +158,8 @@ class SchemeRouter(nn.Module):
         explores = cfg.kind == "hard" and cfg.gate_noise
         gate = categorical_gate(logits, rng if explores else None, cfg.temperature)
         if cfg.one_each:
-            gates, choice = gate.value, jnp.argmax(gate.choice, axis=-1)
+            gates, choice = gate.value, largest(gate.choice)
         else:
-            gates, choice = dropout(gate.probs, cfg.gate_dropout, rng), jnp.argmax(logits, axis=-1)
+            gates, choice = dropout(gate.probs, cfg.gate_dropout, rng), largest(logits)
         routing = Routing(jnp.where(valid, choice, -1), gate.probs, logits)
         return SchemeRouting(routing, jnp.where(valid[:, :, None], gates, 0))
