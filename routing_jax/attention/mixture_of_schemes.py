@@ -323,7 +323,9 @@ def scheme_cost(
     # Keys and values of every scheme, made of the basis' vectors.
     made = sum(count * count for count in counts if count > 1) if schemes.nested else 0
     overhead = tokens * (schemes.work(width) + made * 2 * head_dim)
-    work = attention_work(pairs_of.sum(), num_heads, head_dim) + overhead
+    # Whichever scheme a token takes: all have N query heads.
+    executed = pairs.sum() * (1 if schemes.one_each else len(counts))
+    work = attention_work(executed, num_heads, head_dim) + overhead
     dearest = counts.index(max(counts))
     return LayerReport(
         cost=work / attention_work(seen, num_heads, head_dim),
