@@ -77,22 +77,22 @@ class SchemeHeads(NamedTuple):
         start = sum(self.kv_heads[:scheme])
         return k[:, :, start : start + count]
 
-    def spread(self, x: jax.Array, num_heads: int) -> jax.Array:
+    def spread(self, x: jax.Array) -> jax.Array:
         """Key (or value) heads [B,S,E·N,H] for each query head of each scheme, from all of x."""
-        N = num_heads // len(self.kv_heads)
+        E, N = len(self.kv_heads), self.projected.num_heads
         x = x.swapaxes(1, 2)  # as attention wants them: turned once, not part by part
         if self.basis is not None:
             K = len(self.basis)
-            makes = np.zeros((K, num_heads), np.float32)
+            makes = np.zeros((K, E * N), np.float32)
             for e, count in enumerate(self.kv_heads):
                 each = np.repeat(self.basis[:count, :: K // count], N // count, axis=1)
                 makes[:count, e * N : (e + 1) * N] = each
-            # A sum, not a product of matrices: those that thin are several kernels a scheme.
+            # A sum, not a product: of matrices this thin it is several kernels a scheme.
             made = jnp.sum(x[:, :, None] * makes[None, :, :, None, None], axis=1)
             return made.astype(x.dtype).swapaxes(1, 2)
         starts = itertools.accumulate(self.kv_heads, initial=0)
         parts = [
-            jnp.repeat(x[:, start : start + count], N // count, axis=1)
+            jnp.repeat(x[:, start : start + count], N // E // count, axis=1)
             for start, count in zip(starts, self.kv_heads)
         ]
         return jnp.concatenate(parts, axis=1).swapaxes(1, 2)
@@ -162,9 +162,7 @@ def mix_schemes(
     if heads.basis is not None:
         q, N = jnp.tile(q, (1, 1, E, 1)), E * N
 
-    y = attend_everywhere(
-        q, heads.spread(k, N), heads.spread(v, N), segment_ids, heads.projected, rng
-    )
+    y = attend_everywhere(q, heads.spread(k), heads.spread(v), segment_ids, heads.projected, rng)
     y = y.reshape(B, T, E, N // E, H) * gates[:, :, :, None, None].astype(y.dtype)
     return y.sum(2) if heads.basis is not None else y.reshape(B, T, N, H)
 
