@@ -8,6 +8,7 @@ reads no more of the cache than that one needs. Keys and values are made for eve
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ from routing_jax.routers import (
     SchemeRouting,
     SchemesConfig,
     balance_loss,
+    largest,
     straight_through,
 )
 
@@ -74,6 +76,26 @@ class SchemeHeads(NamedTuple):
             return heads_from(k, self.basis, count)
         start = sum(self.kv_heads[:scheme])
         return k[:, :, start : start + count]
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """Key (or value) heads [B,S,E·N,H] for each query head of each scheme, from all of x."""
+        E, N = len(self.kv_heads), self.projected.num_heads
+        x = x.swapaxes(1, 2)  # as attention wants them: turned once, not part by part
+        if self.basis is not None:
+            K = len(self.basis)
+            makes = np.zeros((K, E * N), np.float32)
+            for e, count in enumerate(self.kv_heads):
+                each = np.repeat(self.basis[:count, :: K // count], N // count, axis=1)
+                makes[:count, e * N : (e + 1) * N] = each
+            # A sum, not a product: of matrices this thin it is several kernels a scheme.
+            made = jnp.sum(x[:, :, None] * makes[None, :, :, None, None], axis=1)
+            return made.astype(x.dtype).swapaxes(1, 2)
+        starts = itertools.accumulate(self.kv_heads, initial=0)
+        parts = [
+            jnp.repeat(x[:, start : start + count], N // E // count, axis=1)
+            for start, count in zip(starts, self.kv_heads)
+        ]
+        return jnp.concatenate(parts, axis=1).swapaxes(1, 2)
 
     def weights(self, weights: AttentionWeights, scheme: int) -> AttentionWeights:
         """The projections whose queries and outputs are the scheme's."""
@@ -140,12 +162,7 @@ def mix_schemes(
     if heads.basis is not None:
         q, N = jnp.tile(q, (1, 1, E, 1)), E * N
 
-    def spread(x: jax.Array) -> jax.Array:
-        """Key/value heads repeated for each query head, so that all schemes go in one call."""
-        parts = [jnp.repeat(heads.keys(x, e), N // E // K, 2) for e, K in enumerate(heads.kv_heads)]
-        return jnp.concatenate(parts, axis=2)
-
-    y = attend_everywhere(q, spread(k), spread(v), segment_ids, heads.projected, rng)
+    y = attend_everywhere(q, heads.spread(k), heads.spread(v), segment_ids, heads.projected, rng)
     y = y.reshape(B, T, E, N // E, H) * gates[:, :, :, None, None].astype(y.dtype)
     return y.sum(2) if heads.basis is not None else y.reshape(B, T, N, H)
 
@@ -293,7 +310,7 @@ def scheme_cost(
     valid = positions >= 0
     probs = jnp.where(valid[:, :, None], routing.probs, 0)
     # Without noise: in training, what the layer would spend if it were used as it is now.
-    preferred = jnp.argmax(routing.logits, axis=-1)
+    preferred = largest(routing.logits)
     taken = jax.nn.one_hot(preferred, len(counts)) * valid[:, :, None]
     weighed = straight_through(taken, probs) if schemes.one_each else probs
     computed = weighed if schemes.one_each else jnp.broadcast_to(valid[:, :, None], probs.shape)
@@ -304,12 +321,14 @@ def scheme_cost(
     # Keys and values of every scheme, made of the basis' vectors.
     made = sum(count * count for count in counts if count > 1) if schemes.nested else 0
     overhead = tokens * (schemes.work(width) + made * 2 * head_dim)
-    work = attention_work(pairs_of.sum(), num_heads, head_dim) + overhead
+    # Whichever scheme a token takes: all have N query heads.
+    executed = pairs.sum() * (1 if schemes.one_each else len(counts))
+    work = attention_work(executed, num_heads, head_dim) + overhead
     dearest = counts.index(max(counts))
     return LayerReport(
         cost=work / attention_work(seen, num_heads, head_dim),
         kv_cost=jnp.sum(pairs_of * jnp.array(counts, jnp.float32)) / (seen * num_heads),
-        usage=weighed[:, :, dearest].sum() / jnp.maximum(tokens, 1),
+        usage=weighed.sum(axis=(0, 1))[dearest] / jnp.maximum(tokens, 1),
         aux=balance_loss(routing.probs, valid),
         choice=(preferred == dearest) & valid,
     )

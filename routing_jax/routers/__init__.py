@@ -30,6 +30,7 @@ from routing_jax.routers.gates import (
     binary_entropy,
     binary_gate,
     categorical_gate,
+    largest,
     straight_through,
 )
 from routing_jax.routers.layer import (
@@ -95,6 +96,7 @@ __all__ = [
     "dot_scores",
     "end_tokens",
     "init_multipliers",
+    "largest",
     "layer_table",
     "mean_key_scores",
     "pattern_scores",

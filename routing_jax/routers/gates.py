@@ -63,6 +63,22 @@ def binary_gate(
     return Gate(choice, straight_through(choice, soft), probs)
 
 
+def largest(x: jax.Array) -> jax.Array:
+    """Index of the largest in the last dimension, the first of equals; `argmax`, but cheaper.
+
+    Two plain reductions, which XLA makes part of the kernels around them: an argmax is one alone.
+
+    Args:
+      x: [...,E].
+
+    >>> largest(jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, 0.0]])).tolist()
+    [1, 0]
+    """
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    last = x.shape[-1] - 1  # also where nothing compares, among NaNs
+    return jnp.where(x == x.max(axis=-1, keepdims=True), places, last).min(axis=-1)
+
+
 def categorical_gate(logits: jax.Array, rng: jax.Array | None, temperature: float = 1.0) -> Gate:
     """Opens one gate of E, where logit + Gumbel noise is largest: Gumbel-softmax, hard forward.
 
@@ -82,7 +98,7 @@ def categorical_gate(logits: jax.Array, rng: jax.Array | None, temperature: floa
     """
     logits = logits.astype(jnp.float32)
     noisy = logits if rng is None else logits + jax.random.gumbel(rng, logits.shape)
-    choice = jax.nn.one_hot(jnp.argmax(noisy, axis=-1), logits.shape[-1], dtype=bool)
+    choice = jax.nn.one_hot(largest(noisy), logits.shape[-1], dtype=bool)
     soft = jax.nn.softmax(noisy / temperature, axis=-1)
     return Gate(choice, straight_through(choice, soft), jax.nn.softmax(logits, axis=-1))
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.kernels import dropout
-from routing_jax.routers.gates import categorical_gate
+from routing_jax.routers.gates import categorical_gate, largest
 from routing_jax.routers.routing import Routing
 
 
@@ -150,14 +150,16 @@ class SchemeRouter(nn.Module):
             hidden = self.param("hidden", init, (x.shape[-1], cfg.hidden))
             out = self.param("out", init, (cfg.hidden, E))
             # float32: a choice between near equals must not flip by rounding.
-            logits = jax.nn.gelu(x.astype(jnp.float32) @ hidden, approximate=False) @ out
+            found = jax.nn.gelu(x.astype(jnp.float32) @ hidden, approximate=False)
+            # Sums, not a product: with so few columns they are made where gelu is.
+            logits = jnp.sum(found[..., None] * out[None, None], axis=-2)
         if cfg.kind == "random":
             logits = jax.lax.stop_gradient(logits)
         explores = cfg.kind == "hard" and cfg.gate_noise
         gate = categorical_gate(logits, rng if explores else None, cfg.temperature)
         if cfg.one_each:
-            gates, choice = gate.value, jnp.argmax(gate.choice, axis=-1)
+            gates, choice = gate.value, largest(gate.choice)
         else:
-            gates, choice = dropout(gate.probs, cfg.gate_dropout, rng), jnp.argmax(logits, axis=-1)
+            gates, choice = dropout(gate.probs, cfg.gate_dropout, rng), largest(logits)
         routing = Routing(jnp.where(valid, choice, -1), gate.probs, logits)
         return SchemeRouting(routing, jnp.where(valid[:, :, None], gates, 0))

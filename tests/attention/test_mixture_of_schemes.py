@@ -169,6 +169,16 @@ def test_a_token_reads_no_more_of_the_cache_than_its_scheme_needs():
 
 
 @NESTED
+def test_spread_heads_are_those_of_each_scheme_one_for_each_query_head(nested):
+    heads = scheme_heads(HEADS, SchemesConfig(nested=nested))
+    K = heads.projected.num_kv_heads
+    x = np.random.default_rng(2).normal(size=(B, T, K, H)).astype(np.float32)
+    parts = [np.repeat(heads.keys(x, e), N // count, axis=2) for e, count in enumerate(COUNTS)]
+    got = heads.spread(x)
+    np.testing.assert_allclose(got, np.concatenate(parts, axis=2), rtol=1e-5, atol=1e-5)
+
+
+@NESTED
 def test_no_gradient_reaches_back_from_later_tokens(nested):
     params = make_params(nested)
 

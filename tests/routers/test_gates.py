@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing_jax.routers import binary_entropy, binary_gate, straight_through
+from routing_jax.routers import binary_entropy, binary_gate, largest, straight_through
 
 # Much nearer to 0 a float32 sigmoid rounds to one half exactly.
 LOGITS = st.floats(2**-20, 50, width=32).flatmap(lambda x: st.sampled_from([x, -x]))
@@ -78,3 +78,9 @@ def test_entropy_is_that_of_the_odds_and_its_gradient_finite_everywhere():
         gradient[2:-2], -logits[2:-2] * odds * (1 - odds), rtol=1e-5, atol=1e-8
     )
     assert np.all(np.isfinite(gradient))
+
+
+def test_the_largest_is_what_argmax_finds():
+    x = np.random.default_rng(0).integers(0, 3, size=(200, 4)).astype(np.float32)  # full of equals
+    np.testing.assert_array_equal(jax.jit(largest)(x), np.argmax(x, axis=-1))
+    assert 0 <= int(largest(jnp.full(3, jnp.nan))) < 3
