@@ -28,16 +28,17 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Device, backend, driver (None without one), versions and date (UTC), ready for JSON.
+    """Device, backend, driver (None without one), versions, XLA's flags and date (UTC), for JSON.
 
     >>> sorted(environment())
-    ['backend', 'date', 'device', 'driver', 'versions']
+    ['backend', 'date', 'device', 'driver', 'versions', 'xla_flags']
     """
     return {
         "device": first_device(),
         "backend": jax.default_backend(),
         "driver": _driver(),
         "versions": versions(_PACKAGES),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -41,6 +41,7 @@ from routing_jax.routers import (
     competing_blocks,
     pooled_attention,
     router_inputs,
+    some_tiles,
 )
 
 
@@ -187,12 +188,20 @@ class BlockRouted(nn.Module):
         visible = visible_blocks(routing.table, T, T, q_positions=places)
         report = self._report(routing, visible, jnp.sum(positions >= 0), num_blocks, x.shape[-1])
         if cfg.distil and mode == "train":
+            some = some_tiles(tiles.starts.shape[1], cfg.distil, noise)
             target = pooled_attention(
-                q, k, block_q=cfg.block_q, block_kv=cfg.block_kv, segment_ids=segment_ids
+                q,
+                k,
+                block_q=cfg.block_q,
+                block_kv=cfg.block_kv,
+                segment_ids=segment_ids,
+                chosen=some,
             )
             open_ = competing_blocks(cfg, tiles.starts // cfg.block_kv, num_blocks)
             open_ &= (visible > 0)[:, None, :, None]
-            report = report._replace(aux=block_divergence(routing.routing.logits, target, open_))
+            logits = routing.routing.logits
+            aux = block_divergence(logits[:, :, some], target, open_[:, :, some])
+            report = report._replace(aux=aux)
         if cache is not None:
             last = jnp.maximum(places.max(axis=1), 0) // cfg.block_q
             row = _rows_at(routing, last, cache.memory)

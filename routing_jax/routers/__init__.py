@@ -24,7 +24,7 @@ from routing_jax.routers.block_scores import (
 )
 from routing_jax.routers.budget import Multipliers, ascend, budget_loss, init_multipliers
 from routing_jax.routers.coarse_to_fine import beam_scores, beam_search
-from routing_jax.routers.distillation import block_divergence, pooled_attention
+from routing_jax.routers.distillation import block_divergence, pooled_attention, some_tiles
 from routing_jax.routers.gates import (
     Gate,
     binary_entropy,
@@ -107,6 +107,7 @@ __all__ = [
     "seen_before",
     "select_blocks",
     "select_candidates",
+    "some_tiles",
     "standardised",
     "straight_through",
     "streaming_table",

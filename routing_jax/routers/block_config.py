@@ -46,8 +46,8 @@ class BlockRouterConfig:
       fanout: 0 scores every block; else the search descends a tree of pooled keys with so many
         children a node, as broad as the row is long: O(log T) scores a row. For 'pooled' and
         'learned'.
-      distil: for kind 'indexer', whether training computes dense attention's map and the
-        divergence from it (the auxiliary loss).
+      distil: for kind 'indexer', the share of tiles, others at each step, of which training
+        computes dense attention's map and the divergence from it (the auxiliary loss).
       bias: initial logit of the gates.
       temperature: of the soft gate or cluster behind a straight-through gradient.
       implementation: of block-sparse attention; None for the best one here.
@@ -70,7 +70,7 @@ class BlockRouterConfig:
     width: int = 32
     clusters: int = 8
     fanout: int = 0
-    distil: bool = False
+    distil: float = 0.0
     bias: float = 2.0
     temperature: float = 1.0
     implementation: BlockImplementation | None = None
@@ -120,6 +120,8 @@ class BlockRouterConfig:
                 f"blocks.budget 'blocks' or 'fraction', which are {self.kind!r} and "
                 f"{self.budget!r}."
             )
+        if not 0 <= self.distil <= 1:
+            raise ValueError(f"blocks.distil is {self.distil}; it must lie in [0, 1].")
         if self.distil and self.kind != "indexer":
             raise ValueError(f"blocks.distil needs blocks.kind 'indexer'; it is {self.kind!r}.")
 

@@ -20,6 +20,7 @@ def pooled_attention(
     block_q: int,
     block_kv: int,
     segment_ids: jax.Array | None = None,
+    chosen: jax.Array | None = None,
 ) -> jax.Array:
     """The causal attention map by blocks: how much any query of a tile looks there, at most.
 
@@ -32,6 +33,7 @@ def pooled_attention(
       block_q: queries a tile.
       block_kv: keys a block.
       segment_ids: [B,T] int32 or None.
+      chosen: [M] int32, the tiles of which the map is made; None for all.
 
     Returns:
       [B,K,M,J] float32; a row sums to 1. No gradient flows through it.
@@ -67,7 +69,28 @@ def pooled_attention(
 
     together = max(1, _QUERIES // block_q)
     inputs = rows.swapaxes(0, 1), places, segments
+    if chosen is not None:
+        inputs = jax.tree.map(lambda x: x[chosen], inputs)
     return jnp.moveaxis(jax.lax.map(one_tile, inputs, batch_size=together), 0, 2)
+
+
+def some_tiles(num_tiles: int, share: float, rng: jax.Array | None) -> jax.Array:
+    """A share of the tiles, evenly spaced, the first of them drawn.
+
+    Args:
+      num_tiles: M.
+      share: in (0, 1].
+      rng: a PRNG key; None to begin with the first tile.
+
+    Returns:
+      int32, distinct.
+
+    >>> some_tiles(8, 0.25, None).tolist()
+    [0, 4]
+    """
+    number = max(1, round(num_tiles * share))
+    first = 0 if rng is None else jax.random.randint(rng, (), 0, num_tiles)
+    return (first + jnp.arange(number) * num_tiles // number).astype(jnp.int32) % num_tiles
 
 
 def block_divergence(scores: jax.Array, target: jax.Array, open_: jax.Array) -> jax.Array:

@@ -208,9 +208,10 @@ def test_attention_teaches_no_other_router(name):
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(own))
 
 
-def test_distilling_teaches_the_indexer_alone():
-    router = dataclasses.replace(ROUTERS["indexer"], distil=True)
-    params, x = gradients(router, "aux")
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_distilling_teaches_the_indexer_alone(share):
+    router = dataclasses.replace(ROUTERS["indexer"], distil=share)
+    params, x = gradients(router, "aux", jax.random.key(0))
     own = params.pop("router")
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(own))
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves((params, x)))

@@ -306,7 +306,8 @@ def test_work_of_many_long_sequences_is_counted_past_two_thousand_million(kind):
         ({"budget": "gates", "kind": "pooled"}, r".*needs blocks\.kind 'learned'; it is 'pooled'"),
         ({"budget": "mass", "kind": "window"}, r".*'pooled' or 'learned' or 'indexer'; it is .*"),
         ({"fanout": 4, "kind": "clusters"}, r"blocks\.fanout is 4; it needs .*"),
-        ({"distil": True}, r"blocks\.distil needs blocks\.kind 'indexer'; it is 'learned'"),
+        ({"kind": "indexer", "distil": 1.5}, r"blocks\.distil is 1\.5; it must lie in \[0, 1\]"),
+        ({"distil": 1.0}, r"blocks\.distil needs blocks\.kind 'indexer'; it is 'learned'"),
     ],
 )
 def test_a_bad_field_is_named(fields, said):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from routing_jax.routers import block_divergence, pooled_attention
+from routing_jax.routers import block_divergence, pooled_attention, some_tiles
 
 from ..kernels.jaxprs import array_sizes
 
@@ -33,6 +33,25 @@ def test_the_map_is_the_most_that_any_of_a_tiles_queries_looks_at_a_block(packed
         np.maximum(row, of_blocks, out=row)
     want /= want.sum(-1, keepdims=True)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_the_map_of_some_tiles_is_that_part_of_the_whole_one():
+    rng = np.random.default_rng(3)
+    q, k = (rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K))
+    made = jax.jit(lambda at: pooled_attention(q, k, block_q=2, block_kv=4, chosen=at))
+    whole = pooled_attention(q, k, block_q=2, block_kv=4)
+    for seed in range(3):
+        at = some_tiles(6, 0.5, jax.random.key(seed))
+        assert len(set(at.tolist())) == 3
+        np.testing.assert_allclose(made(at), whole[:, :, at], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.001])
+def test_every_tile_is_drawn_as_often_as_any_other(share):
+    drawn = [some_tiles(10, share, jax.random.key(seed)) for seed in range(400)]
+    counts = np.bincount(np.concatenate(drawn), minlength=10)
+    expected = 400 * max(1, round(10 * share)) / 10
+    assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected))
 
 
 def test_no_array_is_as_large_as_the_whole_map():

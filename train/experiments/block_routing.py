@@ -4,9 +4,10 @@ A model learns with attention everywhere ('base'), and from it every variant goe
 dense train, then sparse fine-tune, the recipe that is known to work, and a quarter of the time of
 training each from the start. 'full' goes on with attention everywhere. All of them take equally
 many steps and read the same batches, none of which their base has read. An indexer is first taught
-where its base looks ('distil'), which leaves the base's own parameters as they are. What cannot go
-on, the model limited to 1,024 tokens, linear attention and convolutions, is trained as the base is
-and compared with it; so, on text, are the routers named '+scratch'. Those named '+distilled' have
+where its base looks ('distil'), which leaves the base's own parameters as they are, and then taught
+on, of a quarter of the tiles, while its model learns to do with what it lists. What cannot go on,
+the model limited to 1,024 tokens, linear attention and convolutions, is trained as the base is and
+compared with it; so, on text, are the routers named '+scratch'. Those named '+distilled' have
 gates, which attention teaches, and begin as the indexer does.
 
 Of the seeds of what is compared, the first chooses (which routers are followed up, which router and
@@ -74,6 +75,7 @@ FROM_THE_START = ("learned", "random")  # routers that are also trained without 
 DISTILLED = ("learned", "gates")  # routers that also begin as the indexer that was distilled
 _SCREENED = (*ROUTERS, *(f"{router}+distilled" for router in DISTILLED))
 _SMALLER = 4  # times, batches that a router alone is trained on
+_STILL_DISTILLED = 0.25  # of the tiles, while the model learns to do with what an indexer lists
 _NEARLY = 1.5  # times a budget that the least choice may cost
 
 
@@ -223,7 +225,7 @@ def distilled(base: TrainConfig, start_from: str) -> TrainConfig:
     The base's parameters stay as they are, so that an indexer's model has been trained no longer
     than any other's. The text is none that the base or what goes on from it reads.
     """
-    config = with_router(base, kind="indexer", fraction=1.0, distil=True)
+    config = with_router(base, kind="indexer", fraction=1.0, distil=1.0)
     plan = tuned(base, config, start_from)
     return plan.replace(
         routers_only=True,
@@ -260,7 +262,11 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
         return routed(base, name, int(percent))
     before = folder("distil" if _is_distilled(router) else "base")
     # λ of 'gates' rises within what is tuned, so the budget is set last.
-    return routed(tuned(base, base, before), name, int(percent))
+    config = routed(tuned(base, base, before), name, int(percent))
+    if name != "indexer":
+        return config
+    # Its projections would stay while what they project moves away: on text, loss grew as it did.
+    return with_router(config, distil=_STILL_DISTILLED).replace(curriculum__explore=1.0)
 
 
 def _is_distilled(router: str) -> bool:
@@ -342,7 +348,7 @@ def output_errors(config: TrainConfig, params: Any, tokens: Any) -> list[Row]:
     blocks, length = config.model.blocks, config.data.length
     routers = {
         f"{name}-{percent}": dataclasses.replace(
-            blocks, distil=False, budget="fraction", fraction=percent / 100, **ROUTERS[name]
+            blocks, distil=0.0, budget="fraction", fraction=percent / 100, **ROUTERS[name]
         )
         for name in ("indexer", "pooled", "random", "sink-window")
         for percent in (5, 12, 25)
