@@ -3,8 +3,9 @@
 MoAS (arXiv 2512.20650): y = Σ_e g_e·Attention_e(x), with g from a router on the token. As published
 the gates are soft and each scheme has its own projections. Here a token may also take one scheme
 alone, and the schemes may share one set of projections, nested in each other (`nested_heads`).
-Training computes all schemes; evaluation and prefill compute the one that a token takes, decode
-reads no more of the cache than that one needs. Keys and values are made for every token.
+Training computes all schemes; evaluation and prefill compute the one that a token takes, but all
+where the batch is so small that this is faster; decode reads no more of the cache than that one
+needs. Keys and values are made for every token.
 """
 
 import dataclasses
@@ -46,6 +47,11 @@ from routing_jax.routers import (
     largest,
     straight_through,
 )
+
+# Query–key pairs of a batch, B·T², from which skipping pays. It waits for the host once a scheme:
+# with 12 × 256 tokens, 0.8 million pairs, a layer took an H100 0.14 to 0.23 ms longer than all
+# schemes did, and all schemes 0.07 ms longer than attention alone.
+_SKIPS_FROM = 2**22
 
 
 class SchemeHeads(NamedTuple):
@@ -363,7 +369,8 @@ class MixtureOfSchemes(nn.Module):
         routed: SchemeRouting = SchemeRouter(self.schemes, name="router")(x, positions >= 0, rng)
         self.sow("routing", "probs", routed.routing.probs)
 
-        skips = self.schemes.one_each and mode in ("eval", "prefill")
+        B, T = positions.shape
+        skips = self.schemes.one_each and mode in ("eval", "prefill") and B * T**2 >= _SKIPS_FROM
         if skips:
             y, (k, v) = attend_by_scheme(
                 x, positions, routed.routing.choice, segment_ids, weights, heads

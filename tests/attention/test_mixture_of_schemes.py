@@ -12,6 +12,7 @@ from routing_jax.attention import (
     HeadsConfig,
     LayerCache,
     MixtureOfSchemes,
+    mixture_of_schemes,
     scheme_cost,
     scheme_heads,
 )
@@ -27,6 +28,13 @@ RAGGED = np.where(np.array([[T], [5], [20]]) > FULL, FULL, -1)
 SEGMENTS = np.tile(np.repeat(np.arange(3, dtype=np.int32), [13, 3, 16]), (B, 1))
 X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 pytestmark = pytest.mark.usefixtures("compile_cache")
+
+
+@pytest.fixture(autouse=True)
+def skips_from_the_first_pair(monkeypatch):
+    monkeypatch.setattr(mixture_of_schemes, "_SKIPS_FROM", 0)
+
+
 NESTED = pytest.mark.parametrize("nested", [False, True], ids=["own", "nested"])
 
 
@@ -91,6 +99,20 @@ def test_the_mixture_is_that_of_three_attention_layers(nested):
     average = {name: leaf for name, leaf in params.items() if name != "router"}
     static = run("average", nested, "eval", average, X, FULL)[0]
     np.testing.assert_allclose(static, schemes.mean(-1), rtol=1e-3, atol=1e-4)
+
+
+def test_small_batches_compute_all_schemes_and_others_skip(monkeypatch):
+    params, positions, x = jax.tree.map(jnp.asarray, (make_params(nested=True), FULL, X))
+    made = []
+    for least in (B * T**2, B * T**2 + 1):
+        monkeypatch.setattr(mixture_of_schemes, "_SKIPS_FROM", least)
+
+        def evaluated(x):  # a new function, so that it is traced again
+            return mixer("hard", nested=True).apply({"params": params}, x, positions)[0]
+
+        made.append((" cond[" in str(jax.make_jaxpr(evaluated)(x)), evaluated(x)))
+    assert [skips for skips, _ in made] == [True, False]
+    np.testing.assert_allclose(made[0][1], made[1][1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
