@@ -304,11 +304,18 @@ def _name_tokens(
                 break
 
 
-def plot_tradeoff(results: Sequence[Result], path: epath.PathLike) -> Figure:
+def plot_tradeoff(
+    results: Sequence[Result], path: epath.PathLike, usage: str = "hard usage"
+) -> Figure:
     """Quality against hard usage, a panel a task; small marks are seeds, large ones their mean.
 
     Quality is bits per byte for tasks whose results have it, accuracy for all others. Usage is
     logarithmic; a usage of 0 stands at the left edge, behind a line.
+
+    Args:
+      results: of an experiment.
+      path: where the plot goes.
+      usage: what the axis calls it.
 
     Raises:
       ValueError: no results.
@@ -349,8 +356,8 @@ def plot_tradeoff(results: Sequence[Result], path: epath.PathLike) -> Figure:
             axes.plot([np.mean(x) or zero], [np.mean(y)], **mark, **_MEAN)
         dress(axes)
         axes.set_title(task, fontsize=11)
-        axes.set(xlabel="hard usage, %", ylabel="bits per byte" if in_bits else "accuracy")
-        _log_axis(axes, "x", zero / 1.8, 2.2, lambda usage: f"{100 * usage:.10g}", zero)
+        axes.set(xlabel=f"{usage}, %", ylabel="bits per byte" if in_bits else "accuracy")
+        _log_axis(axes, "x", zero / 1.8, 2.2, lambda share: f"{100 * share:.10g}", zero)
         axes.axvline(low, color=INK, linewidth=0.8)
         if not in_bits:
             axes.set_ylim(_ACCURACY)

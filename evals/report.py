@@ -157,8 +157,10 @@ def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
       results: of the experiment.
       folder: where the plots go.
     """
-    by_router = [dataclasses.replace(r, variant=router_of(r.variant)) for r in results]
-    plot_tradeoff(by_router, folder / "tradeoff.png")
+    by_router = [
+        dataclasses.replace(r, variant=router_of(r.variant), least_usage=None) for r in results
+    ]
+    plot_tradeoff(by_router, folder / "tradeoff.png", "blocks visited")
     for task in sorted({r.task for r in results}):
         mine = [r for r in results if r.task == task]
         plot_positions(mine, folder / f"positions_{task}.png")

@@ -280,7 +280,8 @@ _BLOCKS = (
     "router's work is in it and in the budget, so that fixed patterns list more blocks where it "
     "weighs. Against dense: routers with a budget went on from base, which attends everywhere, for "
     "as many steps as full; all others, '+scratch' among them, were trained as base was. An "
-    "indexer's router was distilled from base before, which changed nothing else in it."
+    "indexer's router was distilled from base before, which changed nothing else in it, and is so "
+    "still while its model goes on; '+distilled' routers begin as it does."
 )
 
 
