@@ -131,3 +131,30 @@ def test_heads_that_do_not_divide_are_refused_by_the_model():
     nested = SchemesConfig(names="gqa3,gqa2", nested=True)
     with pytest.raises(ValueError, match="each count of key/value heads must divide the next"):
         DecoderConfig(layers="schemes", num_heads=6, num_kv_heads=6, schemes=nested)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_router_of_rounded_tokens_has_the_gradient_of_an_exact_one(dtype):
+    """In bfloat16 within its rounding; parameters and their gradient stay float32."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 9, 16)), dtype)
+    router = SchemeRouter(SchemesConfig(hidden=8))
+    shapes = jax.eval_shape(router.init, jax.random.key(0), x, jnp.ones((2, 9), bool))["params"]
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+    wanted = rng.normal(size=(2, 9, 3)).astype(np.float32)
+
+    def value(params, x):
+        routed = router.apply({"params": params}, x, jnp.ones((2, 9), bool))
+        return jnp.sum(routed.routing.logits * wanted)
+
+    def exact(params, x):
+        hidden = jax.nn.gelu(x.astype(jnp.float32) @ params["hidden"], approximate=False)
+        return jnp.sum((hidden @ params["out"]) * wanted)
+
+    got, want = (jax.grad(f, argnums=(0, 1))(params, x) for f in (value, exact))
+    assert got[0]["hidden"].dtype == jnp.float32
+    assert got[1].dtype == x.dtype
+    tolerance = 1e-5 if dtype == "float32" else 3e-2
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
