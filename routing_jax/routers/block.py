@@ -228,7 +228,7 @@ class BlockRouter(nn.Module):
         if cfg.kind in FIXED:
             room = row_limits(cfg, own, num_blocks)[:, 0] - jnp.minimum(cfg.forced, own + 1)
             number = tiles.starts // cfg.block_q
-            scores = pattern_scores(cfg.kind, number, own, num_blocks, room)
+            scores = pattern_scores(cfg.kind, number, own - cfg.local, num_blocks, room)
             return self._select(tiles, allowed, scores, None, None, zero)
 
         queries, keys = self._features(tiles, blocks)

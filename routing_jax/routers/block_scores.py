@@ -127,36 +127,37 @@ def assign_clusters(
 
 
 def pattern_scores(
-    kind: str, tiles: jax.Array, own: jax.Array, num_blocks: int, room: jax.Array
+    kind: str, tiles: jax.Array, first: jax.Array, num_blocks: int, room: jax.Array
 ) -> jax.Array:
     """Scores that make a fixed pattern of whatever a row has room for.
 
-    window: nearest first. strided: every s-th block back from the own one, s as small as the room
-    allows (Sparse Transformers, arXiv 1904.10509). bigbird: half the room for the nearest, half
-    for blocks drawn once and for all (arXiv 2007.14062).
+    window: nearest first. strided: every s-th block back from what is always listed, s as small as
+    the room allows (Sparse Transformers, arXiv 1904.10509). bigbird: half the room for the nearest,
+    half for blocks drawn once and for all (arXiv 2007.14062).
 
     Args:
       kind: one of these three.
       tiles: [B,M] int32, the number of each tile in its sequence.
-      own: [B,M] int32, the block that each tile stands in.
+      first: [B,M] int32, the block that each tile stands in, or the first of its local ones; later
+        ones are not chosen by score.
       num_blocks: J.
-      room: [B,M] int32, blocks that a row may list besides its own and the sinks.
+      room: [B,M] int32, blocks that a row may list besides those that it always lists.
 
     Returns:
       [B,1,M,J] float32.
 
     >>> at = jnp.array([[5]])
     >>> scores = pattern_scores("strided", at, at, 6, jnp.array([[2]]))
-    >>> jnp.argsort(-scores[0, 0, 0])[:3].tolist()  # the own block, then every third
+    >>> jnp.argsort(-scores[0, 0, 0])[:3].tolist()  # the first one, then every third
     [5, 2, 4]
     """
     blocks = jnp.arange(num_blocks, dtype=jnp.int32)[None, None]
-    back = own[..., None] - blocks
+    back = first[..., None] - blocks
     nearest = -back.astype(jnp.float32)
     if kind == "window":
         scores = nearest
     elif kind == "strided":
-        stride = -(-own // jnp.maximum(room, 1))
+        stride = -(-first // jnp.maximum(room, 1))
         scores = nearest + jnp.where(back % jnp.maximum(stride, 1)[..., None] == 0, num_blocks, 0)
     else:
         drawn = _mixed(tiles[..., None], blocks)

@@ -206,6 +206,19 @@ def test_fixed_patterns_fill_the_same_budget(kind, blocks):
                 assert got == [0, own]
 
 
+@pytest.mark.parametrize(("kind", "far"), [("strided", {4, 8, 12}), ("bigbird", {15, 14})])
+def test_fixed_patterns_begin_where_local_blocks_end(kind, far):
+    config = BlockRouterConfig(
+        kind=kind, block_q=4, block_kv=4, sinks=0, local=3, budget="blocks", blocks=8
+    )
+    tiles = TileQueries(jnp.zeros((1, 1, D)), jnp.zeros((1, 1, 1, H)), jnp.array([[19 * 4]]))
+    table = BlockRouter(config, 1).apply({}, tiles, KeyBlocks(jnp.zeros((1, 20, 0)))).table
+    assert table.counts.tolist() == [[[8]]]
+    got = set(table.indices.ravel().tolist())
+    assert {16, 17, 18, 19} | far <= got
+    assert len(got) == 8
+
+
 def test_random_blocks_of_bigbird_differ_from_row_to_row_and_stay_the_same():
     config = BlockRouterConfig(
         kind="bigbird", block_q=4, block_kv=4, sinks=0, budget="blocks", blocks=4

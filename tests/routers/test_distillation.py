@@ -54,6 +54,11 @@ def test_every_tile_is_drawn_as_often_as_any_other(share):
     assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected))
 
 
+def test_some_of_very_many_tiles_are_distinct_and_evenly_spaced():
+    at = np.asarray(some_tiles(100_000, 0.5, None))
+    np.testing.assert_array_equal(at, np.arange(0, 100_000, 2))
+
+
 def test_no_array_is_as_large_as_the_whole_map():
     q = jnp.zeros((1, 512, 1, 2))
     jaxpr = jax.make_jaxpr(lambda q: pooled_attention(q, q, block_q=32, block_kv=32))(q)
