@@ -46,7 +46,7 @@ class BlockRouterConfig:
       fanout: 0 scores every block; else the search descends a tree of pooled keys with so many
         children a node, as broad as the row is long: O(log T) scores a row. For 'pooled' and
         'learned'.
-      distil: for kind 'indexer', the share of tiles, others at each step, of which training
+      distil: for kind 'indexer', the share of tiles, drawn anew at each step, of which training
         computes dense attention's map and the divergence from it (the auxiliary loss).
       bias: initial logit of the gates.
       temperature: of the soft gate or cluster behind a straight-through gradient.
