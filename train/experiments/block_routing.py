@@ -14,7 +14,7 @@ Of the seeds of what is compared, the first chooses (which routers are followed 
 which fixed pattern is best) and the others say by how much.
 
 Command: `routing-jax reproduce block-routing --text FOLDER --jobs 5` (a run on text takes an
-estimated 10 GiB of the GPU, all others below 2); `--list` names the runs, `--only REGEX` and
+estimated 14 GiB of the GPU, all others about 2); `--list` names the runs, `--only REGEX` and
 `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
 model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
