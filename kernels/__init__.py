@@ -41,6 +41,7 @@ from routing_jax.kernels.decode import (
     where_pages,
 )
 from routing_jax.kernels.dropout import dropout
+from routing_jax.kernels.products import float32_product
 from routing_jax.kernels.rope import apply_rope, llama3_factors
 from routing_jax.kernels.segments import segment_starts
 
@@ -68,6 +69,7 @@ __all__ = [
     "dense_table",
     "density",
     "dropout",
+    "float32_product",
     "global_table",
     "listed_pages",
     "llama3_factors",

@@ -17,6 +17,7 @@ from routing_jax.kernels.block_patterns import dense_table
 from routing_jax.kernels.block_sparse.api import block_sparse_attention
 from routing_jax.kernels.dropout import draw_kept, drop
 from routing_jax.kernels.hopper import hopper_refusal
+from routing_jax.kernels.products import float32_product
 
 AttentionImplementation = Literal["xla", "cudnn"]
 CompactedImplementation = Literal["xla", "cudnn", "mosaic_gpu"]
@@ -99,30 +100,6 @@ def _attend_rows(q, k, v, q_positions, k_positions, q_segments, k_segments):
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], pieces * rows, *q.shape[2:])[:, :T]
 
 
-@jax.custom_vjp
-def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Products in float32 [B,K,G,T,S] of q [B,K,G,T,H] and k [B,S,K,H].
-
-    Their gradient is rounded to q's dtype before it meets q and k, as flash kernels do: of T×S
-    numbers half the bytes are written once and read twice.
-    """
-    return jnp.einsum("BKGTH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-
-
-def _logits_backward(
-    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    q, k = saved
-    gradient = gradient.astype(q.dtype)
-    return (
-        jnp.einsum("BKGTS,BSKH->BKGTH", gradient, k),
-        jnp.einsum("BKGTS,BKGTH->BSKH", gradient, q),
-    )
-
-
-_logits.defvjp(lambda q, k: (_logits(q, k), (q, k)), _logits_backward)
-
-
 def _attend_with_dropout(q, k, v, segment_ids, rate, rng):
     """Causal attention whose weights are dropped at random, which the library call cannot do."""
     B, T, N, H = q.shape
@@ -140,7 +117,7 @@ def _attend_with_dropout(q, k, v, segment_ids, rate, rng):
 
     # Keys end up last in memory too: a softmax along columns takes XLA more passes.
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    logits = _logits(grouped, k)
+    logits = float32_product("BKGTH,BSKH->BKGTS", grouped, k)
     weights = weigh(logits, draw_kept(logits.shape, rate, rng))
     out = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from routing_jax.kernels import dropout
+from routing_jax.kernels import dropout, float32_product
 from routing_jax.routers.gates import categorical_gate, largest
 from routing_jax.routers.routing import Routing
 
@@ -125,32 +125,6 @@ class SchemeRouting(NamedTuple):
     gates: jax.Array
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Tokens x [B,T,D] · weights [D,R], summed in float32.
-
-    Weights, and the gradient on its way back, are rounded to x's dtype: of float32 too a GPU rounds
-    products, and takes several times as long. Prefill and decoding round alike.
-    """
-    rounded = weights.astype(x.dtype)
-    return jnp.einsum("BTD,DR->BTR", x, rounded, preferred_element_type=jnp.float32)
-
-
-def _product_backward(
-    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, weights = saved
-    gradient = gradient.astype(x.dtype)
-    of_weights = jnp.einsum("BTD,BTR->DR", x, gradient, preferred_element_type=jnp.float32)
-    return (
-        jnp.einsum("BTR,DR->BTD", gradient, weights.astype(x.dtype)),
-        of_weights.astype(weights.dtype),
-    )
-
-
-_product.defvjp(lambda x, weights: (_product(x, weights), (x, weights)), _product_backward)
-
-
 class SchemeRouter(nn.Module):
     """Weighs the schemes for each token; parameters `hidden` [D,R] and `out` [R,E].
 
@@ -175,8 +149,10 @@ class SchemeRouter(nn.Module):
             init = nn.initializers.normal(0.02)
             hidden = self.param("hidden", init, (x.shape[-1], cfg.hidden))
             out = self.param("out", init, (cfg.hidden, E))
-            # float32 from here on: a choice between near equals must not flip by rounding.
-            found = jax.nn.gelu(_product(x, hidden), approximate=False)
+            # Weights are rounded to x's dtype, in decoding as in prefill: a GPU rounds float32 too,
+            # and takes longer. What follows is float32: no choice between near equals may flip.
+            found = float32_product("BTD,DR->BTR", x, hidden)
+            found = jax.nn.gelu(found, approximate=False)
             # Sums, not a product: with so few columns they are made where gelu is.
             logits = jnp.sum(found[..., None] * out[None, None], axis=-2)
         if cfg.kind == "random":
