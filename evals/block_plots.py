@@ -1,4 +1,4 @@
-"""Plots of block routing: bits per byte by position, and output error against cost."""
+"""Plots of block routing: quality against cost, by position, and output error against cost."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,18 +6,101 @@ from typing import Any
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from routing_jax.evals.plots import COLORS, INK, MARKERS, dress, new_figure, save_figure
 from routing_jax.evals.results import Result
-from routing_jax.evals.tables import dense_of, router_of
+from routing_jax.evals.tables import dense_of, natural_order, router_of
 
+_BUDGETS = (0.05, 0.12, 0.25, 0.5)  # where the axis of costs has its ticks
 _PERCENT = "25"  # the budget whose routers are drawn by position
+_DENSE = ("full", "base", "distil")  # all attend everywhere
+_LEARNED = ("gates", "indexer", "pooled", "learned", "tree", "mass", "clusters")
+_FAINT = "#999999"  # of what chooses without looking
 
 
-def _style(i: int) -> dict[str, Any]:
-    """Colour and mark of the i-th line."""
-    color, mark = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-    return {"color": color, "marker": mark} | {"linewidth": 1.4, "markersize": 4}
+def _style(router: str) -> dict[str, Any]:
+    """How a router or control is drawn, the same in every plot.
+
+    What looks at its input has a colour of its own, in whichever way it was trained; the others are
+    grey.
+    """
+    name, _, start = router.partition("+")
+    if name in _LEARNED:
+        i = _LEARNED.index(name)
+        look: dict[str, Any] = {"color": COLORS[i], "marker": MARKERS[i], "zorder": 3}
+    else:
+        i = sum(map(ord, name))
+        look = {"color": INK if name == "random" else _FAINT, "marker": MARKERS[i % len(MARKERS)]}
+    lines = {"": "-", "distilled": "--", "scratch": ":"}
+    hollow = {"fillstyle": "none"} if start else {}
+    return look | {"linestyle": lines[start], "linewidth": 1.4, "markersize": 4.5} | hollow
+
+
+def _order(router: str) -> tuple[int, tuple]:
+    """Those that learn first, then random, then what is fixed."""
+    name = router.partition("+")[0]
+    return (_LEARNED.index(name) if name in _LEARNED else 9 - (name == "random"), (router,))
+
+
+def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | None:
+    """Quality against cost beside attention everywhere: a panel a task, a line a router.
+
+    A mark is a budget: the mean over its seeds, their standard deviation as a bar. The dashed line
+    is what attention everywhere reaches. Controls without any attention cost next to nothing and
+    are left out. None, and no file, where no task has attention everywhere.
+
+    Args:
+      results: of the experiment.
+      path: where the plot goes.
+    """
+    tasks = sorted({r.task for r in results if r.variant in ("full", "base")}, key=natural_order)
+    if not tasks:
+        return None
+    across = min(len(tasks), 2)
+    down = -(-len(tasks) // across)
+    figure = new_figure(1.2 + 3.0 * down)
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in grid[len(tasks) :]:
+        axes.remove()
+    handles: dict[str, Any] = {}
+    for axes, task in zip(grid, tasks):
+        runs: dict[str, list[Result]] = {}
+        for run in results:
+            if run.task == task:
+                runs.setdefault(run.variant, []).append(run)
+        text = all(run.bits_per_byte is not None for of in runs.values() for run in of)
+        field = "bits_per_byte" if text else "accuracy"
+        routers: dict[str, list[tuple]] = {
+            router_of(v): [] for v in runs if v not in _DENSE and runs[v][0].usage > 0
+        }
+        for variant, of in runs.items():
+            if router_of(variant) in routers:
+                dense = runs.get(dense_of(variant)) or runs[min(runs.keys() & {"full", "base"})]
+                quality = [getattr(run, field) for run in of]
+                cost = np.mean([run.cost for run in of]) / dense[0].cost
+                spread = np.std(quality, ddof=1) if len(of) > 1 else 0.0
+                routers[router_of(variant)].append((cost, np.mean(quality), spread))
+        for router in sorted(routers, key=_order):
+            x, y, spread = zip(*sorted(routers[router]))
+            drawn = axes.errorbar(x, y, yerr=spread, **_style(router))
+            handles.setdefault(router, drawn)
+        best = runs.get("full") or runs["base"]
+        level = np.mean([getattr(run, field) for run in best])
+        axes.axhline(level, color=INK, linewidth=0.9, linestyle=(0, (6, 3)), label="_dense")
+        dress(axes)
+        axes.set_title(task, fontsize=11)
+        axes.set(xlabel="cost ÷ attention everywhere", ylabel="bits per byte" if text else field)
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(_BUDGETS, [f"{100 * budget:.0f} %" for budget in _BUDGETS])
+        if not text:
+            axes.set_ylim(-0.05, 1.05)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    names = sorted(handles, key=_order)
+    shown = [handles[name] for name in names]
+    figure.legend(shown, names, loc="outside upper center", ncols=4, frameon=False)
+    return save_figure(figure, path)
 
 
 def plot_positions(results: Sequence[Result], path: epath.PathLike) -> Figure | None:
@@ -37,10 +120,11 @@ def plot_positions(results: Sequence[Result], path: epath.PathLike) -> Figure | 
         if "bits_per_byte" in details:
             edges = list(details["edges"])
             parts.setdefault(run.variant, {})[run.seed] = details["bits_per_byte"]
-    dense = ("full", "base", "distil")  # all attend everywhere
-    shown = [v for v in parts if router_of(v) == v or v.endswith(f"-{_PERCENT}")]
+    shown = {v for v in parts if router_of(v) == v or v.endswith(f"-{_PERCENT}")} - {*_DENSE}
     lines = {}
-    for variant in (v for v in shown if v not in dense):
+    for variant in sorted(
+        (v for v in shown if v not in _DENSE), key=lambda v: _order(router_of(v))
+    ):
         base = parts.get(dense_of(variant), {})
         if seeds := sorted(base.keys() & parts[variant].keys()):
             mine, theirs = (
@@ -51,8 +135,8 @@ def plot_positions(results: Sequence[Result], path: epath.PathLike) -> Figure | 
         return None
     figure = new_figure(4.2)
     axes = figure.add_subplot()
-    for i, (variant, above) in enumerate(lines.items()):
-        axes.plot(edges, above, label=variant, **_style(i))
+    for variant, above in lines.items():
+        axes.plot(edges, above, label=variant, **_style(router_of(variant)))
     axes.axhline(0, color=INK, linewidth=0.8)
     dress(axes)
     axes.set_xscale("log", base=2)
@@ -78,13 +162,13 @@ def plot_errors(results: Sequence[Result], path: epath.PathLike) -> Figure | Non
     figure = new_figure(3.4)
     panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
     for axes, length in zip(panels, lengths):
-        for i, name in enumerate(routers):
+        for name in routers:
             line = sorted(
                 (row["cost"], row["error"])
                 for row in rows
                 if row["length"] == length and router_of(row["router"]) == name
             )
-            axes.plot(*zip(*line), label=name, **_style(i))
+            axes.plot(*zip(*line), label=name, **_style(name))
         dress(axes)
         axes.set(title=f"{length:,} tokens", xlabel="cost")
     panels[0].set(ylabel="output error")

@@ -304,9 +304,7 @@ def _name_tokens(
                 break
 
 
-def plot_tradeoff(
-    results: Sequence[Result], path: epath.PathLike, usage: str = "hard usage"
-) -> Figure:
+def plot_tradeoff(results: Sequence[Result], path: epath.PathLike) -> Figure:
     """Quality against hard usage, a panel a task; small marks are seeds, large ones their mean.
 
     Quality is bits per byte for tasks whose results have it, accuracy for all others. Usage is
@@ -315,7 +313,6 @@ def plot_tradeoff(
     Args:
       results: of an experiment.
       path: where the plot goes.
-      usage: what the axis calls it.
 
     Raises:
       ValueError: no results.
@@ -356,7 +353,7 @@ def plot_tradeoff(
             axes.plot([np.mean(x) or zero], [np.mean(y)], **mark, **_MEAN)
         dress(axes)
         axes.set_title(task, fontsize=11)
-        axes.set(xlabel=f"{usage}, %", ylabel="bits per byte" if in_bits else "accuracy")
+        axes.set(xlabel="hard usage, %", ylabel="bits per byte" if in_bits else "accuracy")
         _log_axis(axes, "x", zero / 1.8, 2.2, lambda share: f"{100 * share:.10g}", zero)
         axes.axvline(low, color=INK, linewidth=0.8)
         if not in_bits:

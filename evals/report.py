@@ -1,6 +1,5 @@
 """From committed results to what people read: plots beside them, and the blocks of a README."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from routing_jax.evals.benchmarks import (
 )
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
 from routing_jax.evals.block_findings import error_table, routing_findings
-from routing_jax.evals.block_plots import plot_errors, plot_positions
+from routing_jax.evals.block_plots import plot_budgets, plot_errors, plot_positions
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
 from routing_jax.evals.prompt_plot import plot_prompts
 from routing_jax.evals.prompt_tables import flux_table
@@ -26,7 +25,7 @@ from routing_jax.evals.readme import update_blocks
 from routing_jax.evals.results import Result, load_results
 from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
 from routing_jax.evals.scheme_tables import moas_table, times_caption, times_table
-from routing_jax.evals.tables import block_routing_table, routed_attention_table, router_of
+from routing_jax.evals.tables import block_routing_table, routed_attention_table
 
 ROUTED_ATTENTION = "routed-attention"
 MOAS = "moas"
@@ -149,18 +148,13 @@ def plot_moas(results: list[Result], folder: epath.Path) -> None:
 
 
 def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
-    """Quality against usage, bits per byte by position, and output error against cost.
-
-    Of quality a mark a router, whatever its budget.
+    """Quality against cost, bits per byte by position, and output error against cost.
 
     Args:
       results: of the experiment.
       folder: where the plots go.
     """
-    by_router = [
-        dataclasses.replace(r, variant=router_of(r.variant), least_usage=None) for r in results
-    ]
-    plot_tradeoff(by_router, folder / "tradeoff.png", "blocks visited")
+    plot_budgets(results, folder / "tradeoff.png")
     for task in sorted({r.task for r in results}):
         mine = [r for r in results if r.task == task]
         plot_positions(mine, folder / f"positions_{task}.png")

@@ -1,9 +1,12 @@
 """What is said of block routing follows from its results, and nothing is said without seeds."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from routing_jax.evals.block_findings import error_table, routing_findings
-from routing_jax.evals.block_plots import plot_errors, plot_positions
+from routing_jax.evals.block_plots import plot_budgets, plot_errors, plot_positions
 from routing_jax.evals.report import block_routing_text, plot_block_routing
 
 
@@ -168,6 +171,22 @@ def test_errors_stand_beside_their_cost_and_the_least_cost_of_a_tenth(make_run):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
     assert lines[2] == ["pooled", "5", "0.200 at 0.050", "0.400 at 0.050"]
     assert lines[-1] == ["pooled: cost of error 0.1", "", "0.183", "0.250"]
+
+
+def test_budgets_of_a_router_are_marks_of_one_line(make_run, tmp_path):
+    results = [
+        make_run("full", 1.0),
+        make_run("gates-12", 1.2, cost=0.1),
+        make_run("gates-25", 1.1, cost=0.2),
+        make_run("gates-25", 1.3, 1, cost=0.2),
+        dataclasses.replace(make_run("conv", 3.0, cost=0.01), usage=0.0),
+    ]
+    (axes,) = plot_budgets(results, tmp_path / "budgets.png").axes
+    line, dense = (np.transpose(line.get_data()).tolist() for line in axes.get_lines())
+    assert line == [pytest.approx([0.1, 1.2]), pytest.approx([0.2, 1.2])]  # the second a mean
+    assert [y for _, y in dense] == [1.0, 1.0]
+    assert plot_budgets(results[1:], tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_plots_show_what_there_is(make_run, tmp_path):
