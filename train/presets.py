@@ -3,6 +3,7 @@
 Each preset's docstring gives its command, hardware, time and what to expect.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -271,16 +272,20 @@ def block_needle(length: int, *, needles: int = 1) -> TrainConfig:
     """Needles in noise, one asked for at the end, a quarter of the blocks.
 
     The question stands behind the first query of its tile, so a router has to keep needles by what
-    they look like, before it is known which is asked for.
+    they look like, before it is known which is asked for. One is found among blocks of 64; several
+    must all be listed, so blocks are of 16 there: an eighth of them holds eight needles.
 
     Command: `routing-jax train block-needle-4096 --workdir runs/block-needle-4096`.
     Hardware and time: one H100, an estimated 1 to 2 minutes at length 4096.
     Expect: 99.6 to 100 % accuracy with attention everywhere (README); of this router it is not
     measured yet, 99 % of that is the target.
     """
+    size = 64 if needles == 1 else 16
     return TrainConfig(
         data=NeedleConfig(length=length, num_needles=needles),
-        model=_BLOCK_MODEL,
+        model=_BLOCK_MODEL.replace(
+            blocks=dataclasses.replace(_BLOCK_MODEL.blocks, block_q=size, block_kv=size)
+        ),
         curriculum=CurriculumConfig(
             peak=0.0,
             explore=0.01,

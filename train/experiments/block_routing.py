@@ -45,7 +45,7 @@ from routing_jax.evals.report import block_routing_text, plot_block_routing
 from routing_jax.evals.results import Result
 from routing_jax.routers import BlockRouterConfig, block_router_work
 from routing_jax.train.config import TrainConfig
-from routing_jax.train.data import TextConfig, batches
+from routing_jax.train.data import NeedleConfig, TextConfig, batches
 from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing
 from routing_jax.train.experiments.routed_attention import convolution_only
 from routing_jax.train.presets import get_preset
@@ -304,8 +304,10 @@ def _tests_something(base: TrainConfig, variant: str) -> bool:
     name, _, start = router.partition("+")
     if start == "scratch" and not isinstance(base.data, TextConfig):
         return False
-    forced = base.model.blocks.forced
-    return not percent.isdigit() or blocks_listed(base, name, int(percent)) > forced
+    if not percent.isdigit():
+        return True
+    wanted = base.data.num_needles if isinstance(base.data, NeedleConfig) else 1
+    return blocks_listed(base, name, int(percent)) - base.model.blocks.forced >= wanted
 
 
 def runs(
@@ -315,9 +317,9 @@ def runs(
 ) -> Iterator[Run]:
     """All runs of the experiment, in the order in which they are made.
 
-    Where a budget pays for no block besides a row's own and the sinks, no router has a choice and
-    none is run: at 5 %, everywhere but on text. Only on text, too, is anything routed trained from
-    the start.
+    Where a budget pays for no block besides a row's own and the sinks, or not for as many as there
+    are needles, no router can do it and none is run: at 5 %, everywhere but on text. Only on text,
+    too, is anything routed trained from the start.
 
     Args:
       text: corpus of the language-model runs.
