@@ -26,13 +26,15 @@ def _style(router: str) -> dict[str, Any]:
     grey.
     """
     name, _, start = router.partition("+")
+    if name.endswith("-gates"):
+        name, start = name.removesuffix("-gates"), "gates"
     if name in _LEARNED:
         i = _LEARNED.index(name)
         look: dict[str, Any] = {"color": COLORS[i], "marker": MARKERS[i], "zorder": 3}
     else:
         i = sum(map(ord, name))
         look = {"color": INK if name == "random" else _FAINT, "marker": MARKERS[i % len(MARKERS)]}
-    lines = {"": "-", "distilled": "--", "scratch": ":"}
+    lines = {"": "-", "distilled": "--", "scratch": ":", "gates": "-."}
     hollow = {"fillstyle": "none"} if start else {}
     return look | {"linestyle": lines[start], "linewidth": 1.4, "markersize": 4.5} | hollow
 
@@ -40,7 +42,8 @@ def _style(router: str) -> dict[str, Any]:
 def _order(router: str) -> tuple[int, tuple]:
     """Those that learn first, then random, then what is fixed."""
     name = router.partition("+")[0]
-    return (_LEARNED.index(name) if name in _LEARNED else 9 - (name == "random"), (router,))
+    rank = 9 - name.startswith("random")
+    return (_LEARNED.index(name) if name in _LEARNED else rank, (router,))
 
 
 def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | None:

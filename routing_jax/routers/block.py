@@ -28,6 +28,10 @@ from routing_jax.routers.coarse_to_fine import beam_scores, beam_search, score_l
 from routing_jax.routers.gates import binary_entropy, binary_gate, straight_through
 from routing_jax.routers.routing import Routing
 
+# By which a gate's logit falls for each doubling of the distance, before training: with the usual
+# bias, gates a thousand blocks away are still open.
+_SLOPE = 0.2
+
 
 class TileQueries(NamedTuple):
     """What a block router may know of each tile: its first query, and nothing behind it.
@@ -202,6 +206,8 @@ def block_router_work(
 class BlockRouter(nn.Module):
     """Scores key blocks for each tile and lists the best; parameters `query`, `key` (and `bias`).
 
+    A window with gates has `bias` and `slope`: a head's gates close with log2 of the distance.
+
     `__call__(TileQueries, KeyBlocks, rng) -> BlockRouting`. With `rng`, gates and clusters are
     noisy, as in training. The auxiliary loss is minus the gates' mean entropy for budget 'gates'
     and, for clusters, how unevenly they are filled; 0 for all others. An indexer's divergence is
@@ -225,26 +231,28 @@ class BlockRouter(nn.Module):
             allowed &= same
         zero = jnp.float32(0)
 
-        if cfg.kind in FIXED:
+        if cfg.kind in FIXED and not cfg.gated:
             room = row_limits(cfg, own, num_blocks)[:, 0] - jnp.minimum(cfg.forced, own + 1)
             number = tiles.starts // cfg.block_q
             scores = pattern_scores(cfg.kind, number, own - cfg.local, num_blocks, room)
             return self._select(tiles, allowed, scores, None, None, zero)
 
-        queries, keys = self._features(tiles, blocks)
+        if cfg.kind not in FIXED:
+            queries, keys = self._features(tiles, blocks)
         if cfg.kind == "clusters":
             clusters = assign_clusters(queries, keys, rng, cfg.temperature)
             return self._select(
                 tiles, allowed, clusters.scores, clusters.together, clusters.bias, clusters.aux
             )
-        bias = zero
-        if cfg.kind == "learned":
-            init = nn.initializers.constant(cfg.bias)
-            bias = self.param("bias", init, (self.num_kv_heads,))[None, :, None, None]
+        bias = self._of_heads("bias", cfg.bias) if cfg.gated else zero
         if cfg.fanout:
             return self._search(tiles, blocks, queries, keys, bias)
-        scores = dot_scores(queries, keys) + bias
-        gate = jax.nn.log_sigmoid(scores) if cfg.kind == "learned" else None
+        if cfg.kind in FIXED:
+            back = own[:, None, :, None] - jnp.arange(num_blocks)[None, None, None]
+            scores = bias - self._of_heads("slope", _SLOPE) * jnp.log2(jnp.maximum(back, 1))
+        else:
+            scores = dot_scores(queries, keys) + bias
+        gate = jax.nn.log_sigmoid(scores) if cfg.gated else None
         if cfg.budget != "gates":
             return self._select(tiles, allowed, scores, None, gate, zero)
 
@@ -257,6 +265,11 @@ class BlockRouter(nn.Module):
         opens = jnp.minimum(opens, row_limits(cfg, own, num_blocks))
         soft = forced + jnp.sum(jnp.where(some, gates.probs, 0), axis=-1)
         return made._replace(listed=straight_through(opens, soft))
+
+    def _of_heads(self, name: str, start: float) -> jax.Array:
+        """A parameter of each kv head, [1,K,1,1]."""
+        init = nn.initializers.constant(start)
+        return self.param(name, init, (self.num_kv_heads,))[None, :, None, None]
 
     def _features(self, tiles: TileQueries, blocks: KeyBlocks) -> tuple[jax.Array, jax.Array]:
         """Queries [B,M,K,R] and pooled keys [B,J,K,R], float32."""
@@ -287,7 +300,7 @@ class BlockRouter(nn.Module):
         table, dropped = select_blocks(self.config, ranked, tiles.starts, wanted)
         if bias is not None:
             bias = self._of_chosen(tiles, table, jnp.take_along_axis(bias, table.indices, axis=-1))
-        if self.config.kind == "learned":
+        if self.config.gated and self.config.kind != "clusters":
             probs = jax.nn.sigmoid(scores)
         else:
             probs = jnp.where(allowed, jax.nn.softmax(jnp.where(allowed, scores, -1e30)), 0.0)

@@ -12,7 +12,7 @@ BlockImplementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 FIXED = ("window", "strided", "bigbird")
 _BUDGETS: dict[str, tuple[str, ...]] = {
     "mass": ("pooled", "learned", "indexer"),
-    "gates": ("learned",),
+    "gates": ("learned", "random", "window"),
 }
 
 
@@ -37,7 +37,8 @@ class BlockRouterConfig:
       local: blocks before the tile's own one that every row lists.
       budget: blocks: so many a row. fraction: that share of the blocks a row can see. mass: as
         many as hold that share of the row's softmax over the scores. gates: those whose gate is
-        open, so that λ on `cost` decides.
+        open, so that λ on `cost` decides. Of kinds that don't look, gates are controls: with random
+        scores each head learns how many blocks it wants, with a window how far it wants to see.
       blocks: for budget 'blocks', how many a row lists, with all that it always lists.
       fraction: for budget 'fraction'; for 'mass' and 'gates' the most that a row may list.
       mass: for budget 'mass'.
@@ -149,10 +150,13 @@ class BlockRouterConfig:
     def gated(self) -> bool:
         """Whether listed blocks have a bias, through which attention teaches the router.
 
+        >>> BlockRouterConfig(kind="random", budget="gates").gated
+        True
+
         >>> BlockRouterConfig(kind="pooled").gated
         False
         """
-        return self.kind in ("learned", "clusters")
+        return self.kind in ("learned", "clusters") or self.budget == "gates"
 
     def capacity(self, num_blocks: int) -> int:
         """C, how many slots a row needs when there are `num_blocks` key blocks.

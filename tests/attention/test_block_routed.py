@@ -37,7 +37,9 @@ ROUTERS = {
     "indexer": dataclasses.replace(PLAIN, kind="indexer"),
     "clusters": dataclasses.replace(PLAIN, kind="clusters", blocks=4),
     "random": dataclasses.replace(PLAIN, kind="random"),
+    "random, gates": dataclasses.replace(PLAIN, kind="random", budget="gates", fraction=1.0),
     "window": dataclasses.replace(PLAIN, kind="window"),
+    "window, gates": dataclasses.replace(PLAIN, kind="window", budget="gates", fraction=1.0),
     "strided": dataclasses.replace(PLAIN, kind="strided", blocks=4),
     "bigbird": dataclasses.replace(PLAIN, kind="bigbird", blocks=4),
 }
@@ -73,7 +75,8 @@ def test_later_tokens_change_nothing_before_them(name):
     """Not even which blocks are chosen, which no gradient would show."""
     router = ROUTERS[name]
     params, x = make_params(router), inputs()
-    noise = (None, None, jax.random.key(3)) if name in ("learned, gates", "clusters") else ()
+    noisy = name == "clusters" or "gates" in name
+    noise = (None, None, jax.random.key(3)) if noisy else ()
     run = runner(router, "train" if noise else "eval")
     y = run(params, x, PLACES, *noise)[0]
     for t in (1, 3, 4, 9, 16, 21):
@@ -195,7 +198,12 @@ def gradients(router, what, rng=None):
 
 @pytest.mark.parametrize(
     "name",
-    ["learned, gates", "clusters", pytest.param("learned, tree", marks=pytest.mark.slow)],
+    [
+        "learned, gates",
+        "window, gates",
+        "clusters",
+        pytest.param("learned, tree", marks=pytest.mark.slow),
+    ],
 )
 def test_attention_teaches_a_gated_router(name):
     own = gradients(ROUTERS[name], "y")[0]["router"]
@@ -205,6 +213,12 @@ def test_attention_teaches_a_gated_router(name):
 @pytest.mark.parametrize("name", ["indexer", pytest.param("random", marks=pytest.mark.slow)])
 def test_attention_teaches_no_other_router(name):
     own = gradients(ROUTERS[name], "y")[0]["router"]
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(own))
+
+
+def test_of_random_gates_only_how_many_there_are_is_taught():
+    own = gradients(ROUTERS["random, gates"], "cost")[0]["router"]
+    assert np.all(own.pop("bias") > 0)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(own))
 
 

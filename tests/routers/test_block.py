@@ -35,17 +35,19 @@ def make_inputs(seed):
 
     starts = np.tile(np.arange(M, dtype=np.int32) * 2, (B, 1))
     tiles = TileQueries(draw(B, M, D), draw(B, M, K * G, H), starts)
-    params = {"query": draw(D, K, 4), "key": draw(D, K, 4), "bias": draw(K)}
+    params = {"query": draw(D, K, 4), "key": draw(D, K, 4), "bias": draw(K), "slope": draw(K)}
     return tiles, draw(B, J, D), draw(B, J, K * H), params
 
 
 def route(config, seed=0, rng=None):
     tiles, means, key_means, params = make_inputs(seed)
     means = key_means if config.kind == "pooled" else means
-    if config.kind in ("window", "strided", "bigbird"):
-        means, params = means[..., :0], {}
-    wanted = {"learned": ("query", "key", "bias")}.get(config.kind, ("query", "key"))
-    params = {k: v for k, v in params.items() if k in wanted and config.kind != "pooled"}
+    fixed = config.kind in ("window", "strided", "bigbird")
+    means = means[..., :0] if fixed else means
+    wanted = () if fixed or config.kind == "pooled" else ("query", "key")
+    wanted += ("bias",) if config.kind == "learned" or config.budget == "gates" else ()
+    wanted += ("slope",) if fixed and config.budget == "gates" else ()
+    params = {k: v for k, v in params.items() if k in wanted}
     return compiled(config)({"params": params}, tiles, KeyBlocks(means), rng)
 
 
@@ -73,6 +75,10 @@ def turned(x, places):
 def numpy_scores(config, seed):
     """[B,K,M,J] in float64."""
     tiles, means, key_means, params = make_inputs(seed)
+    bias, slope = (params[name][None, :, None, None] for name in ("bias", "slope"))
+    if config.kind == "window":
+        back = np.maximum(np.arange(M)[:, None] // 2 - np.arange(J), 1)
+        return np.broadcast_to(bias - slope * np.log2(back), (B, K, M, J))
     if config.kind == "pooled":
         q = tiles.q.astype(float).reshape(B, M, K, G, H).mean(3)
         k = key_means.astype(float).reshape(B, J, K, H)
@@ -84,7 +90,7 @@ def numpy_scores(config, seed):
     if config.kind != "pooled":
         q, k = turned(q, np.arange(M) // 2), turned(k, np.arange(J))
     scores = np.einsum("bmkr,bjkr->bkmj", q, k) / np.sqrt(q.shape[-1])
-    return scores + params["bias"][None, :, None, None] * (config.kind == "learned")
+    return scores + bias * (config.kind == "learned" or config.budget == "gates")
 
 
 def numpy_row(config, scores, own, together=None):
@@ -136,9 +142,10 @@ def test_a_row_lists_what_its_scores_say(kind, budget, always, seed):
         assert got == numpy_row(config, scores[b, k, m], m // 2)
 
 
+@pytest.mark.parametrize("kind", ["learned", "random", "window"])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_open_gates_are_listed_and_what_has_no_room_is_counted(fraction):
-    config = dataclasses.replace(PLAIN, budget="gates", fraction=fraction)
+def test_open_gates_are_listed_and_what_has_no_room_is_counted(kind, fraction):
+    config = dataclasses.replace(PLAIN, kind=kind, budget="gates", fraction=fraction)
     scores, routed = numpy_scores(config, 3), route(config, 3)
     for (b, k, m), got in rows_of(routed.table).items():
         own = m // 2
@@ -316,7 +323,10 @@ def test_work_of_many_long_sequences_is_counted_past_two_thousand_million(kind):
         ({"sinks": -1}, r"blocks\.sinks is -1; it must be at least 0"),
         ({"temperature": 0.0}, r"blocks\.temperature is 0\.0; it must be above 0"),
         ({"fanout": 1}, r"blocks\.fanout is 1; it must be 0 or at least 2"),
-        ({"budget": "gates", "kind": "pooled"}, r".*needs blocks\.kind 'learned'; it is 'pooled'"),
+        (
+            {"budget": "gates", "kind": "pooled"},
+            r".*'learned' or 'random' or 'window'; it is 'pooled'",
+        ),
         ({"budget": "mass", "kind": "window"}, r".*'pooled' or 'learned' or 'indexer'; it is .*"),
         ({"fanout": 4, "kind": "clusters"}, r"blocks\.fanout is 4; it needs .*"),
         ({"kind": "indexer", "distil": 1.5}, r"blocks\.distil is 1\.5; it must lie in \[0, 1\]"),

@@ -68,6 +68,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "sink-window": {"kind": "window", "local": 0},
     "strided": {"kind": "strided", "local": 0},
     "bigbird": {"kind": "bigbird", "local": 0},
+    # Each head learns how much it reads, or how near, and nothing about what.
+    "random-gates": {"kind": "random", "budget": "gates"},
+    "window-gates": {"kind": "window", "budget": "gates"},
 }
 STRONGEST = ("learned", "pooled", "indexer")
 BASELINES = ("random", "sink-window")  # what a learned router must beat
@@ -155,14 +158,14 @@ def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:
 def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
     """The run with a router at a budget: what both cost is that percentage of attention.
 
-    'mass' adapts within twice the budget; for 'gates' λ rises until cost is down to it.
+    'mass' adapts within twice the budget; for gates λ rises until cost is down to it.
     """
     fraction = percent / 100
     listed = blocks_listed(config, router, percent)
     config = with_router(config, **{"budget": "blocks", "blocks": listed} | ROUTERS[router])
     if router == "mass":
         config = with_router(config, fraction=min(1.0, 2 * fraction))
-    if router == "gates":
+    if config.model.blocks.budget == "gates":
         config = with_router(config, fraction=1.0)
         plan, mixers = config.curriculum, config.model.mixers
         config = config.replace(
