@@ -25,7 +25,8 @@ from routing_jax.kernels.padding import pad_axis
 CacheImplementation = Literal["xla", "paged", "mosaic_gpu"]
 
 _PAGE = 128  # keys of a page, or the largest power of two that divides the cache
-# Of fewer, XLA reads six heads of 64 in about 10 µs: a kernel and its merge have little to save.
+# So many of six heads of 64 are 12 MiB, which XLA reads in about 10 µs: of fewer, a kernel and the
+# merge of what its programs find have nothing to save.
 _LEAST_KEYS = 8192
 
 
