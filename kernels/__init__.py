@@ -3,7 +3,6 @@
 from routing_jax.kernels.attention import (
     AttentionImplementation,
     compacted_attention,
-    decode_attention,
     default_implementation,
     dense_attention,
 )
@@ -36,6 +35,8 @@ from routing_jax.kernels.decode import (
     PageList,
     block_sparse_decode,
     contiguous_pages,
+    decode_attention,
+    decode_head_runs,
     dense_pages,
     listed_pages,
     where_pages,
@@ -63,6 +64,7 @@ __all__ = [
     "compacted_attention",
     "contiguous_pages",
     "decode_attention",
+    "decode_head_runs",
     "default_implementation",
     "dense_attention",
     "dense_pages",

@@ -250,30 +250,3 @@ def compacted_attention(
     else:
         out = _attend_rows(q, k, v, visible_to, k_positions, q_segments, segment_ids)
     return jnp.where(used[:, :, None, None], out, 0)
-
-
-def decode_attention(
-    q: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array
-) -> jax.Array:
-    """Attention of one query a sequence to the first `lengths` entries of its cache.
-
-    Args:
-      q: [B,1,N,H].
-      keys: [B,S,K,H], the cache.
-      values: [B,S,K,H].
-      lengths: [B] int32, how many cache entries each query sees; 0 gives output 0.
-
-    Returns:
-      [B,1,N,H] in q's dtype.
-
-    >>> q = jnp.ones((2, 1, 1, 8)); kv = jnp.ones((2, 6, 1, 8))
-    >>> out = decode_attention(q, kv, kv, jnp.array([3, 0]))
-    >>> float(out[0, 0, 0, 0]), float(out[1, 0, 0, 0])
-    (1.0, 0.0)
-    """
-    _check(q, keys, values)
-    chex.assert_shape(lengths, q.shape[:1])
-
-    mask = jnp.arange(keys.shape[1])[None, :] < jnp.maximum(lengths, 1)[:, None]
-    out = _attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None, None], "xla")
-    return jnp.where((lengths > 0)[:, None, None, None], out, 0)

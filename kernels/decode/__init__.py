@@ -1,6 +1,7 @@
-"""Attention of a sequence's newest queries over a paged pool of keys and values."""
+"""Attention of a sequence's newest queries over keys and values: a paged pool, or its own cache."""
 
 from routing_jax.kernels.decode.api import block_sparse_decode
+from routing_jax.kernels.decode.contiguous import decode_attention, decode_head_runs
 from routing_jax.kernels.decode.pages import (
     PageList,
     contiguous_pages,
@@ -13,6 +14,8 @@ __all__ = [
     "PageList",
     "block_sparse_decode",
     "contiguous_pages",
+    "decode_attention",
+    "decode_head_runs",
     "dense_pages",
     "listed_pages",
     "where_pages",

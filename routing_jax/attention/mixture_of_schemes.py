@@ -37,7 +37,7 @@ from routing_jax.attention.projections import (
     project_out,
     project_queries,
 )
-from routing_jax.kernels import decode_attention, map_routed
+from routing_jax.kernels import decode_head_runs, map_routed
 from routing_jax.routers import (
     Routing,
     SchemeRouter,
@@ -242,7 +242,9 @@ def decode_schemes(
 ) -> jax.Array:
     """Attention of one query a sequence, reading for each scheme what it needs of the cache.
 
-    A scheme that no sequence gives weight is not computed, and its part of the cache not read.
+    Where a kernel reads the cache (`decode_head_runs`), a sequence reads what its own schemes need,
+    and all schemes are one call; nested ones, which lay the same vectors out differently, are one
+    each. Elsewhere a scheme that no sequence gives weight is not computed and not read.
 
     Args:
       q: [B,1,·,H], as projected.
@@ -260,25 +262,24 @@ def decode_schemes(
     >>> decode_schemes(q, cache, jnp.array([[5]]), gates, heads)[0, 0, :, 0].tolist()
     [0.0, 0.0, 1.0, 1.0]
     """
-    B, S = cache.keys.shape[:2]
-    parts = []
-    for e, count in enumerate(heads.kv_heads):
-        lengths = jnp.where(gates[:, 0, e] != 0, positions[:, 0] + 1, 0)
-        own = heads.queries(q, e)
-
-        def read(own=own, lengths=lengths, count=count, e=e) -> jax.Array:
-            if heads.basis is None:
-                k, v = heads.keys(cache.keys, e), heads.keys(cache.values, e)
-                return decode_attention(own, k, v, lengths)
-            k, v = (x[:, :, :count].reshape(B, S, 1, -1) for x in (cache.keys, cache.values))
+    lengths, taken = positions[:, 0] + 1, gates[:, 0] != 0
+    queries = [heads.queries(q, e) for e in range(len(heads.kv_heads))]
+    if heads.basis is None:
+        keys, values = cache.keys, cache.values
+        parts = decode_head_runs(queries, keys, values, lengths, taken, heads.kv_heads)
+    else:
+        parts = []
+        for e, count in enumerate(heads.kv_heads):
+            # As heads of count·H, the first is the scheme's vectors laid end to end.
+            k, v = (x.reshape(*x.shape[:2], -1, count * x.shape[3]) for x in cache[:2])
             # The scale is 1/√(count·H) there, and should be 1/√H.
-            absorbed = absorb_queries(own, heads.basis, count) * count**0.5
-            return release_values(decode_attention(absorbed, k, v, lengths), heads.basis, count)
-
-        taken = jnp.any(lengths > 0)
-        y = jax.lax.cond(taken, read, lambda own=own: jnp.zeros_like(own))
-        parts.append(y * gates[:, :, e, None, None].astype(y.dtype))
-    return sum(parts) if heads.basis is not None else jnp.concatenate(parts, axis=2)
+            absorbed = absorb_queries(queries[e], heads.basis, count) * count**0.5
+            (y,) = decode_head_runs([absorbed], k, v, lengths, taken[:, e : e + 1], (1,))
+            parts.append(release_values(y, heads.basis, count))
+    parts = [y * gates[:, :, e, None, None].astype(y.dtype) for e, y in enumerate(parts)]
+    if heads.basis is None:
+        return jnp.concatenate(parts, axis=2)
+    return sum(parts, start=jnp.zeros_like(q))
 
 
 def scheme_cost(

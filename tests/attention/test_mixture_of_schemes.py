@@ -16,7 +16,9 @@ from routing_jax.attention import (
     scheme_cost,
     scheme_heads,
 )
+from routing_jax.attention.mixture_of_schemes import decode_schemes
 from routing_jax.attention.nested_heads import head_basis
+from routing_jax.kernels.decode import contiguous
 from routing_jax.models import DecoderConfig, count_params, init_params
 from routing_jax.routers import Routing, SchemesConfig
 
@@ -188,6 +190,32 @@ def test_a_token_reads_no_more_of_the_cache_than_its_scheme_needs():
         cut = run("hard", True, "decode", leaning, x, where, None, poisoned)[0]
         assert float(report.kv_cost) == pytest.approx(count / N)
         np.testing.assert_array_equal(cut, plain)
+
+
+@NESTED
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_decoding_through_pages_equals_decoding_by_xla(kind, nested, monkeypatch):
+    rng = np.random.default_rng(3)
+    heads = scheme_heads(HEADS, SchemesConfig(nested=nested))
+    q, *kv = (
+        rng.normal(size=(B, length, count, H)).astype(np.float32)
+        for length, count in (
+            (1, heads.projected.num_heads),
+            *[(T, heads.projected.num_kv_heads)] * 2,
+        )
+    )
+    positions = np.array([[T - 1], [-1], [5]], np.int32)
+    gates = rng.dirichlet(np.ones(3), (B, 1)).astype(np.float32)
+    if kind == "hard":
+        gates = np.eye(3, dtype=np.float32)[[0, 1, 2], None]
+    found = []
+    for implementation in ("xla", "paged"):
+        monkeypatch.setattr(contiguous, "_default", lambda *_, name=implementation: name)
+        decode = jax.jit(lambda q, kv, *args: decode_schemes(q, LayerCache(*kv), *args, heads))
+        found.append(np.asarray(decode(q, kv, positions, gates)))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+    assert not found[1][1].any()
+    assert found[1][0].any()
 
 
 @NESTED

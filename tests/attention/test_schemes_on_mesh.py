@@ -3,8 +3,8 @@
 from ..processes import finish, start_python
 
 ON_FOUR = """
-import jax, numpy as np
-from routing_jax.attention import HeadsConfig, MixtureOfSchemes, mixture_of_schemes
+import jax, jax.numpy as jnp, numpy as np
+from routing_jax.attention import HeadsConfig, LayerCache, MixtureOfSchemes, mixture_of_schemes
 from routing_jax.routers import SchemesConfig
 from routing_jax.sharding import make_mesh, put_batch, tree_shardings
 
@@ -21,13 +21,20 @@ for nested in (False, True):
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
     def run(params, x, positions):
         y, _, report = mixer.apply({"params": params}, x, positions, mode="eval")
-        return y, report.kv_cost
-    want, cost = jax.jit(run)(params, x, positions)
+        empty = jnp.zeros((4, 16, 4 if nested else 5, 4))
+        _, cache, _ = mixer.apply(
+            {"params": params}, x, positions, cache=LayerCache(empty, empty), mode="prefill")
+        last = x[:, -1:], positions[:, -1:]  # read again, in its own place
+        again, _, _ = mixer.apply({"params": params}, *last, cache=cache, mode="decode")
+        return y, again, report.kv_cost
+    want, again, cost = jax.jit(run)(params, x, positions)
+    np.testing.assert_allclose(again[:, 0], want[:, -1], rtol=1e-3, atol=1e-4)
     with jax.set_mesh(mesh):
         named = {"mixer": params}
         split = jax.device_put(named, tree_shardings(named, mesh))["mixer"]
         assert not split["query"].sharding.is_fully_replicated
-        got, same = jax.jit(run)(split, *put_batch((x, positions), mesh))
+        got, token, same = jax.jit(run)(split, *put_batch((x, positions), mesh))
+    np.testing.assert_allclose(token, again, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(same, cost, rtol=1e-5)
     assert 0.3 < float(cost) < 0.95

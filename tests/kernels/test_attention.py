@@ -1,6 +1,4 @@
-"""Dense, compacted and decode attention against a loop in numpy, and what each may not look at."""
-
-import itertools
+"""Dense and compacted attention against a loop in numpy, and what each may not look at."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ import pytest
 from routing_jax.kernels import (
     attention,
     compacted_attention,
-    decode_attention,
     default_implementation,
     dense_attention,
 )
@@ -141,24 +138,6 @@ def test_no_gradient_reaches_a_later_key():
                 assert size[b, c, row, s] == 0
             elif CHOSEN[b, c] > 0:
                 assert size[b, c, row, s] > 0
-
-
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
-def test_decode_equals_a_loop_over_its_rows(heads):
-    q, k, v = make_qkv(*heads, queries=1)
-    decode = jax.jit(decode_attention)
-    for lengths in itertools.product([0, 1, 7, T], repeat=B):
-        out = decode(q, k, v, np.array(lengths))
-        want = attention_by_loop(q, k, v, np.array(lengths)[:, None] - 1)
-        np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-6)
-
-
-def test_decode_reads_nothing_past_its_length():
-    q, k, v = make_qkv(queries=1)
-    lengths = jnp.array([3, 9])
-    stale = (jnp.arange(T)[None] >= lengths[:, None])[:, :, None, None]
-    junk = decode_attention(q, jnp.where(stale, 1e6, k), jnp.where(stale, -1e6, v), lengths)
-    np.testing.assert_array_equal(junk, decode_attention(q, k, v, lengths))
 
 
 def test_half_precision_keeps_its_dtype_and_half_its_digits():
