@@ -225,6 +225,16 @@ def _put(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
 
 
+def _mean_query(weights: AttentionWeights) -> AttentionWeights:
+    """Weights of one query head, the mean of all, float32."""
+    means = {
+        name: jnp.mean(part, axis=-2, keepdims=True, dtype=jnp.float32)
+        for name, part in weights._asdict().items()
+        if name in ("query", "query_bias") and part is not None
+    }
+    return weights._replace(**means)
+
+
 def route_prompts(
     config: DecoderConfig, params: Params, x: jax.Array, lengths: jax.Array
 ) -> jax.Array:
@@ -240,13 +250,15 @@ def route_prompts(
       [B] bool.
     """
     ends, counts = end_tokens(x, lengths, config.layer_router.pool)
-    h = normalise(config, params, "mixer_norm", ends)
+    h, weights = normalise(config, params, "mixer_norm", ends), _weights(config, params)
     if not config.qk_norm:
-        # Queries without a norm are linear in h: the mean of h is projected, one row for them all.
-        # It stays float32: means differ little from prompt to prompt, and routers magnify that.
+        # Queries without a norm are linear in h: one row and one head stand for all. Their means
+        # stay float32: they differ little from prompt to prompt, and routers magnify that. For all
+        # heads, weights would have to be as wide, three times the bytes.
         h = pool_queries(h[:, :, None], counts, config.layer_router.pool)[:, None]
         counts = jnp.minimum(counts, 1)
-    queries = project_queries(h, None, _weights(config, params), config.heads)
+        weights = _mean_query(weights)
+    queries = project_queries(h, None, weights, config.heads)
     router = LayerRouter(config.layer_router)
     found: Any = router.apply({"params": params["mixer"]["router"]}, queries, counts)
     return found.routing.choice
