@@ -45,13 +45,16 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def dated_versions(result: Mapping[str, Any]) -> str:
-    """The end of a benchmark's caption: the day, and the versions that it ran with.
+    """The end of a benchmark's caption: the day, and the versions and XLA flags that it ran with.
 
-    >>> dated_versions({"date": "2026-11-22T08:00:00+00:00", "versions": {"jax": "0.11.2"}})
-    '2026-11-22. Versions: jax 0.11.2.'
+    >>> result = {"date": "2026-11-22T08:00:00+00:00", "versions": {"jax": "0.11.2"}}
+    >>> dated_versions(result | {"xla_flags": "--xla_a=1"})
+    '2026-11-22. Versions: jax 0.11.2. XLA_FLAGS: --xla_a=1.'
     """
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{result['date'][:10]}. Versions: {versions}."
+    flags = result.get("xla_flags", "")
+    said = f"{result['date'][:10]}. Versions: {versions}."
+    return f"{said} XLA_FLAGS: {flags}." if flags else said
 
 
 def named_device(result: Mapping[str, Any]) -> str:

@@ -178,40 +178,47 @@ def elsewhere_table(results: Sequence[Result]) -> str | None:
     return markdown_table(columns, lines)
 
 
+# What a variant is timed at, by the heading of its column; of decoding, bytes stand beside.
+_TIMED = {
+    "step": "step, ms",
+    "forward": "forward, ms",
+    "decode": "decode, ms",
+    "decode-long": "long cache, ms",
+}
+
+
 def times_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds of each variant's training step, forward pass and decoded token, beside MHA's.
+    """Milliseconds of each variant at what was timed, beside MHA's.
 
     >>> row = {"part": "step", "variant": "mha", "milliseconds": 4.0, "kv_cost": 1.0,
     ...        "kv_bytes": None}
     >>> long = row | {"part": "decode-long", "milliseconds": 0.5, "kv_bytes": 2**20}
     >>> rows = [row, row | {"variant": "soft", "milliseconds": 6.0}, long]
     >>> print(times_table(rows))
-    | variant |     step, ms | forward, ms | decode, ms | MiB read | long cache, ms | MiB read |
-    |:--------|-------------:|------------:|-----------:|---------:|---------------:|---------:|
-    | mha     | 4.00 (1.00×) |           – |          – |        – |  0.500 (1.00×) |     1.00 |
-    | soft    | 6.00 (1.50×) |           – |          – |        – |              – |        – |
+    | variant |     step, ms | long cache, ms | MiB read |
+    |:--------|-------------:|---------------:|---------:|
+    | mha     | 4.00 (1.00×) |  0.500 (1.00×) |     1.00 |
+    | soft    | 6.00 (1.50×) |              – |        – |
     """
     found = {(row["part"], row["variant"]): row for row in rows if row["milliseconds"] is not None}
+    timed = [part for part in _TIMED if any(part == of for of, _ in found)]
 
-    def time(part: str, variant: str) -> str:
+    def cells(part: str, variant: str) -> list[str]:
         row, base = found.get((part, variant)), found.get((part, "mha"))
-        if row is None:
-            return NOTHING
-        beside = f" ({row['milliseconds'] / base['milliseconds']:.2f}×)" if base else ""
-        return significant(row["milliseconds"]) + beside
+        shown = [NOTHING] * (1 + part.startswith("decode"))
+        if row is not None:
+            beside = f" ({row['milliseconds'] / base['milliseconds']:.2f}×)" if base else ""
+            shown[0] = significant(row["milliseconds"]) + beside
+            shown[1:] = [significant(row["kv_bytes"] / 2**20) for _ in shown[1:]]
+        return shown
 
-    def read(part: str, variant: str) -> str:
-        row = found.get((part, variant))
-        return significant(row["kv_bytes"] / 2**20) if row else NOTHING
-
-    lines = []
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        decoded = [cell(part, name) for part in ("decode", "decode-long") for cell in (time, read)]
-        lines.append([name, time("step", name), time("forward", name), *decoded])
-    columns = [
-        Column("variant", "left"), Column("step, ms"), Column("forward, ms"), Column("decode, ms"),
-        Column("MiB read"), Column("long cache, ms"), Column("MiB read"),
-    ]  # fmt: skip
+    columns = [Column("variant", "left")]
+    for part in timed:
+        columns += [Column(_TIMED[part]), Column("MiB read")][: 1 + part.startswith("decode")]
+    lines = [
+        [name, *(cell for part in timed for cell in cells(part, name))]
+        for name in dict.fromkeys(row["variant"] for row in rows)
+    ]
     return markdown_table(columns, lines)
 
 
@@ -219,8 +226,8 @@ def times_caption(result: dict[str, Any]) -> str:
     """What the times were measured on, from their result file."""
     return (
         "Models as initialised, one after another in one process, calls chained on the device; × "
-        "beside MHA. Step: a whole training step; forward: a batch, each token computing what it "
-        "takes; decode: a token of one sequence at the end of a context, and of a cache of "
+        "beside MHA. Step: a whole training step; forward: a batch in evaluation; decode: a token "
+        "of one sequence at the end of a context; long cache: the same of "
         f"{result['long']:,} tokens; MiB of keys and values that it read, counted. "
         f"{named_device(result)}, {dated_versions(result)}"
     )

@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from routing_jax.train.experiments.experiment import (
     make_missing,
     wanted_runs,
 )
-from routing_jax.train.experiments.moas_times import time_variants
+from routing_jax.train.experiments.moas_times import Part, time_variants
 from routing_jax.train.metrics import read_metrics
 from routing_jax.train.presets import get_preset
 from routing_jax.train.run import evaluate_run, load_run
@@ -54,11 +54,14 @@ class MoasArgs(ReproduceArgs):
       elsewhere: other texts on which the trained models are evaluated as they are.
       times: a JSON file: time the variants that `only` names, untrained, and write it after each
         measurement, none begun after `max_minutes`.
+      timed: what `times` measures: a training step, a batch in evaluation, a token at the end of a
+        context, one of a long cache.
     """
 
     text: tuple[str, ...] = ("stdlib",)
     elsewhere: tuple[str, ...] = ()
     times: str = ""
+    timed: tuple[Part, ...] = get_args(Part)
 
 
 def _alone(kv_heads: int) -> Callable[[TrainConfig], TrainConfig]:
@@ -242,7 +245,8 @@ def reproduce(args: MoasArgs) -> int:
 
     if args.times:
         wanted = wanted_runs(args, runs(args.text))
-        time_variants(wanted, Path(args.times), seconds=60 * args.max_minutes)
+        seconds = 60 * args.max_minutes
+        time_variants(wanted, Path(args.times), parts=args.timed, seconds=seconds)
         return 0
 
     finish = functools.partial(with_details, args.elsewhere)

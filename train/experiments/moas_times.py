@@ -4,7 +4,7 @@ import concurrent.futures
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from routing_jax.train.config import TrainConfig
 from routing_jax.train.data import batches
 from routing_jax.train.experiments.experiment import Run
 from routing_jax.train.step import init_state, make_train_step
+
+Part = Literal["step", "forward", "decode", "decode-long"]
 
 # A cache of which reading keys and values takes a GPU longer than launching what reads them.
 _LONG = 131_072
@@ -57,7 +59,9 @@ def _kv_bytes(config: DecoderConfig, length: int) -> int:
     return length * len(config.mixers) * each
 
 
-def _rows(runs: Sequence[Run], long: int, clock: Clock) -> Iterator[dict[str, Any]]:
+def _rows(
+    runs: Sequence[Run], parts: Sequence[Part], long: int, clock: Clock
+) -> Iterator[dict[str, Any]]:
     """A row for each part and run; the programs of a part are compiled before any is timed."""
 
     def program(part: str, config: TrainConfig) -> ModelProgram:
@@ -74,7 +78,7 @@ def _rows(runs: Sequence[Run], long: int, clock: Clock) -> Iterator[dict[str, An
         clock.check()
         return compile_program(program(part, run.config))
 
-    for part in ("step", "forward", "decode", "decode-long"):
+    for part in parts:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             found = [pool.submit(compile_in_time, part, run) for run in runs]
         for run, future in zip(runs, found):
@@ -104,7 +108,12 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def time_variants(
-    runs: Sequence[Run], out: Path, *, long: int = _LONG, seconds: float = 0.0
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    parts: Sequence[Part] = get_args(Part),
+    long: int = _LONG,
+    seconds: float = 0.0,
 ) -> dict[str, Any]:
     """Times a training step, a forward pass and a decoded token of every variant, untrained.
 
@@ -115,6 +124,7 @@ def time_variants(
     Args:
       runs: of the experiment; of each variant the first is taken.
       out: the JSON file to write after every row; its folder is made.
+      parts: what is timed: a step, a forward pass, a token at a context's end, one of a long cache.
       long: tokens of the long cache.
       seconds: begin nothing later than this; 0 for no limit.
 
@@ -128,6 +138,6 @@ def time_variants(
 
     def measure(report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         result = {**environment(), "long": long}
-        return collect(result, _rows(chosen, long, Clock(seconds)), report)
+        return collect(result, _rows(chosen, parts, long, Clock(seconds)), report)
 
     return record(measure, out, describe=_line, table=times_table)
