@@ -258,7 +258,10 @@ def route_prompts(
         h = pool_queries(h[:, :, None], counts, config.layer_router.pool)[:, None]
         counts = jnp.minimum(counts, 1)
         weights = _mean_query(weights)
-    queries = project_queries(h, None, weights, config.heads)
     router = LayerRouter(config.layer_router)
-    found: Any = router.apply({"params": params["mixer"]["router"]}, queries, counts)
+    # Rounded products, as accelerators make them of several prompts, could decide otherwise than
+    # those of one.
+    with jax.default_matmul_precision("highest"):
+        queries = project_queries(h, None, weights, config.heads)
+        found: Any = router.apply({"params": params["mixer"]["router"]}, queries, counts)
     return found.routing.choice

@@ -14,17 +14,19 @@ Of the seeds of what is compared, the first chooses (which routers are followed 
 which fixed pattern is best) and the others say by how much.
 
 Command: `routing-jax reproduce block-routing --text FOLDER --jobs 5` (a run on text takes an
-estimated 14 GiB of the GPU, all others about 2); `--list` names the runs, `--only REGEX` and
+estimated 8 GiB of the GPU, all others about 2); `--list` names the runs, `--only REGEX` and
 `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
 model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: 319 runs, by what the first of them took about 70 minutes of one H100 or H200:
-37 on text, 11 on each other task; half of all is seed 0. Jobs side by side compile meanwhile. Who
-turns autotuning off (XLA_FLAGS) should turn off XLA's own products of matrices as well
+Hardware and time: 335 runs, by what the first 150 took about 80 minutes of one H100 or H200, half
+of them on text; nearly half of all is seed 0. Jobs side by side compile meanwhile. Who turns
+autotuning off (XLA_FLAGS) should turn off XLA's own products of matrices as well
 (--xla_gpu_enable_triton_gemm=false), or a step takes seven times as long. In their order the runs
 can be cut anywhere. What a run goes on from is made before it, and again where its folder is lost.
 Expect: attention everywhere solves every task, and reads a text's 8,192 bytes with 2.4 % fewer bits
-per byte than within 1,024; routers are not measured yet (README).
+per byte than within 1,024. `--strongest gates indexer gates+distilled`: gates read text as well as
+attention everywhere at a tenth of its cost (+0.3 %) and find 99 % in MQAR at an eighth; the indexer
+finds a needle (README, one seed so far).
 """
 
 import dataclasses

@@ -166,7 +166,7 @@ def test_budgets_and_controls_are_those_of_their_names(task):
         blocks = config.model.blocks
         assert config.data == base.data
         assert config.batch_tokens == base.batch_tokens
-        if router == "gates":
+        if blocks.budget == "gates":
             share = 1.0 if task == "block-lm" else 0.5  # of the layers that are routed
             assert config.curriculum.target == pytest.approx(share * percent / 100)
             assert config.curriculum.weighs == "cost"
