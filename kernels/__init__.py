@@ -40,6 +40,7 @@ from routing_jax.kernels.decode import (
     dense_pages,
     listed_pages,
     where_pages,
+    whole_pages,
 )
 from routing_jax.kernels.dropout import dropout
 from routing_jax.kernels.products import float32_product
@@ -85,6 +86,7 @@ __all__ = [
     "transpose_table",
     "union_tables",
     "where_pages",
+    "whole_pages",
     "window_table",
     "with_dense_rows",
 ]

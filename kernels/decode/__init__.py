@@ -1,7 +1,7 @@
 """Attention of a sequence's newest queries over keys and values: a paged pool, or its own cache."""
 
 from routing_jax.kernels.decode.api import block_sparse_decode
-from routing_jax.kernels.decode.contiguous import decode_attention, decode_head_runs
+from routing_jax.kernels.decode.contiguous import decode_attention, decode_head_runs, whole_pages
 from routing_jax.kernels.decode.pages import (
     PageList,
     contiguous_pages,
@@ -19,4 +19,5 @@ __all__ = [
     "dense_pages",
     "listed_pages",
     "where_pages",
+    "whole_pages",
 ]

@@ -73,6 +73,15 @@ def decode_attention(
     return jnp.where((lengths > 0)[:, None, None, None], out, 0)
 
 
+def whole_pages(length: int) -> int:
+    """How long to make a cache of so many keys: what the kernel is to read ends with a page.
+
+    >>> whole_pages(100), whole_pages(10_000)
+    (100, 10112)
+    """
+    return length if length < _LEAST_KEYS else -(-length // _PAGE) * _PAGE
+
+
 def decode_head_runs(
     queries: Sequence[jax.Array],
     keys: jax.Array,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from routing_jax.kernels import whole_pages
 from routing_jax.kernels.checks import refuse_rows, values_to_check
 from routing_jax.models import Decoder, DecoderCache, DecoderConfig, init_cache
 
@@ -113,8 +114,8 @@ def generate(
 
     Raises:
       ValueError: a temperature below 0, or above 0 without a key; before the first step, a length
-        outside 1…T where lengths are concrete. The cache is made for T + `steps` tokens, which
-        lengths up to T never overrun.
+        outside 1…T where lengths are concrete. The cache is made for T + `steps` tokens or a few
+        more, which lengths up to T never overrun.
 
     >>> from routing_jax.models import init_params
     >>> config = DecoderConfig(width=8, layers="full", head_dim=8, mlp_width=0)
@@ -138,6 +139,7 @@ def generate(
         token = choose(logits, key)
         return decode_step(config, params, token, cache), token
 
-    logits, cache = prefill(config, params, tokens, lengths, tokens.shape[1] + steps)
+    room = whole_pages(tokens.shape[1] + steps)
+    logits, cache = prefill(config, params, tokens, lengths, room)
     _, made = jax.lax.scan(step, (logits, cache), jax.random.split(key, steps))
     return made.T
