@@ -50,13 +50,14 @@ def test_variants_differ_in_what_they_are_named_for():
             kind = config.model.schemes.kind
             assert kind in variant, variant
             assert config.model.schemes.nested == variant.startswith("nested"), variant
-            detached = variant.endswith("detached")
+            detached = variant.endswith(("detached", "half"))
             quiet = detached or variant.endswith("no-noise")
             assert config.model.schemes.gate_noise == (not quiet), variant
             assert config.model.schemes.detached == detached, variant
         assert (config.curriculum.peak > 0) == ("kv-cost" in variant), variant
         if "kv-cost" in variant:
             assert (config.curriculum.weighs, config.curriculum.explore) == ("kv_cost", 0)
+            assert config.curriculum.target == (0.5 if variant.endswith("half") else 0.45)
     weights = {
         VARIANTS[f"soft+balance-{w}"](BASE).curriculum.explore for w in ("0", "0.1", "1", "10")
     }
