@@ -8,7 +8,15 @@ from etils import epath
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from routing_jax.evals.plots import COLORS, INK, MARKERS, dress, new_figure, save_figure
+from routing_jax.evals.plots import (
+    COLORS,
+    INK,
+    MARKERS,
+    dress,
+    new_figure,
+    new_panels,
+    save_figure,
+)
 from routing_jax.evals.results import Result
 from routing_jax.evals.tables import dense_of, natural_order, router_of
 
@@ -60,14 +68,9 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
     tasks = sorted({r.task for r in results if r.variant in ("full", "base")}, key=natural_order)
     if not tasks:
         return None
-    across = min(len(tasks), 2)
-    down = -(-len(tasks) // across)
-    figure = new_figure(1.2 + 3.0 * down)
-    grid = list(figure.subplots(down, across, squeeze=False).flat)
-    for axes in grid[len(tasks) :]:
-        axes.remove()
+    figure, panels = new_panels(len(tasks), 2, 3.0, 1.2)
     handles: dict[str, Any] = {}
-    for axes, task in zip(grid, tasks):
+    for axes, task in zip(panels, tasks):
         runs: dict[str, list[Result]] = {}
         for run in results:
             if run.task == task:

@@ -47,6 +47,32 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), dpi=200, layout="constrained", facecolor="white")
 
 
+def new_panels(
+    count: int, across: int, height: float, above: float, *, share_axes: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, `across` of them in a row.
+
+    Args:
+      count: panels.
+      across: the most in a row.
+      height: inches of a row.
+      above: inches for what stands above all.
+      share_axes: whether all have the same range.
+
+    >>> figure, panels = new_panels(3, 2, 2.0, 1.0)
+    >>> len(panels), figure.get_size_inches().tolist()
+    (3, [8.0, 5.0])
+    """
+    across = min(count, across)
+    down = -(-count // across)
+    figure = new_figure(above + height * down)
+    shared = {"sharex": share_axes, "sharey": share_axes}
+    grid = list(figure.subplots(down, across, squeeze=False, **shared).flat)
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, grid[:count]
+
+
 def dress(axes: Axes) -> None:
     """The house's look: no box, a faint grid, ink rather than black."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -334,13 +360,8 @@ def plot_tradeoff(results: Sequence[Result], path: epath.PathLike) -> Figure:
     low = min(used, default=0.1) / 2
     zero = low / 2.5
 
-    across = min(len(tasks), 3)
-    down = -(-len(tasks) // across)
-    figure = new_figure(1.0 + 2.5 * down)
-    grid = list(figure.subplots(down, across, squeeze=False).flat)
-    for axes in grid[len(tasks) :]:
-        axes.remove()
-    for axes, task in zip(grid, tasks):
+    figure, panels = new_panels(len(tasks), 3, 2.5, 1.0)
+    for axes, task in zip(panels, tasks):
         in_task = [run for run in results if run.task == task]
         in_bits = all(run.bits_per_byte is not None for run in in_task)
         for variant, mark in marks.items():

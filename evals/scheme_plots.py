@@ -7,7 +7,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from routing_jax.evals.plots import COLORS, MARKERS, dress, new_figure, save_figure
+from routing_jax.evals.plots import COLORS, MARKERS, dress, new_figure, new_panels, save_figure
 from routing_jax.evals.results import Result
 
 
@@ -74,14 +74,9 @@ def plot_layer_use(results: Sequence[Result], path: epath.PathLike) -> Figure:
     """
     if not results:
         raise ValueError("results is empty; a plot needs at least one result.")
-    across = min(len(results), 3)
-    down = -(-len(results) // across)
-    figure = new_figure(1.0 + 2.2 * down)
-    grid = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
-    for axes in grid[len(results) :]:
-        axes.remove()
+    figure, panels = new_panels(len(results), 3, 2.2, 1.0, share_axes=True)
     layers = 0
-    for axes, run in zip(grid, results):
+    for axes, run in zip(panels, results):
         rows = (run.details or {})["history"]
         use = np.array([row["usage_per_layer"] for row in rows])
         layers = max(layers, use.shape[1])
