@@ -66,8 +66,8 @@ def new_panels(
     across = min(count, across)
     down = -(-count // across)
     figure = new_figure(above + height * down)
-    shared = {"sharex": share_axes, "sharey": share_axes}
-    grid = list(figure.subplots(down, across, squeeze=False, **shared).flat)
+    axes_of = figure.subplots(down, across, squeeze=False, sharex=share_axes, sharey=share_axes)
+    grid = list(axes_of.flat)
     for axes in grid[count:]:
         axes.remove()
     return figure, grid[:count]
