@@ -8,9 +8,11 @@ by one, too. A sample of decoding is several steps, the choice of each token inc
 own time stands by itself, per layer.
 """
 
+import concurrent.futures
 import dataclasses
 import gc
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +46,7 @@ from routing_jax.evals.benchmarks.serve_path_floors import FLOORS_OF, least_mill
 from routing_jax.evals.benchmarks.serve_path_report import Row, describe, table
 from routing_jax.evals.benchmarks.timing import State, Timing, chained, time_program
 from routing_jax.generate.layer import Params, layer_params, route_prompts
-from routing_jax.generate.paged_decode import decode_tokens
+from routing_jax.generate.paged_decode import decode_tokens, read_tokens
 from routing_jax.generate.paged_memory import PagedMemory, empty_memory, forget
 from routing_jax.generate.paged_prefill import prefill_prompts, reads_at_once
 from routing_jax.kernels import default_implementation
@@ -167,6 +169,30 @@ def _time_prefill(config: ServePathConfig, size: Size, params: Params, who: Who)
     return {**_time(config, run_paged, prepare=empty), "kv_bytes": held_bytes(memory)}
 
 
+def _compile_decoding(config: ServePathConfig, params: Params) -> None:
+    """Compiles the decoding of all rows side by side, into JAX's compilation cache if it is set.
+
+    Each is a program of all layers, and rows that compile their own one after another take most of
+    the benchmark's time to do so.
+    """
+
+    def compile_one(size: Size, who: Who) -> None:
+        decoder, tokens = config.model_of(who), jax.ShapeDtypeStruct((size.batch,), jnp.int32)
+        if who == "dense":
+            past = jax.eval_shape(lambda: filled_cache(config, size))
+            dense_decode.lower(decoder, params, tokens, past).compile()
+        else:
+            sizes = serving(config, size)
+            memory = jax.eval_shape(lambda: empty_memory(decoder, sizes))
+            read_tokens.lower(decoder, sizes, params, tokens, memory).compile()
+
+    if not jax.config.jax_compilation_cache_dir:
+        return
+    sizes = [(size, who) for part, size, who in _cases(config) if part == "decode"]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        concurrent.futures.wait([pool.submit(compile_one, *one) for one in sizes])
+
+
 def _time_decode(config: ServePathConfig, size: Size, params: Params, who: Who) -> Row:
     """A step of decoding; and the bytes of keys and values that are held."""
     decoder = config.model_of(who)
@@ -259,6 +285,7 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
 
 def _rows(config: ServePathConfig, *, floors: bool) -> Iterator[Row]:
     clock, params = Clock(config.seconds), random_model(config)
+    _compile_decoding(config, params)  # what fails does so again in its row
     for part, size, who in _cases(config):
         row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
         row["blocks"] = config.blocks if config.model_of(who).sparse.searches else None

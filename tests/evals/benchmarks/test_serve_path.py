@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,26 @@ def test_the_paged_and_the_published_model_are_one():
         np.testing.assert_array_equal(made, own)
         seen += made.tolist()
     assert len(set(seen)) > 2
+
+
+def test_decoding_is_compiled_before_any_row_is_timed():
+    config = dataclasses.replace(
+        CONFIG, lengths=(72,), parts=("decode",), who=("composed", "dense"), sparse_shares=(0.5,)
+    )
+    params, folder = random_model(config), Path(jax.config.jax_compilation_cache_dir)
+
+    def compiled():
+        found = [*folder.glob("jit_read_tokens*"), *folder.glob("jit_dense_decode*")]
+        return {path.name for path in found if path.name.endswith("-cache")}
+
+    before = compiled()
+    serve_path._compile_decoding(config, params)
+    made = compiled() - before
+    assert len(made) == 2
+    jax.clear_caches()  # as if another process had compiled them
+    rows = serve_path.run(config)["rows"]
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert compiled() - before == made
 
 
 def test_short_prompts_are_read_by_one_program_and_held_as_on_the_dense_side():
