@@ -160,13 +160,17 @@ def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:
 def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
     """The run with a router at a budget: what both cost is that percentage of attention.
 
-    'mass' adapts within twice the budget; for gates λ rises until cost is down to it.
+    'mass' adapts within twice the budget; for gates λ rises until cost is down to it; of clusters
+    there are as many as leave a row about twice as much as it has room for.
     """
     fraction = percent / 100
     listed = blocks_listed(config, router, percent)
     config = with_router(config, **{"budget": "blocks", "blocks": listed} | ROUTERS[router])
     if router == "mass":
         config = with_router(config, fraction=min(1.0, 2 * fraction))
+    if router == "clusters":
+        # Eight of them, of even size, would list 12 % of the blocks; half of that was measured.
+        config = with_router(config, clusters=max(2, round(1 / (2 * fraction))))
     if config.model.blocks.budget == "gates":
         config = with_router(config, fraction=1.0)
         plan, mixers = config.curriculum, config.model.mixers

@@ -174,6 +174,8 @@ def test_budgets_and_controls_are_those_of_their_names(task):
             assert blocks.fraction == percent / 50
         else:
             assert blocks.budget == "blocks"
+        if router == "clusters":
+            assert blocks.clusters == {5: 10, 12: 4, 25: 2, 50: 2}[percent]
     window = control(base, "window-1k").model.blocks
     assert window.blocks * window.block_kv == 1024
     assert "full" in control(base, "full").model.mixers
