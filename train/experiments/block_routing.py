@@ -128,6 +128,15 @@ def _router_share(router: BlockRouterConfig, length: int, heads: HeadsConfig, wi
     return work / attention_work(pairs, heads.num_heads, heads.head_dim)
 
 
+def _fields(router: str, percent: int) -> dict[str, Any]:
+    """What makes a router at a budget, besides how many blocks it lists."""
+    fields = {"budget": "blocks"} | ROUTERS[router]
+    if router == "clusters":
+        # Eight of them, of even size, would list 12 % of the blocks; half of that was measured.
+        fields["clusters"] = max(2, round(50 / percent))
+    return fields
+
+
 def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:
     """How many blocks a row lists for a sequence to cost that percentage; short rows are dense.
 
@@ -152,7 +161,7 @@ def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:
     listed = nearest(percent / 100)
     if listed == blocks.forced and costs[1] > _NEARLY * percent / 100:
         return listed
-    asked = with_router(config, **{"budget": "blocks", "blocks": listed} | ROUTERS[router]).model
+    asked = with_router(config, blocks=listed, **_fields(router, percent)).model
     share = _router_share(asked.blocks, config.data.length, asked.heads, asked.width)
     return max(nearest(percent / 100 - share), blocks.forced + 1)
 
@@ -165,12 +174,9 @@ def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
     """
     fraction = percent / 100
     listed = blocks_listed(config, router, percent)
-    config = with_router(config, **{"budget": "blocks", "blocks": listed} | ROUTERS[router])
+    config = with_router(config, blocks=listed, **_fields(router, percent))
     if router == "mass":
         config = with_router(config, fraction=min(1.0, 2 * fraction))
-    if router == "clusters":
-        # Eight of them, of even size, would list 12 % of the blocks; half of that was measured.
-        config = with_router(config, clusters=max(2, round(1 / (2 * fraction))))
     if config.model.blocks.budget == "gates":
         config = with_router(config, fraction=1.0)
         plan, mixers = config.curriculum, config.model.mixers
