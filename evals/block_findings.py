@@ -203,7 +203,7 @@ def routing_findings(results: Sequence[Result]) -> str:
     it chose. A router counts as better than a random control, or than that pattern, when it leads
     by more than two standard errors; with fewer than two seeds besides the first nothing is said of
     that. What was trained from the start is compared with what was too, and a router that costs
-    more than a tenth more than all controls is named and left out.
+    more than a tenth more than all controls without gates is named and left out.
 
     Args:
       results: of the experiment.

@@ -24,7 +24,7 @@ _BUDGETS = (0.05, 0.12, 0.25, 0.5)  # where the axis of costs has its ticks
 _PERCENT = "25"  # the budget whose routers are drawn by position
 _DENSE = ("full", "base", "distil")  # all attend everywhere
 _LEARNED = ("gates", "indexer", "pooled", "learned", "tree", "mass", "clusters")
-_FAINT = "#999999"  # of what chooses without looking
+_RANDOM, _FAINT = "#666666", "#AAAAAA"  # of what chooses without looking
 
 
 def _style(router: str) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def _style(router: str) -> dict[str, Any]:
         look: dict[str, Any] = {"color": COLORS[i], "marker": MARKERS[i], "zorder": 3}
     else:
         i = sum(map(ord, name))
-        look = {"color": INK if name == "random" else _FAINT, "marker": MARKERS[i % len(MARKERS)]}
+        color = _RANDOM if name == "random" else _FAINT
+        look = {"color": color, "marker": MARKERS[i % len(MARKERS)]}
     lines = {"": "-", "distilled": "--", "scratch": ":", "gates": "-."}
     hollow = {"fillstyle": "none"} if start else {}
     return look | {"linestyle": lines[start], "linewidth": 1.4, "markersize": 4.5} | hollow

@@ -169,14 +169,16 @@ def _time_prefill(config: ServePathConfig, size: Size, params: Params, who: Who)
     return {**_time(config, run_paged, prepare=empty), "kv_bytes": held_bytes(memory)}
 
 
-def _compile_decoding(config: ServePathConfig, params: Params) -> None:
+def _compile_decoding(config: ServePathConfig, params: Params, clock: Clock) -> None:
     """Compiles the decoding of all rows side by side, into JAX's compilation cache if it is set.
 
     Each is a program of all layers, and rows that compile their own one after another take most of
-    the benchmark's time to do so.
+    the benchmark's time to do so. What can't be compiled, or has no room, says so in its row.
     """
 
     def compile_one(size: Size, who: Who) -> None:
+        clock.check()
+        _check_room(config, "decode", size, who, params)
         decoder, tokens = config.model_of(who), jax.ShapeDtypeStruct((size.batch,), jnp.int32)
         if who == "dense":
             past = jax.eval_shape(lambda: filled_cache(config, size))
@@ -285,7 +287,7 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
 
 def _rows(config: ServePathConfig, *, floors: bool) -> Iterator[Row]:
     clock, params = Clock(config.seconds), random_model(config)
-    _compile_decoding(config, params)  # what fails does so again in its row
+    _compile_decoding(config, params, clock)
     for part, size, who in _cases(config):
         row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
         row["blocks"] = config.blocks if config.model_of(who).sparse.searches else None

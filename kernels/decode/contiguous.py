@@ -119,7 +119,8 @@ def decode_head_runs(
     >>> [(out.shape, float(out[0, 0, 0, 0])) for out in outs]
     [((1, 1, 4, 8), 0.0), ((1, 1, 2, 8), 1.0)]
     """
-    B, _, K, _ = keys.shape
+    sizes = match_shape("keys", keys, "BSKH", {})
+    B, K = sizes["B"], sizes["K"]
     match_shape("taken", taken, "BE", {"B": B, "E": len(kv_heads)})
     if sum(kv_heads) > K or len(queries) != len(kv_heads):
         raise ValueError(

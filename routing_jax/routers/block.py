@@ -67,7 +67,8 @@ class BlockRouting(NamedTuple):
 
     Attributes:
       routing: Routing with choice a BlockTable, probs and logits [B,K,M,J] float32 ([B,K,M,C],
-        of the listed blocks, where not every block is scored). K is 1 for fixed patterns.
+        of the listed blocks, where not every block is scored). K is 1 for fixed patterns without
+        gates.
       bias: [B,K,M,C] float32 to be added to the logits of each listed block, or None.
       listed: [B,K,M] float32, how many blocks a row lists without noise; where gates decide,
         with the gradient of their probabilities.

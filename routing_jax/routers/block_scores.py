@@ -74,7 +74,8 @@ class Clusters(NamedTuple):
       together: [B,K,M,J] bool.
       scores: [B,K,M,J] float32, log-probability that they do, noise-free.
       bias: [B,K,M,J] float32, 0 with the gradient of the noisy log-probability.
-      aux: scalar, E · Σ p̄²: 1 where clusters are equally full, E where one holds everything.
+      aux: scalar, E · Σ p̄², the mean of tiles' and of blocks': 1 where clusters are equally full of
+        either, E where one holds everything.
     """
 
     together: jax.Array
@@ -116,13 +117,13 @@ def assign_clusters(
         noisy = [x + jax.random.gumbel(r, x.shape) for x, r in zip(noisy, rngs)]
     of_tiles, of_blocks = (jnp.argmax(x, axis=-1).swapaxes(1, 2) for x in noisy)
     soft = log_together(*(x / temperature for x in noisy))
-    everyone = jnp.concatenate([jax.nn.softmax(x, axis=-1) for x in (queries, keys)], axis=1)
-    share = everyone.mean(axis=(0, 1))
+    # Of each by itself: tiles could fill half of the clusters evenly, and blocks the others.
+    shares = jnp.stack([jax.nn.softmax(x, axis=-1).mean(axis=(0, 1)) for x in (queries, keys)])
     return Clusters(
         together=of_tiles[..., None] == of_blocks[:, :, None],
         scores=scores,
         bias=straight_through(jnp.zeros_like(soft), soft),
-        aux=queries.shape[-1] * jnp.sum(share * share, axis=-1).mean(),
+        aux=queries.shape[-1] * jnp.sum(shares * shares, axis=-1).mean(),
     )
 
 

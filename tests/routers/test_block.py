@@ -179,9 +179,10 @@ def test_a_cluster_without_blocks_leaves_its_own_block_and_the_sinks():
 
 
 def test_unequal_clusters_cost_up_to_their_number():
-    for logits, aux in ((np.eye(4), 1.0), (np.eye(4)[[0] * 4], 4.0)):
-        one = jnp.asarray(50 * logits, jnp.float32)[None, :, None]
-        assert float(assign_clusters(one, one, None, 1.0).aux) == pytest.approx(aux, rel=1e-4)
+    even, apart = np.eye(4), (np.eye(4)[[0, 0, 1, 1]], np.eye(4)[[2, 2, 3, 3]])
+    for tiles, blocks, aux in ((even, even, 1.0), (even[[0] * 4],) * 2 + (4.0,), (*apart, 2.0)):
+        logits = (jnp.asarray(50 * x, jnp.float32)[None, :, None] for x in (tiles, blocks))
+        assert float(assign_clusters(*logits, None, 1.0).aux) == pytest.approx(aux, rel=1e-4)
 
 
 def own_of(m):

@@ -18,15 +18,15 @@ estimated 8 GiB of the GPU, all others about 2); `--list` names the runs, `--onl
 `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
 model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: 335 runs, by what the first 150 took about 80 minutes of one H100 or H200, half
-of them on text; nearly half of all is seed 0. Jobs side by side compile meanwhile. Who turns
-autotuning off (XLA_FLAGS) should turn off XLA's own products of matrices as well
+Hardware and time: 335 runs, by what the first 150 took about 75 minutes of one H100 or H200, half
+of that time for the 89 runs on text; seed 0 is half of all. Jobs side by side compile meanwhile.
+Who turns autotuning off (XLA_FLAGS) should turn off XLA's own products of matrices as well
 (--xla_gpu_enable_triton_gemm=false), or a step takes seven times as long. In their order the runs
 can be cut anywhere. What a run goes on from is made before it, and again where its folder is lost.
 Expect: attention everywhere solves every task, and reads a text's 8,192 bytes with 2.4 % fewer bits
-per byte than within 1,024. `--strongest gates indexer gates+distilled`: gates read text as well as
-attention everywhere at a tenth of its cost (+0.3 %) and find 99 % in MQAR at an eighth; the indexer
-finds a needle (README, one seed so far).
+per byte than within 1,024. `--strongest gates indexer gates+distilled`: gates have 0.3 % more bits
+per byte than attention everywhere at a tenth of its cost and find 99 % in MQAR at an eighth; the
+indexer finds a needle (README, one seed so far).
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ def _fields(router: str, percent: int) -> dict[str, Any]:
     """What makes a router at a budget, besides how many blocks it lists."""
     fields = {"budget": "blocks"} | ROUTERS[router]
     if router == "clusters":
-        # Eight of them, of even size, would list 12 % of the blocks; half of that was measured.
+        # Nominally twice the budget, as clusters are uneven; what is too much, scores decide.
         fields["clusters"] = max(2, round(50 / percent))
     return fields
 
@@ -169,8 +169,8 @@ def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:
 def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
     """The run with a router at a budget: what both cost is that percentage of attention.
 
-    'mass' adapts within twice the budget; for gates λ rises until cost is down to it; of clusters
-    there are as many as leave a row about twice as much as it has room for.
+    'mass' adapts within twice the budget; for gates λ rises until cost is down to it; clusters of
+    even size would hold twice the budget.
     """
     fraction = percent / 100
     listed = blocks_listed(config, router, percent)

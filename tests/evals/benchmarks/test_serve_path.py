@@ -11,6 +11,7 @@ import pytest
 
 from routing_jax.cli import main
 from routing_jax.evals.benchmarks import serve_path
+from routing_jax.evals.benchmarks.running import Clock
 from routing_jax.evals.benchmarks.serve_path_cases import (
     DenseCache,
     Size,
@@ -72,7 +73,7 @@ def test_decoding_is_compiled_before_any_row_is_timed():
         return {path.name for path in found if path.name.endswith("-cache")}
 
     before = compiled()
-    serve_path._compile_decoding(config, params)
+    serve_path._compile_decoding(config, params, Clock(0))
     made = compiled() - before
     assert len(made) == 2
     jax.clear_caches()  # as if another process had compiled them
