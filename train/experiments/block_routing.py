@@ -24,9 +24,8 @@ Who turns autotuning off (XLA_FLAGS) should turn off XLA's own products of matri
 (--xla_gpu_enable_triton_gemm=false), or a step takes seven times as long. In their order the runs
 can be cut anywhere. What a run goes on from is made before it, and again where its folder is lost.
 Expect: attention everywhere solves every task, and reads a text's 8,192 bytes with 2.4 % fewer bits
-per byte than within 1,024. `--strongest gates indexer gates+distilled`: gates have 0.3 % more bits
-per byte than attention everywhere at a tenth of its cost and find 99 % in MQAR at an eighth; the
-indexer finds a needle (README, one seed so far).
+per byte than within 1,024. Gates have 0.3 % more bits per byte than attention everywhere at a tenth
+of its cost and find 99 % in MQAR at an eighth; an indexer finds a needle (README, one seed yet).
 """
 
 import dataclasses
@@ -74,7 +73,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "random-gates": {"kind": "random", "budget": "gates"},
     "window-gates": {"kind": "window", "budget": "gates"},
 }
-STRONGEST = ("learned", "pooled", "indexer")
+STRONGEST = ("gates", "indexer", "gates+distilled")  # by seed 0
 BASELINES = ("random", "sink-window")  # what a learned router must beat
 TASKS = ("block-lm", "block-mqar-2048", "block-needle-4096", "block-multi-needle-4096")
 SEEDS = 4  # where a difference is to be judged: one that chooses, three that compare
@@ -92,8 +91,8 @@ class BlockRoutingArgs(ReproduceArgs):
 
     Attributes:
       text: corpus of the language-model runs, as --data.source takes it.
-      strongest: the routers that get several seeds at 12 and 25 %, and one at 5 and 50 %. Choose
-        them by seed 0 of all: what is compared are the other seeds.
+      strongest: the routers that get several seeds at 12 and 25 %, and one at 5 and 50 %. They are
+        chosen by seed 0 of all: what is compared are the other seeds.
     """
 
     text: str = "stdlib"
