@@ -224,7 +224,6 @@ _BLOCK_MODEL = DecoderConfig(
     mlp_width=256,
     blocks=BlockRouterConfig(kind="learned", fraction=0.25),
     head_bias=True,
-    scan=True,
 )
 
 
