@@ -97,7 +97,8 @@ class DecoderConfig:
         its inputs.
       dtype: compute dtype; parameters and softmax stay float32.
       attention: 'cudnn', 'xla', or None for the best one here.
-      scan: run the repeating pattern of layers as one loop: faster to compile, same numbers.
+      scan: run the repeating pattern of layers as one loop: many layers compile faster, same
+        numbers. Without `remat`, training copies what its backward pass needs into stacks and back.
       remat: recompute a layer's activations in the backward pass: less memory, same numbers.
     """
 
