@@ -1,4 +1,4 @@
-"""Whether the default device is a Hopper GPU, and what is the same on all of them."""
+"""Whether kernels for Hopper GPUs can run here, and what is the same on all of these."""
 
 import jax
 
@@ -17,6 +17,21 @@ def hopper_refusal() -> str | None:
     if device.platform == "gpu" and capability.startswith("9."):
         return None
     return f"it needs an NVIDIA Hopper GPU and the default device is {device.device_kind}"
+
+
+def mesh_refusal() -> str | None:
+    """Why a kernel cannot run under the mesh that is set, if it is; None if it can.
+
+    A partitioner does not split kernels. Inside `shard_map` each device has its part already.
+
+    >>> mesh_refusal() is None
+    True
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    manual = jax.sharding.AxisType.Manual
+    split = {name: size for name, size in mesh.shape.items() if size > 1 and kinds[name] != manual}
+    return f"outside shard_map no kernel is split over a mesh of {split}" if split else None
 
 
 def num_multiprocessors() -> int:

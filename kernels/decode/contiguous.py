@@ -160,9 +160,7 @@ def _check(q: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array)
 
 def _default(num_keys: int, paged: Callable[[], DecodeInputs]) -> CacheImplementation:
     """What decoding takes when nothing is named."""
-    mesh = jax.sharding.get_abstract_mesh()
-    worth_it = num_keys >= _LEAST_KEYS and (mesh.empty or mesh.size == 1)
-    if worth_it and MOSAIC_GPU.refusal(jax.eval_shape(paged)) is None:
+    if num_keys >= _LEAST_KEYS and MOSAIC_GPU.refusal(jax.eval_shape(paged)) is None:
         return "mosaic_gpu"
     return "xla"
 

@@ -11,7 +11,7 @@ import jax
 
 from routing_jax.kernels.decode.implementation import DecodeImplementation, DecodeInputs
 from routing_jax.kernels.decode.mosaic_gpu.tiling import shape_refusal
-from routing_jax.kernels.hopper import hopper_refusal
+from routing_jax.kernels.hopper import hopper_refusal, mesh_refusal
 
 __all__ = ["MOSAIC_GPU"]
 
@@ -23,6 +23,8 @@ def _run(scale: float, inputs: DecodeInputs) -> tuple[jax.Array, jax.Array]:
     return run_on_hopper(scale, inputs)
 
 
-MOSAIC_GPU = DecodeImplementation(
-    "mosaic_gpu", lambda inputs: shape_refusal(inputs) or hopper_refusal(), _run
-)
+def _refusal(inputs: DecodeInputs) -> str | None:
+    return shape_refusal(inputs) or mesh_refusal() or hopper_refusal()
+
+
+MOSAIC_GPU = DecodeImplementation("mosaic_gpu", _refusal, _run)

@@ -145,11 +145,11 @@ def test_xla_takes_what_the_kernel_does_not(name):
 @pytest.mark.usefixtures("on_hopper")
 def test_only_xla_is_split_among_devices():
     arguments, found = shapes(8192, jnp.bfloat16), []
-    for devices in (1, 2):
-        mesh = AbstractMesh((devices, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+    for devices, axis in ((1, AxisType.Auto), (2, AxisType.Auto), (2, AxisType.Manual)):
+        mesh = AbstractMesh((devices, 1, 1), ("data", "fsdp", "tensor"), (axis,) * 3)
         with jax.sharding.use_abstract_mesh(mesh):
             found.append("decode_kernel" in str(jax.make_jaxpr(decode_runs)(*arguments)))
-    assert found == [True, False]
+    assert found == [True, False, True]  # each device has its own part where an axis is manual
 
 
 @pytest.mark.gpu
