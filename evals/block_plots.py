@@ -48,11 +48,12 @@ def _style(router: str) -> dict[str, Any]:
     return look | {"linestyle": lines[start], "linewidth": 1.4, "markersize": 4.5} | hollow
 
 
-def _order(router: str) -> tuple[int, tuple]:
+def _order(router: str) -> tuple[int, str]:
     """Those that learn first, then random, then what is fixed."""
     name = router.partition("+")[0]
-    rank = 9 - name.startswith("random")
-    return (_LEARNED.index(name) if name in _LEARNED else rank, (router,))
+    if name in _LEARNED:
+        return _LEARNED.index(name), router
+    return len(_LEARNED) + (not name.startswith("random")), router
 
 
 def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | None:
@@ -81,9 +82,9 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
         routers: dict[str, list[tuple]] = {
             router_of(v): [] for v in runs if v not in _DENSE and runs[v][0].usage > 0
         }
+        dense = runs.get("full") or runs["base"]
         for variant, of in runs.items():
             if router_of(variant) in routers:
-                dense = runs.get(dense_of(variant)) or runs[min(runs.keys() & {"full", "base"})]
                 quality = [getattr(run, field) for run in of]
                 cost = np.mean([run.cost for run in of]) / dense[0].cost
                 spread = np.std(quality, ddof=1) if len(of) > 1 else 0.0
@@ -92,8 +93,7 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
             x, y, spread = zip(*sorted(routers[router]))
             drawn = axes.errorbar(x, y, yerr=spread, **_style(router))
             handles.setdefault(router, drawn)
-        best = runs.get("full") or runs["base"]
-        level = np.mean([getattr(run, field) for run in best])
+        level = np.mean([getattr(run, field) for run in dense])
         axes.axhline(level, color=INK, linewidth=0.9, linestyle=(0, (6, 3)), label="_dense")
         dress(axes)
         axes.set_title(task, fontsize=11)
@@ -129,9 +129,7 @@ def plot_positions(results: Sequence[Result], path: epath.PathLike) -> Figure | 
             parts.setdefault(run.variant, {})[run.seed] = details["bits_per_byte"]
     shown = {v for v in parts if router_of(v) == v or v.endswith(f"-{_PERCENT}")} - {*_DENSE}
     lines = {}
-    for variant in sorted(
-        (v for v in shown if v not in _DENSE), key=lambda v: _order(router_of(v))
-    ):
+    for variant in sorted(shown, key=lambda variant: _order(router_of(variant))):
         base = parts.get(dense_of(variant), {})
         if seeds := sorted(base.keys() & parts[variant].keys()):
             mine, theirs = (

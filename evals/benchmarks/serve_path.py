@@ -175,6 +175,8 @@ def _compile_decoding(config: ServePathConfig, params: Params, clock: Clock) -> 
     Each is a program of all layers, and rows that compile their own one after another take most of
     the benchmark's time to do so. What can't be compiled, or has no room, says so in its row.
     """
+    if not jax.config.jax_compilation_cache_dir:
+        return
 
     def compile_one(size: Size, who: Who) -> None:
         clock.check()
@@ -188,11 +190,9 @@ def _compile_decoding(config: ServePathConfig, params: Params, clock: Clock) -> 
             memory = jax.eval_shape(lambda: empty_memory(decoder, sizes))
             read_tokens.lower(decoder, sizes, params, tokens, memory).compile()
 
-    if not jax.config.jax_compilation_cache_dir:
-        return
-    sizes = [(size, who) for part, size, who in _cases(config) if part == "decode"]
+    rows = [(size, who) for part, size, who in _cases(config) if part == "decode"]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        concurrent.futures.wait([pool.submit(compile_one, *one) for one in sizes])
+        concurrent.futures.wait([pool.submit(compile_one, *row) for row in rows])
 
 
 def _time_decode(config: ServePathConfig, size: Size, params: Params, who: Who) -> Row:
