@@ -23,6 +23,7 @@ from routing_jax.routers.block_scores import (
     block_sums,
     dot_scores,
     pattern_scores,
+    project_few,
 )
 from routing_jax.routers.coarse_to_fine import beam_scores, beam_search, score_listed
 from routing_jax.routers.gates import binary_entropy, binary_gate, straight_through
@@ -287,8 +288,7 @@ class BlockRouter(nn.Module):
             x = jax.lax.stop_gradient(x)
         if cfg.kind == "random":
             query, key = jax.lax.stop_gradient((query, key))
-        queries = jnp.einsum("BMD,DKR->BMKR", x, query, precision="highest")
-        keys = jnp.einsum("BJD,DKR->BJKR", blocks.means, key, precision="highest")
+        queries, keys = project_few(x, query), project_few(blocks.means, key)
         if cfg.kind == "clusters":
             return queries, keys
         # What a block holds says little of how near it is, and attention looks near first.

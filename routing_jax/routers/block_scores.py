@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from routing_jax.kernels.padding import pad_axis
 from routing_jax.routers.gates import straight_through
 
+_PART = 256  # of a width, that one program of a product goes through
+
 
 def block_sums(
     features: jax.Array, valid: jax.Array, block_kv: int, segment_ids: jax.Array | None = None
@@ -48,6 +50,28 @@ def block_sums(
     blocks = cut(features.astype(jnp.float32))
     # No product of matrices: a sum reads the features as they are, whatever their dtype.
     return (blocks * weights[..., None]).sum(axis=2), weights.sum(axis=2)
+
+
+def project_few(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """x · W of few rows, summed in parts of D.
+
+    A product of few rows and columns is cut into few programs on a GPU, each of which goes through
+    all of D; its parts go side by side.
+
+    Args:
+      x: [B,M,D] float32.
+      weights: [D,K,R] float32.
+
+    Returns:
+      [B,M,K,R] float32.
+
+    >>> project_few(jnp.ones((1, 2, 512)), jnp.ones((512, 1, 1)))[0, 0].tolist()
+    [[512.0]]
+    """
+    B, M, D = x.shape
+    parts = D // _PART if D % _PART == 0 else 1
+    x, weights = x.reshape(B, M, parts, -1), weights.reshape(parts, -1, *weights.shape[1:])
+    return jnp.einsum("BMPD,PDKR->PBMKR", x, weights, precision="highest").sum(axis=0)
 
 
 def dot_scores(queries: jax.Array, keys: jax.Array) -> jax.Array:

@@ -74,7 +74,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "window-gates": {"kind": "window", "budget": "gates"},
 }
 STRONGEST = ("gates", "indexer", "gates+distilled")  # by seed 0
-BASELINES = ("random", "sink-window")  # what a learned router must beat
+BASELINES = ("random", "sink-window", "window-gates")  # what a learned router must beat
 TASKS = ("block-lm", "block-mqar-2048", "block-needle-4096", "block-multi-needle-4096")
 SEEDS = 4  # where a difference is to be judged: one that chooses, three that compare
 FROM_THE_START = ("gates", "random")  # routers that are also trained without a base

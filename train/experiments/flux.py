@@ -4,8 +4,10 @@ Command: `routing-jax reproduce flux --base MODEL --text FOLDER`; `--list` names
 REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--elsewhere OTHER`, `--lengths 2048`, `--maths` and `--finetuned OTHER_MODEL` measure the same
 routers, and the same static ranking, on other prompts or in another model (`train finetune` makes
-one). A text of another language: the Debian package debian-reference-de holds a megabyte of German,
-debian-reference.de.txt.gz; those for -fr, -it, -es, -pt and -ja are alike.
+one). `--composed` measures them, the ranking and no routing at all where layers that are not sparse
+search for blocks, in prompts and after them. A text of another language: the Debian package
+debian-reference-de holds a megabyte of German, debian-reference.de.txt.gz; those for -fr, -it, -es,
+-pt and -ja are alike.
 Hardware and time: one H100; SmolLM2-135M at 8192 tokens an estimated hour in all.
 Expect: in mode triangle routers answer as dense attention does with seven layers in eight sparse,
 and the text's perplexity rises by half a per cent. A router that does not beat `static` at equal
@@ -57,6 +59,8 @@ from routing_jax.train.run import starting_parameters
 PERCENT = (50, 60, 75, 80, 90)
 _TASKS_PERCENT = (75, 90)
 _SEEDS = (0, 1, 2)
+_COMPOSED = ("dense", "static-75")
+_SEARCHING = "+composed"  # of variants whose layers that are not sparse search
 _CALIBRATION = 24  # prompts of plain text that rank the layers
 
 
@@ -71,6 +75,7 @@ class FluxArgs(ReproduceArgs):
         trained on them, so they may be short.
       lengths: other lengths at which they are.
       maths: measure them on word problems too.
+      composed: measure them where layers that are not sparse search for blocks.
       finetuned: other models in which they are measured, `base` with other weights.
       length: tokens a prompt, answer included.
       trials: held-out prompts of each task.
@@ -88,6 +93,7 @@ class FluxArgs(ReproduceArgs):
     length: int = 8192
     lengths: tuple[int, ...] = ()
     maths: bool = False
+    composed: bool = False
     finetuned: tuple[str, ...] = ()
     trials: int = 1000
     batch: int = 12
@@ -176,14 +182,21 @@ def _elsewhere(args: FluxArgs) -> Iterator[tuple[str, TrainConfig]]:
         yield f"{name}-finetuned-{_slug(model)}", _finetuned(args, model)
 
 
+def _composed(args: FluxArgs) -> TrainConfig:
+    """The plan at home, with layers that search for blocks where they would attend fully."""
+    if args.retrieval == "topk":
+        raise ValueError("composed is true and retrieval 'topk'; give one.")
+    return planned_config(dataclasses.replace(args, retrieval="topk", answers="topk"))
+
+
 def runs(args: FluxArgs) -> Iterator[Run]:
     """All runs of the experiment, in the order in which they are made: controls, then routers.
 
     Elsewhere, routers and the static ranking are those of home.
 
     Raises:
-      ValueError: as `with_base`, a finetuned model of another shape, or two texts or models of one
-        name.
+      ValueError: as `with_base`, a finetuned model of another shape, two texts or models of one
+        name, or `composed` where layers search already.
     """
     task = task_name(args)
     base, curriculum = (planned_config(args, p) for p in ("flux", "flux-curriculum"))
@@ -198,6 +211,12 @@ def runs(args: FluxArgs) -> Iterator[Run]:
         yield Run(task, "static+routed", home.seed, _after(args, home, home.config))
     for seed in _SEEDS:
         yield Run(task, "routed+curriculum", seed, curriculum.replace(seed=seed))
+    if args.composed:  # beside dense attention on the same prompts
+        composed = _composed(args)
+        for variant in _COMPOSED:
+            yield Run(task, f"{variant}{_SEARCHING}", 0, composed)
+        for home in routed:
+            yield Run(task, f"routed{_SEARCHING}", home.seed, _after(args, home, composed))
 
     named = {task}
     for task, config in _elsewhere(args):
@@ -265,11 +284,11 @@ def control(experiment: str, one: Run, home: TrainConfig) -> Result:
     Args:
       experiment: the folder of the results.
       one: 'dense', 'sparse', 'static-N', 'static+tasks-N' or 'random-N', N per cent of the layers
-        being sparse.
+        being sparse; '+composed' may follow.
       home: where layers are ranked for 'static'.
     """
     layers = len(one.config.model.mixers)
-    kind, _, percent = one.variant.partition("-")
+    kind, _, percent = one.variant.removesuffix(_SEARCHING).partition("-")
     sparse = {"dense": 0, "sparse": layers}.get(kind, round(layers * int(percent or 0) / 100))
     choose: Chooser = fixed_layers(np.full(layers, kind == "dense"))
     found: dict[str, Any] = {}

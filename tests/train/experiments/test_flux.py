@@ -58,6 +58,23 @@ def test_what_searches_is_the_same_in_all_runs_and_named(args):
         list(runs(dataclasses.replace(args, answers="topk")))
 
 
+def test_composed_runs_differ_from_those_beside_them_in_what_searches(args):
+    plan = {run.name: run for run in runs(dataclasses.replace(args, composed=True))}
+    composed = {name: run for name, run in plan.items() if run.variant.endswith("+composed")}
+    assert {run.variant.removesuffix("+composed") for run in composed.values()} == {
+        "dense", "static-75", "routed"}  # fmt: skip
+    for name, run in composed.items():
+        peer = plan[name.replace("+composed", "")]
+        sparse = dataclasses.replace(peer.config.model.sparse, retrieval="topk", answers="topk")
+        config = peer.config.replace(model__sparse=sparse)
+        if run.variant == "routed+composed":  # its routers are its peer's
+            assert Path(run.config.start_from).name == peer.name
+            config = config.replace(start_from=run.config.start_from)
+        assert run.config == config
+    with pytest.raises(ValueError, match="composed is true and retrieval 'topk'; give one"):
+        list(runs(dataclasses.replace(args, composed=True, retrieval="topk")))
+
+
 def test_elsewhere_routers_are_those_that_were_trained_at_home(args):
     asked = dataclasses.replace(args, elsewhere=("stdlib",), lengths=(1344,))
     plan = list(runs(asked))
@@ -154,8 +171,8 @@ def test_routers_and_ranking_of_home_are_measured_on_maths_and_in_another_model(
 
 @pytest.mark.slow
 def test_reproducing_scores_controls_and_routers_and_renders(args):
-    only = "1280_dense|static-50|tasks-75|random-50|routed_s0|curriculum_s0|1344_dense"
-    asked = dataclasses.replace(args, only=only, lengths=(1344,))
+    only = "1280_dense|static-50|tasks-75|random-50|routed(.composed)?_s0|curriculum_s0|1344_dense"
+    asked = dataclasses.replace(args, only=only, lengths=(1344,), composed=True)
     assert flux.reproduce(asked) == 0
     made = load_results(args.out, "flux")
     results = {r.variant: r for r in made if r.task.endswith("1280")}
@@ -163,7 +180,12 @@ def test_reproducing_scores_controls_and_routers_and_renders(args):
     assert list(there) == ["dense", "routed"]
     assert there["routed"].steps == 0
     static = ["static+routed", "static+tasks-75", "static-50"]
-    assert list(results) == ["dense", "random-50", "routed+curriculum", "routed", *static]
+    composed = ["dense+composed", "routed+composed"]
+    assert set(results) == {"dense", "random-50", "routed+curriculum", "routed", *static, *composed}
+    # Layers are routed alike; of so few blocks a search finds all, and costs its own work besides.
+    assert results["routed+composed"].usage == results["routed"].usage
+    assert results["dense+composed"].details["tasks"] == results["dense"].details["tasks"]
+    assert results["dense+composed"].cost > results["dense"].cost
     assert results["dense"].usage == 1
     assert results["static-50"].usage == results["random-50"].usage == 0.5
     assert all(len(results[v].details["sensitivity"]) == 2 for v in static[1:])
