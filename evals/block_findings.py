@@ -1,6 +1,7 @@
 """What the results of block routing say: whether routing was tested, and who beats whom."""
 
 import math
+import statistics
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -24,12 +25,12 @@ _ERROR = 0.1
 
 
 class Lead(NamedTuple):
-    """By how much one variant is better than another.
+    """By how much one variant is better than another, seed by seed.
 
     Attributes:
-      by: difference of the means, above 0 where the first is better.
-      errors: the same in standard errors of that difference; None with one seed on a side.
-      seeds: how many each side has, at least.
+      by: mean of the seeds' differences, above 0 where the first is better.
+      errors: the same in standard errors of that mean; None with one seed.
+      seeds: how many both have.
     """
 
     by: float
@@ -49,18 +50,25 @@ class Lead(NamedTuple):
         return f"{significant(abs(self.by))} {side} than {name} ({sure})"
 
 
-def lead(one: Summary, other: Summary, *, more_is_better: bool) -> Lead:
-    """How much better `one` is, with the standard errors of both means.
+def lead(ours: Sequence[float], theirs: Sequence[float], *, more_is_better: bool) -> Lead:
+    """How much better `ours` are than `theirs` of the same seeds.
 
-    >>> ours, theirs = Summary(3, 0.9, 0.01, 0.89, 0.91), Summary(3, 0.8, 0.01, 0.79, 0.81)
-    >>> round(lead(ours, theirs, more_is_better=True).errors, 2)
-    12.25
+    What is trained of one seed goes on from one base and reads the same batches, and bases differ
+    by more than routers do.
+
+    Args:
+      ours: a figure a seed.
+      theirs: of the same seeds in the same order.
+      more_is_better: of the figure.
+
+    >>> round(lead([0.9, 1.9, 2.7], [0.8, 1.7, 2.6], more_is_better=True).errors, 2)
+    4.0
     """
-    by = (one.mean - other.mean) * (1 if more_is_better else -1)
-    seeds = min(one.seeds, other.seeds)
+    leads = [(a - b) * (1 if more_is_better else -1) for a, b in zip(ours, theirs, strict=True)]
+    by, seeds = statistics.fmean(leads), len(leads)
     if seeds < 2:
         return Lead(by, None, seeds)
-    error = math.sqrt(one.std**2 / one.seeds + other.std**2 / other.seeds)
+    error = statistics.stdev(leads) / math.sqrt(seeds)
     return Lead(by, by / error if error else math.copysign(math.inf, by) if by else 0.0, seeds)
 
 
@@ -123,6 +131,15 @@ class _Task:
         first, second = (_figures(self.variants[v], self.field, seeds) for v in (one, other))
         return first, second
 
+    def lead(self, one: str, other: str) -> Lead:
+        """How much better one variant is than another, by the seeds that compare them."""
+        seeds = sorted(self.seeds(one, other))
+        figures = (
+            {run.seed: getattr(run, self.field) for run in self.variants[v]} for v in (one, other)
+        )
+        ours, theirs = ([of[seed] for seed in seeds] for of in figures)
+        return lead(ours, theirs, more_is_better=not self.text)
+
     def cost(self, variant: str) -> float:
         """Of the first seed, router included, as a share of what attention everywhere costs."""
         costs = {
@@ -183,7 +200,7 @@ class _Task:
             mine, full = self.pair(best, dense)
             change = mine.mean / full.mean - 1 if full.mean else 0.0
             line[0] += f" ({100 * change:+.2f} % against attention everywhere)"
-        leads = {v: lead(*self.pair(best, v), more_is_better=not self.text) for v in controls}
+        leads = {variant: self.lead(best, variant) for variant in controls}
         line += [found.words(named(variant)) for variant, found in leads.items()]
         if leads and all(found.errors is not None for found in leads.values()):
             won = all((found.errors or 0) > 2 for found in leads.values())
@@ -201,9 +218,9 @@ def routing_findings(results: Sequence[Result]) -> str:
     The best router, of those with the most seeds, and the best fixed pattern are chosen by the
     first seed; they are compared by the others, so that no figure that was chosen by stands in what
     it chose. A router counts as better than a random control, or than that pattern, when it leads
-    by more than two standard errors; with fewer than two seeds besides the first nothing is said of
-    that. What was trained from the start is compared with what was too, and a router that costs
-    more than a tenth more than all controls without gates is named and left out.
+    by more than two standard errors, seed by seed; with fewer than two seeds besides the first
+    nothing is said of that. What was trained from the start is compared with what was too, and a
+    router that costs more than a tenth more than all controls without gates is named and left out.
 
     Args:
       results: of the experiment.

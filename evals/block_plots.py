@@ -18,7 +18,7 @@ from routing_jax.evals.plots import (
     save_figure,
 )
 from routing_jax.evals.results import Result
-from routing_jax.evals.tables import dense_of, natural_order, router_of
+from routing_jax.evals.tables import against_dense, dense_of, natural_order, router_of
 
 _BUDGETS = (0.05, 0.12, 0.25, 0.5)  # where the axis of costs has its ticks
 _PERCENT = "25"  # the budget whose routers are drawn by position
@@ -59,9 +59,10 @@ def _order(router: str) -> tuple[int, str]:
 def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | None:
     """Quality against cost beside attention everywhere: a panel a task, a line a router.
 
-    A mark is a budget: the mean over its seeds, their standard deviation as a bar. The dashed line
-    is what attention everywhere reaches. Controls without any attention cost next to nothing and
-    are left out. None, and no file, where no task has attention everywhere.
+    A mark is a budget: the mean over its seeds, their standard deviation as a bar; of bits per byte
+    what is more than attention everywhere, trained alike of the same seed, has. The dashed line is
+    attention everywhere. Controls without any attention cost next to nothing and are left out.
+    None, and no file, where no task has attention everywhere.
 
     Args:
       results: of the experiment.
@@ -86,18 +87,25 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
         for variant, of in runs.items():
             if router_of(variant) in routers:
                 quality = [getattr(run, field) for run in of]
+                if text:
+                    peers = runs.get(dense_of(variant), [])
+                    more = against_dense(of, peers, field)
+                    quality = [100 * share for share in more.values()]
+                if not quality:
+                    continue
                 cost = np.mean([run.cost for run in of]) / dense[0].cost
-                spread = np.std(quality, ddof=1) if len(of) > 1 else 0.0
+                spread = np.std(quality, ddof=1) if len(quality) > 1 else 0.0
                 routers[router_of(variant)].append((cost, np.mean(quality), spread))
-        for router in sorted(routers, key=_order):
+        for router in sorted(filter(routers.get, routers), key=_order):
             x, y, spread = zip(*sorted(routers[router]))
             drawn = axes.errorbar(x, y, yerr=spread, **_style(router))
             handles.setdefault(router, drawn)
-        level = np.mean([getattr(run, field) for run in dense])
+        level = 0.0 if text else np.mean([getattr(run, field) for run in dense])
         axes.axhline(level, color=INK, linewidth=0.9, linestyle=(0, (6, 3)), label="_dense")
         dress(axes)
         axes.set_title(task, fontsize=11)
-        axes.set(xlabel="cost ÷ attention everywhere", ylabel="bits per byte" if text else field)
+        what = "bits per byte above dense, %" if text else field
+        axes.set(xlabel="cost ÷ attention everywhere", ylabel=what)
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(_BUDGETS, [f"{100 * budget:.0f} %" for budget in _BUDGETS])

@@ -44,17 +44,39 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _when(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Days and XLA flags, each with what was taken of it where several runs are read as one."""
+    days: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for run in runs:
+        taken = days.setdefault((run["date"][:10], run.get("xla_flags", "")), {})
+        for part, *size in run.get("groups", ()):
+            taken.setdefault(part, []).extend(str(length) for length in size[:1])
+    said = []
+    for (day, flags), taken in days.items():
+        parts = [
+            part + (f" ({', '.join(dict.fromkeys(sizes))})" if sizes else "")
+            for part, sizes in taken.items()
+        ]
+        day += f": {', '.join(parts)}" if len(days) > 1 and parts else ""
+        said.append(f"{day}, XLA_FLAGS {flags}" if flags else day)
+    return "; ".join(said)
+
+
 def dated_versions(result: Mapping[str, Any]) -> str:
-    """The end of a benchmark's caption: the day, and the versions and XLA flags that it ran with.
+    """The end of a benchmark's caption: the day, the XLA flags and the versions that it ran with.
+
+    Of several runs read as one (`merged`), the days and flags of all that had different ones.
 
     >>> result = {"date": "2026-11-22T08:00:00+00:00", "versions": {"jax": "0.11.2"}}
     >>> dated_versions(result | {"xla_flags": "--xla_a=1"})
-    '2026-11-22. Versions: jax 0.11.2. XLA_FLAGS: --xla_a=1.'
+    '2026-11-22, XLA_FLAGS --xla_a=1. Versions: jax 0.11.2.'
+    >>> runs = [{"date": "2026-11-21", "groups": [("decode", 8), ("decode", 16)]},
+    ...         {"date": "2026-11-22", "groups": [("step",)]}]
+    >>> dated_versions(result | {"runs": runs})
+    '2026-11-21: decode (8, 16); 2026-11-22: step. Versions: jax 0.11.2.'
     """
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    flags = result.get("xla_flags", "")
-    said = f"{result['date'][:10]}. Versions: {versions}."
-    return f"{said} XLA_FLAGS: {flags}." if flags else said
+    return f"{_when(result.get('runs', [result]))}. Versions: {versions}."
 
 
 def named_device(result: Mapping[str, Any]) -> str:

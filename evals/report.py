@@ -1,7 +1,7 @@
 """From committed results to what people read: plots beside them, and the blocks of a README."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -17,6 +17,7 @@ from routing_jax.evals.benchmarks import (
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
 from routing_jax.evals.block_findings import error_table, routing_findings
 from routing_jax.evals.block_plots import plot_budgets, plot_errors, plot_positions
+from routing_jax.evals.merged import Group, merged
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
 from routing_jax.evals.prompt_plot import plot_prompts
 from routing_jax.evals.prompt_tables import flux_table
@@ -37,6 +38,13 @@ ATTENTION = "attention"
 BLOCK_ROUTING_SPEED = "block-routing-speed"
 TPU_SCHEDULE = "tpu-schedule"
 SERVE_PATH = "serve-path"
+
+# Benchmarks whose runs on one device are read as one, and what their rows are compared within.
+_COMPARED: dict[str, Callable[[dict[str, Any]], Group]] = {
+    MOAS_TIMES: lambda row: (row["part"],),
+    BLOCK_ROUTING_SPEED: lambda row: (f"{row['part']} {row['pass']}", row["length"]),
+    SERVE_PATH: lambda row: (row["part"], row["length"], row["batch"]),
+}
 
 
 def benchmark_caption(result: Mapping[str, Any]) -> str:
@@ -74,10 +82,25 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
         (TPU_SCHEDULE, tpu_schedule_report.table, tpu_schedule_report.caption),
         (SERVE_PATH, serve_path_report.table, serve_path_report.caption),
     ):
-        for path in sorted((folder / name).glob("*.json")):
-            bench = json.loads(path.read_text())
-            blocks[f"{name}-{path.stem}"] = f"{table(bench['rows'])}\n\n{caption(bench)}"
+        for title, bench in _benchmarks(folder, name).items():
+            blocks[f"{name}-{title}"] = f"{table(bench['rows'])}\n\n{caption(bench)}"
     return blocks
+
+
+def _benchmarks(folder: epath.Path, name: str) -> dict[str, dict[str, Any]]:
+    """The results of a benchmark by name: of files, or of devices, by which their files begin."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((folder / name).glob("*.json")):
+        bench, title = json.loads(path.read_text()), path.stem
+        if name in _COMPARED:
+            title = title.partition("-")[0]
+        if name == SERVE_PATH:
+            title += f"-{bench['config']['model']}"
+        found.setdefault(title, []).append(bench)
+    return {
+        title: merged(benches, _COMPARED[name]) if name in _COMPARED else benches[0]
+        for title, benches in found.items()
+    }
 
 
 def plot_results(folder: epath.PathLike) -> None:
@@ -106,8 +129,8 @@ def plot_results(folder: epath.PathLike) -> None:
         (BLOCK_ROUTING_SPEED, block_routing_report),
         (TPU_SCHEDULE, tpu_schedule_plot),
     ):
-        for path in sorted((folder / name).glob("*.json")):
-            drawn.plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
+        for title, bench in _benchmarks(folder, name).items():
+            drawn.plot(bench["rows"], folder / name / f"{title}.png")
 
 
 def plot_routed_attention(results: list[Result], folder: epath.Path) -> None:

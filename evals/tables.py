@@ -5,7 +5,7 @@ import functools
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from routing_jax.evals.results import Result, Summary, summary
@@ -281,7 +281,8 @@ _BLOCKS = (
     "weighs. Against dense: routers with a budget went on from base, which attends everywhere, for "
     "as many steps as full; all others, '+scratch' among them, were trained as base was. An "
     "indexer's router was distilled from base before, which changed nothing else in it, and is so "
-    "still while its model goes on; '+distilled' routers begin as it does."
+    "still while its model goes on; '+distilled' routers begin as it does. Seeds are compared "
+    "one by one, since their bases differ by more than routers do."
 )
 
 
@@ -354,6 +355,35 @@ def _head_range(row: _Row) -> str:
     return f"{_percent(min(shares))} to {_percent(max(shares))}" if shares else NOTHING
 
 
+def against_dense(runs: Sequence[Result], dense: Sequence[Result], field: str) -> dict[int, float]:
+    """By how much of dense attention's figure each seed's is more than that of the same seed.
+
+    Seeds differ by more than routers do, so that means over other seeds are not compared.
+
+    Args:
+      runs: of one variant.
+      dense: attention everywhere, trained alike.
+      field: the figure.
+    """
+    theirs = {run.seed: getattr(run, field) for run in dense}
+    return {
+        run.seed: getattr(run, field) / theirs[run.seed] - 1
+        for run in runs
+        if theirs.get(run.seed) and getattr(run, field) is not None
+    }
+
+
+def _against(
+    row: _Row, dense: Sequence[Result], field: str, worst: Callable[[Iterable[float]], float]
+) -> str:
+    more = against_dense(row.runs, dense, field).values()
+    if not more:
+        return NOTHING
+    text = _with_worst(*(f"{100 * x:+.2f} %" for x in (statistics.fmean(more), worst(more))))
+    every = len(more) == len(row.runs)
+    return text if every else f"{text} [{len(more)} of {len(row.runs)} seeds]"
+
+
 def block_routing_table(results: Sequence[Result]) -> str:
     """Quality and cost of block routers, a row a router and budget, beside dense attention.
 
@@ -380,12 +410,10 @@ def block_routing_table(results: Sequence[Result]) -> str:
         figures = summary(row.runs, "bits_per_byte")
         spread = "" if figures is None or figures.seeds == 1 else f" ± {figures.std:.4f}"
         field = "bits_per_byte" if text else "accuracy"
-        base = summary(dense.get((row.task, dense_of(row.variant)), []), field)
         against = NOTHING
-        if base is not None and base.mean and row.variant not in ("full", "base"):
-            against = row.mean(
-                field, functools.partial(_relative, base.mean), _highest if text else _lowest
-            )
+        if row.variant not in ("full", "base"):
+            peers = dense.get((row.task, dense_of(row.variant)), [])
+            against = _against(row, peers, field, max if text else min)
         cells.append(
             [
                 task,

@@ -65,7 +65,7 @@ def _memory(row: Row | None, dense: Row | None) -> str:
 def _most_tokens(rows: Sequence[Row]) -> str:
     """By length, the tokens a second of the batch in which each makes the most."""
     said = []
-    for length in dict.fromkeys(row["length"] for row in rows):
+    for length in sorted({row["length"] for row in rows}):
         best: dict[str, tuple[float, int]] = {}
         for row in rows:
             if row["length"] == length and row["milliseconds"]:
@@ -97,7 +97,7 @@ def _floors(rows: Sequence[Row]) -> str:
         "| --- |" + " ---: |" * (len(heads) - 1),
     ]
     found = {(row["part"], _size(row), _column(row)): row for row in timed}
-    for part, size in dict.fromkeys((part, size) for part, size, _ in found):
+    for part, size in sorted({(part, size) for part, size, _ in found}):
         here = [found.get((part, size, column)) for column in columns]
         cells = [
             f"{_number(row['least'])} ({100 * row['least'] / row['milliseconds']:.0f} %)"
@@ -157,7 +157,7 @@ speed that was reached
         heads += [rate + name for name in short] if part == "decode" else []
         heads += [f"KV GiB, {name}" for name in short]
         lines = [title, "", f"| {' | '.join(heads)} |", "|" + " ---: |" * len(heads)]
-        for size in dict.fromkeys(map(_size, mine)):
+        for size in sorted(set(map(_size, mine))):
             dense = found.get((size, "dense"))
             here = [found.get((size, column)) for column in columns]
             cells = [str(size[0]), str(size[1]), *(_cell(row, dense) for row in here)]
@@ -179,7 +179,7 @@ speed that was reached
         said = ", ".join(
             f"{row['milliseconds']:.3g} at {row['length']}"
             + (f" × {row['batch']}" if row["batch"] > 1 else "")
-            for row in routers
+            for row in sorted(routers, key=_size)
         )
         blocks.append(f"**Router**, milliseconds a layer, contained above: {said}.")
     return "\n\n".join(blocks)

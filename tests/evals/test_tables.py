@@ -204,15 +204,19 @@ def test_block_routers_stand_beside_dense_attention_of_their_task(make_result):
             made("needle", "learned-25", accuracy=0.9, usage=0.2, details=heads),
             made("needle", "learned-25", 1, accuracy=0.7, usage=0.3, details=heads),
             made("needle", "full", accuracy=1.0, usage=1.0),
+            made("needle", "full", 1, accuracy=0.8, usage=1.0),
+            made("needle", "learned-12", accuracy=0.6),
+            made("needle", "learned-12", 2, accuracy=0.1),
             made("text", "full", bits_per_byte=2.0, accuracy=0.5),
             made("text", "base", bits_per_byte=1.0, accuracy=0.5),
             made("text", "window-1k", bits_per_byte=2.1, accuracy=0.5),
         ]
     ).split("\n\n")
-    dense, learned, _, base, window = cells(table)
+    dense, few, learned, _, base, window = cells(table)
     assert dense["router and budget, %"] == "full"
     assert learned["accuracy (worst)"] == "80.00 % (70.00 %)"
-    assert learned["against dense (worst)"] == "-20.00 % (-30.00 %)"
+    assert learned["against dense (worst)"] == "-11.25 % (-12.50 %)"  # seed by seed
+    assert few["against dense (worst)"] == "-40.00 % [1 of 2 seeds]"
     assert learned["blocks visited (worst)"] == "25.0 % (30.0 %)"
     assert learned["by head"] == "10.0 % to 30.0 %"
     assert window["bits per byte ± std"] == "2.1000"

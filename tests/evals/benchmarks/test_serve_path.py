@@ -151,7 +151,7 @@ def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     assert all(row["least"] is None for row in result["rows"])  # of a device that it knows
     assert all((row["kv_bytes"] > 0) == (row["part"] != "router") for row in result["rows"])
     assert json.loads(out.read_text())["rows"] == result["rows"]
-    block = readme_blocks(tmp_path)["serve-path-cpu"]
+    block = readme_blocks(tmp_path)["serve-path-cpu-tiny"]
     assert "| 64 | 1 |" in block
     assert "the shape of tiny with random weights" in block
     assert "| tokens | batch | dense | routed, 0 % sparse | composed (best 2 blocks), 0 %" in block
@@ -172,7 +172,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, parts=("prefill", "decode"))
     with pytest.raises(KeyboardInterrupt):
         serve_path.main(config, tmp_path / "serve-path" / "cpu.json")
-    assert "| 64 | 1 | 2 | 2 (1.00×) |" in readme_blocks(tmp_path)["serve-path-cpu"]
+    assert "| 64 | 1 | 2 | 2 (1.00×) |" in readme_blocks(tmp_path)["serve-path-cpu-tiny"]
 
 
 def test_lengths_come_in_the_order_given_and_the_control_last():

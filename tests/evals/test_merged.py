@@ -1,0 +1,70 @@
+"""Several runs of a benchmark, read as one: nothing is compared across runs."""
+
+import json
+
+import pytest
+
+from routing_jax.evals.merged import merged
+from routing_jax.evals.provenance import dated_versions
+from routing_jax.evals.report import readme_blocks
+
+
+def run(day, *rows, device="box", repeats=3, flags=""):
+    """A result whose rows are (part, length, who, milliseconds)."""
+    fields = ("part", "length", "who", "milliseconds")
+    return {
+        "device": device,
+        "date": f"2026-01-0{day}T00:00:00+00:00",
+        "xla_flags": flags,
+        "versions": {"jax": "0"},
+        "config": {"repeats": repeats, "model": f"of day {day}"},
+        "rows": [dict(zip(fields, row)) for row in rows],
+    }
+
+
+def by_length(row):
+    return row["part"], row["length"]
+
+
+def times(result):
+    return [(row["part"], row["length"], row["who"], row["milliseconds"]) for row in result["rows"]]
+
+
+def test_a_group_is_the_latest_run_that_timed_all_of_it():
+    first = run(1, ("prefill", 8, "dense", 4.0), ("prefill", 8, "routed", 2.0), repeats=9)
+    second = run(2, ("prefill", 8, "dense", None), ("prefill", 8, "routed", 1.0))
+    third = run(3, ("decode", 8, "dense", 7.0), flags="--quick")
+    fourth = run(4, ("decode", 8, "dense", 6.0), ("decode", 9, "dense", None), flags="--quick")
+    result = merged([third, first, fourth, second], by_length)
+    assert times(result) == [
+        ("prefill", 8, "dense", 4.0),  # not beside the second run's 1.0
+        ("prefill", 8, "routed", 2.0),
+        ("decode", 8, "dense", 6.0),
+        ("decode", 9, "dense", None),  # which nobody has timed
+    ]
+    assert result["config"] == {"repeats": 9, "model": "of day 4"}
+    said = "2026-01-01: prefill (8); 2026-01-04: decode (8, 9), XLA_FLAGS --quick. Versions: jax 0."
+    assert dated_versions(result) == said
+    alone = merged([first], by_length)
+    assert times(alone) == times(first)
+    assert dated_versions(alone) == "2026-01-01. Versions: jax 0."
+
+
+def test_runs_of_several_devices_are_refused():
+    with pytest.raises(ValueError, match=r"of 2 devices \(box, other\); give one"):
+        merged([run(1), run(1, device="other")], by_length)
+    with pytest.raises(ValueError, match="of 0 devices"):
+        merged([], by_length)
+
+
+def test_files_of_a_device_are_one_block(tmp_path):
+    folder = tmp_path / "moas-times"
+    folder.mkdir()
+    parts = {"box": ("step", None), "box-long": ("decode-long", 2**20), "other": ("step", None)}
+    for name, (part, size) in parts.items():
+        row = {"part": part, "variant": "mha", "milliseconds": 2.0, "kv_cost": 1.0}
+        bench = run(1, device=name[:3]) | {"rows": [row | {"kv_bytes": size}], "long": 64}
+        (folder / f"{name}.json").write_text(json.dumps(bench))
+    blocks = readme_blocks(tmp_path)
+    assert sorted(blocks) == ["moas-times-box", "moas-times-other"]
+    assert "| mha     | 2.00 (1.00×) |   2.00 (1.00×) |     1.00 |" in blocks["moas-times-box"]
