@@ -22,6 +22,7 @@ from routing_jax.routers.block_scores import (
     assign_clusters,
     block_sums,
     dot_scores,
+    effective_number,
     pattern_scores,
     project_few,
 )
@@ -32,6 +33,9 @@ from routing_jax.routers.routing import Routing
 # By which a gate's logit falls for each doubling of the distance, before training: with the usual
 # bias, gates a thousand blocks away are still open.
 _SLOPE = 0.2
+# By which gates with nothing but these two numbers a head move them: Adam's steps are as long for
+# one number as for each of a projection's thousands, which add up.
+_STRIDE = 32.0
 
 
 class TileQueries(NamedTuple):
@@ -72,7 +76,8 @@ class BlockRouting(NamedTuple):
         gates.
       bias: [B,K,M,C] float32 to be added to the logits of each listed block, or None.
       listed: [B,K,M] float32, how many blocks a row lists without noise; where gates decide,
-        with the gradient of their probabilities.
+        with the gradient of their probabilities, and by mass with that of how many blocks the
+        row's softmax is spread over.
       dropped: [B,K,M] int32, how many blocks a gate or cluster wanted and the budget left out.
       aux: scalar, to be weighted and added by the trainer; see `BlockRouter`.
     """
@@ -246,17 +251,22 @@ class BlockRouter(nn.Module):
             return self._select(
                 tiles, allowed, clusters.scores, clusters.together, clusters.bias, clusters.aux
             )
-        bias = self._of_heads("bias", cfg.bias) if cfg.gated else zero
+        stride = _STRIDE if cfg.kind in (*FIXED, "random") else 1.0
+        bias = self._of_heads("bias", cfg.bias, stride) if cfg.gated else zero
         if cfg.fanout:
             return self._search(tiles, blocks, queries, keys, bias)
         if cfg.kind in FIXED:
             back = own[:, None, :, None] - jnp.arange(num_blocks)[None, None, None]
-            scores = bias - self._of_heads("slope", _SLOPE) * jnp.log2(jnp.maximum(back, 1))
+            scores = bias - self._of_heads("slope", _SLOPE, stride) * jnp.log2(jnp.maximum(back, 1))
         else:
             scores = dot_scores(queries, keys) + bias
         gate = jax.nn.log_sigmoid(scores) if cfg.gated else None
         if cfg.budget != "gates":
-            return self._select(tiles, allowed, scores, None, gate, zero)
+            made = self._select(tiles, allowed, scores, None, gate, zero)
+            if cfg.budget != "mass":
+                return made
+            soft = jnp.minimum(cfg.forced, own + 1)[:, None] + effective_number(scores, allowed)
+            return made._replace(listed=straight_through(made.listed, soft))
 
         gates = binary_gate(scores, rng, cfg.temperature)
         some = jnp.broadcast_to(allowed, scores.shape)
@@ -268,10 +278,10 @@ class BlockRouter(nn.Module):
         soft = forced + jnp.sum(jnp.where(some, gates.probs, 0), axis=-1)
         return made._replace(listed=straight_through(opens, soft))
 
-    def _of_heads(self, name: str, start: float) -> jax.Array:
-        """A parameter of each kv head, [1,K,1,1]."""
-        init = nn.initializers.constant(start)
-        return self.param(name, init, (self.num_kv_heads,))[None, :, None, None]
+    def _of_heads(self, name: str, start: float, stride: float) -> jax.Array:
+        """A number of each kv head, [1,K,1,1], `stride` times the parameter."""
+        init = nn.initializers.constant(start / stride)
+        return stride * self.param(name, init, (self.num_kv_heads,))[None, :, None, None]
 
     def _features(self, tiles: TileQueries, blocks: KeyBlocks) -> tuple[jax.Array, jax.Array]:
         """Queries [B,M,K,R] and pooled keys [B,J,K,R], float32."""

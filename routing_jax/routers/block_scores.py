@@ -53,7 +53,7 @@ def block_sums(
 
 
 def project_few(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """x · W of few rows, summed in parts of D.
+    """Few rows x · W, summed in parts of D.
 
     A product of few rows and columns is cut into few programs on a GPU, each of which goes through
     all of D; its parts go side by side.
@@ -89,6 +89,25 @@ def dot_scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """
     scores = jnp.einsum("BMKR,BJKR->BKMJ", queries, keys, precision="highest")
     return scores * queries.shape[-1] ** -0.5
+
+
+def effective_number(scores: jax.Array, allowed: jax.Array) -> jax.Array:
+    """How many blocks a row's softmax is spread over, e to its entropy; 0 of none.
+
+    Args:
+      scores: [B,K,M,J] float32.
+      allowed: bool, broadcast against them; others have no share.
+
+    Returns:
+      [B,K,M] float32.
+
+    >>> two = effective_number(jnp.array([[[[5.0, 5.0, 9.0]]]]), jnp.array([True, True, False]))
+    >>> round(two.item(), 3)
+    2.0
+    """
+    logs = jax.nn.log_softmax(jnp.where(allowed, scores, -1e30), axis=-1)
+    entropy = -jnp.sum(jnp.where(allowed, jnp.exp(logs) * logs, 0.0), axis=-1)
+    return jnp.where(jnp.any(allowed, axis=-1), jnp.exp(entropy), 0.0)
 
 
 class Clusters(NamedTuple):

@@ -27,6 +27,9 @@ B, M, J, K, G, H, D = 2, 12, 6, 2, 2, 4, 5
 PLAIN = BlockRouterConfig(block_q=2, block_kv=4, budget="blocks", blocks=3, width=4, clusters=4)
 
 
+STRIDE = 32.0  # of the numbers in gates of what doesn't look, which have few
+
+
 def make_inputs(seed):
     rng = np.random.default_rng(seed)
 
@@ -48,6 +51,8 @@ def route(config, seed=0, rng=None):
     wanted += ("bias",) if config.kind == "learned" or config.budget == "gates" else ()
     wanted += ("slope",) if fixed and config.budget == "gates" else ()
     params = {k: v for k, v in params.items() if k in wanted}
+    if config.budget == "gates" and config.kind != "learned":
+        params |= {k: params[k] / STRIDE for k in ("bias", "slope") if k in params}
     return compiled(config)({"params": params}, tiles, KeyBlocks(means), rng)
 
 
@@ -154,6 +159,39 @@ def test_open_gates_are_listed_and_what_has_no_room_is_counted(kind, fraction):
         assert int(routed.dropped[b, k, m]) == len(wish) - len(got)
         assert float(routed.listed[b, k, m]) == len(got)
     assert (int(routed.dropped.sum()) > 0) == (fraction < 1)
+
+
+@pytest.mark.parametrize("budget", ["mass", "gates"])
+def test_what_a_row_lists_falls_along_its_gradient(budget):
+    """So that λ on cost can bring it down to any target."""
+    config = dataclasses.replace(PLAIN, kind="learned", budget=budget, fraction=1.0, sinks=0)
+    tiles, means, _, params = make_inputs(5)
+    params.pop("slope")
+
+    @jax.jit
+    @jax.value_and_grad
+    def listed(params):
+        routed = BlockRouter(config, K).apply({"params": params}, tiles, KeyBlocks(means))
+        return routed.listed.mean()
+
+    counts = []
+    for _ in range(100):
+        count, slope = listed(params)
+        counts.append(float(count))
+        params = jax.tree.map(lambda p, g: p - g, params, slope)
+    # The own block is always listed, and some mass is in one more if there is any.
+    least = 1 + (budget == "mass") * np.mean(tiles.starts >= config.block_kv)
+    assert least <= counts[-1] < least + 0.3 * (counts[0] - least)
+
+
+def test_gates_that_see_no_input_begin_where_others_do():
+    tiles, means, _, _ = make_inputs(0)
+    for kind, extra in (("random", {}), ("window", {"slope": 0.2})):
+        config = dataclasses.replace(PLAIN, kind=kind, budget="gates")
+        blocks = KeyBlocks(means if kind == "random" else means[..., :0])
+        params = BlockRouter(config, K).init(jax.random.key(0), tiles, blocks)["params"]
+        for name, start in {"bias": config.bias, **extra}.items():
+            np.testing.assert_allclose(STRIDE * params[name], start, rtol=1e-6)
 
 
 def test_blocks_of_the_tiles_cluster_are_listed():

@@ -168,15 +168,13 @@ def blocks_listed(config: TrainConfig, router: str, percent: int) -> int:
 def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
     """The run with a router at a budget: what both cost is that percentage of attention.
 
-    'mass' adapts within twice the budget; for gates λ rises until cost is down to it; clusters of
-    even size would hold twice the budget.
+    For gates and 'mass' λ rises until cost is down to it; clusters of even size would hold twice
+    the budget.
     """
     fraction = percent / 100
     listed = blocks_listed(config, router, percent)
     config = with_router(config, blocks=listed, **_fields(router, percent))
-    if router == "mass":
-        config = with_router(config, fraction=min(1.0, 2 * fraction))
-    if config.model.blocks.budget == "gates":
+    if config.model.blocks.budget in ("gates", "mass"):
         config = with_router(config, fraction=1.0)
         plan, mixers = config.curriculum, config.model.mixers
         config = config.replace(

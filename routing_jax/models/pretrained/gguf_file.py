@@ -1,5 +1,6 @@
 """Checkpoints in one GGUF file, of any float or quantised type that the gguf package reads."""
 
+import functools
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ _INTERLEAVED = ("llama",)
 _REQUIRED = object()
 
 
+@functools.lru_cache(maxsize=2)  # the reader takes seconds for a tokenizer's many words
+def _reader(path: Path, modified: int, size: int) -> GGUFReader:
+    """The file as it is now, mapped into memory; of another time or size it is another one."""
+    return GGUFReader(path)
+
+
 class GGUF:
     """A GGUF file, mapped into memory: its fields, each checked as it is read, and its tensors."""
 
@@ -24,7 +31,8 @@ class GGUF:
         try:
             # The reader believes what it reads: damage surfaces anywhere, as any error.
             with np.errstate(all="ignore"):
-                self.reader = GGUFReader(path)
+                stat = path.stat()
+                self.reader = _reader(path, stat.st_mtime_ns, stat.st_size)
         except OSError:
             raise
         except Exception as e:
