@@ -309,8 +309,8 @@ def block_language_model() -> TrainConfig:
     Hardware and time: one H100, an estimated 2 minutes: 1,200 steps, 79 MB read.
     Expect: of the Linux kernel's documentation 1.370 bits per byte with attention everywhere, 2.4 %
     fewer than within 1,024 tokens. `reproduce block-routing` measures routers behind it: gates with
-    a price have 0.1 % more at this cost, this router 10.5 % (README, one seed). Trained from the
-    start, as here, it is not measured.
+    a price have 0.5 % more at this cost (three seeds), this router 10.5 % (one; README). Trained
+    from the start, as here, it is not measured.
     """
     return language_model().replace(
         data__length=8192,
