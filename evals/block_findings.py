@@ -9,6 +9,7 @@ from routing_jax.evals.attention_error import least_cost
 from routing_jax.evals.results import Result, Summary, summary
 from routing_jax.evals.tables import (
     Column,
+    against_dense,
     dense_of,
     markdown_table,
     natural_order,
@@ -43,18 +44,21 @@ class Lead(NamedTuple):
         >>> Lead(0.0123, 3.14, 2).words("random"), Lead(-0.5, None, 1).words("window")
         ('0.0123 better than random (3.1 standard errors, 2 seeds)', '0.500 worse than window (one seed)')
         """  # noqa: E501 - as it is printed
-        side = "better" if self.by > 0 else "worse"
-        sure = "one seed"
+        sure = "one seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        if not self.by:
+            return f"as good as {name} ({sure})"
         if self.errors is not None:
-            sure = f"{abs(self.errors):.1f} standard errors, {self.seeds} seeds"
+            found = f"{abs(self.errors):.1f} standard errors, "
+            sure = ("the same in " if math.isinf(self.errors) else found) + sure
+        side = "better" if self.by > 0 else "worse"
         return f"{significant(abs(self.by))} {side} than {name} ({sure})"
 
 
 def lead(ours: Sequence[float], theirs: Sequence[float], *, more_is_better: bool) -> Lead:
     """How much better `ours` are than `theirs` of the same seeds.
 
-    What is trained of one seed goes on from one base and reads the same batches, and bases differ
-    by more than routers do.
+    What is trained of one seed goes on from its base and reads the same batches, and bases may
+    differ by more than routers do.
 
     Args:
       ours: a figure a seed.
@@ -152,21 +156,24 @@ class _Task:
 
     def gate(self) -> list[str]:
         """Whether the task needs a context beyond the window."""
-        seeds = {run.seed for run in self.variants.get("base", [])}
-        seeds &= {run.seed for run in self.variants.get("window-1k", [])}
-        if not seeds:
+        windows, bases = self.variants.get("window-1k", []), self.variants.get("base", [])
+        gains = [0.0 - more for more in against_dense(bases, windows, self.field).values()]
+        if not gains:
             return []
-        base, window = self.pair("base", "window-1k", seeds)
+        sure = "one seed" if len(gains) == 1 else f"{len(gains)} seeds"
         if not self.text:
+            seeds = {run.seed for run in bases} & {run.seed for run in windows}
+            base, window = self.pair("base", "window-1k", seeds)
             return [
                 f"{self.name}: accuracy {base.mean:.2%} with attention everywhere, "
-                f"{window.mean:.2%} within 1,024 tokens."
+                f"{window.mean:.2%} within 1,024 tokens ({sure})."
             ]
-        gain = 1 - base.mean / window.mean
-        verdict = "so it tests routing" if gain >= _NEEDED else "so it cannot test routing"
+        verdict = "so it tests routing" if min(gains) >= _NEEDED else "so it cannot test routing"
+        least = f", {100 * min(gains):.2f} % at least" if len(gains) > 1 else ""
         return [
-            f"{self.name}: attention everywhere has {100 * gain:.2f} % fewer bits per byte than "
-            f"the same model limited to 1,024 tokens ({100 * _NEEDED:.0f} % are needed), {verdict}."
+            f"{self.name}: attention everywhere has {100 * statistics.fmean(gains):.2f} % fewer "
+            f"bits per byte than the same model limited to 1,024 tokens ({sure}{least}; "
+            f"{100 * _NEEDED:.0f} % are needed), {verdict}."
         ]
 
     def at(self, budget: _Budget) -> list[str]:
@@ -184,8 +191,8 @@ class _Task:
         routers = [variant for variant in rest if self.cost(variant) <= most]
         if not routers:
             return []
-        seeds = max(len(self.variants[variant]) for variant in routers)
-        best = self.chosen([v for v in routers if len(self.variants[v]) == seeds])
+        most_seeds = max(len(self.variants[variant]) for variant in routers)
+        best = self.chosen([v for v in routers if len(self.variants[v]) == most_seeds])
         if fixed:
             controls.append(self.chosen(fixed))
 
@@ -196,10 +203,10 @@ class _Task:
         where = f"{self.name} at {budget.percent} %" + ", from the start" * budget.scratch
         line = [f"{where}: best is {named(best)}, {self.unit} {figure:.4f}"]
         dense = dense_of(best)
-        if any(run.seed == self.first for run in self.variants.get(dense, [])):
-            mine, full = self.pair(best, dense)
-            change = mine.mean / full.mean - 1 if full.mean else 0.0
-            line[0] += f" ({100 * change:+.2f} % against attention everywhere)"
+        more = against_dense(self.variants[best], self.variants.get(dense, []), self.field)
+        if seeds := self.seeds(best) & more.keys():
+            change = statistics.fmean(more[seed] for seed in seeds)
+            line[0] += f" ({round(100 * change, 2) + 0.0:+.2f} % against attention everywhere)"
         leads = {variant: self.lead(best, variant) for variant in controls}
         line += [found.words(named(variant)) for variant, found in leads.items()]
         if leads and all(found.errors is not None for found in leads.values()):

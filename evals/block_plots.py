@@ -23,7 +23,7 @@ from routing_jax.evals.tables import against_dense, dense_of, natural_order, rou
 _BUDGETS = (0.05, 0.12, 0.25, 0.5)  # where the axis of costs has its ticks
 _PERCENT = "25"  # the budget whose routers are drawn by position
 _DENSE = ("full", "base", "distil")  # all attend everywhere
-_LEARNED = ("gates", "indexer", "pooled", "learned", "tree", "mass", "clusters")
+_LEARNED = ("gates", "indexer", "pooled", "learned", "tree", "mass", "clusters")  # a colour each
 _RANDOM, _FAINT = "#666666", "#AAAAAA"  # of what chooses without looking
 
 
@@ -50,7 +50,7 @@ def _style(router: str) -> dict[str, Any]:
 
 def _order(router: str) -> tuple[int, str]:
     """Those that learn first, then random, then what is fixed."""
-    name = router.partition("+")[0]
+    name = router.partition("+")[0].removesuffix("-gates")
     if name in _LEARNED:
         return _LEARNED.index(name), router
     return len(_LEARNED) + (not name.startswith("random")), router
@@ -86,12 +86,13 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
         dense = runs.get("full") or runs["base"]
         for variant, of in runs.items():
             if router_of(variant) in routers:
-                quality = [getattr(run, field) for run in of]
                 if text:
-                    peers = runs.get(dense_of(variant), [])
-                    more = against_dense(of, peers, field)
-                    quality = [100 * share for share in more.values()]
-                if not quality:
+                    more = against_dense(of, runs.get(dense_of(variant), []), field)
+                    of = [run for run in of if run.seed in more]
+                    quality = [100 * more[run.seed] for run in of]
+                else:
+                    quality = [getattr(run, field) for run in of]
+                if not of:
                     continue
                 cost = np.mean([run.cost for run in of]) / dense[0].cost
                 spread = np.std(quality, ddof=1) if len(quality) > 1 else 0.0

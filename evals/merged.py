@@ -4,6 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+# What runs may differ in: what was measured, when, for how long and how often.
+_OWN = frozenset({"rows", "date", "seconds", "xla_flags", "config", "runs"})
+_ASKED = frozenset(
+    {"parts", "passes", "who", "lengths", "prefill_batches", "decode_batches", "fractions"}
+    | {"repeats", "seconds", "row_seconds", "compile_threads"}
+)
 Group = tuple[Any, ...]
 
 
@@ -22,7 +28,8 @@ def merged(results: Sequence[Mapping[str, Any]], group: Callable[[Row], Group]) 
       and groups of each run that rows were taken from.
 
     Raises:
-      ValueError: no results, or of several devices.
+      ValueError: no results, of several devices, or of runs that differ in more than what was
+        measured and how often.
 
     >>> one = {"device": "box", "date": "2026-01-01", "config": {"repeats": 5},
     ...        "rows": [{"part": "step", "milliseconds": 2.0}]}
@@ -49,6 +56,8 @@ def merged(results: Sequence[Mapping[str, Any]], group: Callable[[Row], Group]) 
         }
         for i, result in enumerate(in_order)
     ]
+    used = {run for _, run in found.values()}
+    _check_alike([in_order[i] for i in sorted(used)])
     rows = [
         row
         for i, result in enumerate(in_order)
@@ -60,3 +69,19 @@ def merged(results: Sequence[Mapping[str, Any]], group: Callable[[Row], Group]) 
     repeats = [result.get("config", {}).get("repeats", 0) for result in in_order]
     config = config | ({"repeats": max(repeats)} if max(repeats) else {})
     return {**last, "config": config, "rows": rows, "runs": [run for run in runs if run["groups"]]}
+
+
+def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses runs whose caption would not be true of one another's rows."""
+    for result in results[1:]:
+        for one, other, free in (
+            (results[0], result, _OWN),
+            (results[0].get("config", {}), result.get("config", {}), _ASKED),
+        ):
+            differ = [n for n in one.keys() | other.keys() if one.get(n) != other.get(n)]
+            if differ := sorted(set(differ) - free):
+                name = differ[0]
+                raise ValueError(
+                    f"runs of {results[0]['date'][:10]} and {result['date'][:10]} differ in {name} "
+                    f"({one.get(name)!r} and {other.get(name)!r}); they can't be read as one."
+                )

@@ -44,17 +44,22 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _size(size: tuple[int, ...]) -> str:
+    """A length, and a batch of several."""
+    return str(size[0]) + "".join(f" × {batch}" for batch in size[1:] if batch > 1)
+
+
 def _when(runs: Iterable[Mapping[str, Any]]) -> str:
     """Days and XLA flags, each with what was taken of it where several runs are read as one."""
-    days: dict[tuple[str, str], dict[str, list[str]]] = {}
+    days: dict[tuple[str, str], dict[str, set[tuple[int, ...]]]] = {}
     for run in runs:
         taken = days.setdefault((run["date"][:10], run.get("xla_flags", "")), {})
         for part, *size in run.get("groups", ()):
-            taken.setdefault(part, []).extend(str(length) for length in size[:1])
+            taken.setdefault(part, set()).update([tuple(size)] if size else [])
     said = []
     for (day, flags), taken in days.items():
         parts = [
-            part + (f" ({', '.join(dict.fromkeys(sizes))})" if sizes else "")
+            part + (f" ({', '.join(map(_size, sorted(sizes)))})" if sizes else "")
             for part, sizes in taken.items()
         ]
         day += f": {', '.join(parts)}" if len(days) > 1 and parts else ""

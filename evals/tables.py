@@ -282,7 +282,7 @@ _BLOCKS = (
     "as many steps as full; all others, '+scratch' among them, were trained as base was. An "
     "indexer's router was distilled from base before, which changed nothing else in it, and is so "
     "still while its model goes on; '+distilled' routers begin as it does. Seeds are compared "
-    "one by one, since their bases differ by more than routers do."
+    "one by one: their bases differ by more than the best routers do."
 )
 
 
@@ -358,7 +358,7 @@ def _head_range(row: _Row) -> str:
 def against_dense(runs: Sequence[Result], dense: Sequence[Result], field: str) -> dict[int, float]:
     """By how much of dense attention's figure each seed's is more than that of the same seed.
 
-    Seeds differ by more than routers do, so that means over other seeds are not compared.
+    Bases of several seeds may differ by more than routers do: nothing is compared across them.
 
     Args:
       runs: of one variant.
@@ -379,7 +379,9 @@ def _against(
     more = against_dense(row.runs, dense, field).values()
     if not more:
         return NOTHING
-    text = _with_worst(*(f"{100 * x:+.2f} %" for x in (statistics.fmean(more), worst(more))))
+    text = _with_worst(
+        *(f"{round(100 * x, 2) + 0.0:+.2f} %" for x in (statistics.fmean(more), worst(more)))
+    )
     every = len(more) == len(row.runs)
     return text if every else f"{text} [{len(more)} of {len(row.runs)} seeds]"
 

@@ -19,6 +19,7 @@ from routing_jax.routers.block_budget import (
 )
 from routing_jax.routers.block_config import FIXED, BlockRouterConfig
 from routing_jax.routers.block_scores import (
+    against_even,
     assign_clusters,
     block_sums,
     dot_scores,
@@ -33,8 +34,8 @@ from routing_jax.routers.routing import Routing
 # By which a gate's logit falls for each doubling of the distance, before training: with the usual
 # bias, gates a thousand blocks away are still open.
 _SLOPE = 0.2
-# By which gates with nothing but these two numbers a head move them: Adam's steps are as long for
-# one number as for each of a projection's thousands, which add up.
+# By which gates that nothing else of theirs could close move these two numbers: Adam's steps are as
+# long for one number as for each of a projection's thousands, which add up.
 _STRIDE = 32.0
 
 
@@ -217,8 +218,8 @@ class BlockRouter(nn.Module):
 
     `__call__(TileQueries, KeyBlocks, rng) -> BlockRouting`. With `rng`, gates and clusters are
     noisy, as in training. The auxiliary loss is minus the gates' mean entropy for budget 'gates'
-    and, for clusters, how unevenly they are filled; 0 for all others. An indexer's divergence is
-    added by its layer, which has the queries and keys that it wants.
+    and, for clusters, how unevenly they are filled; 0 for all others. Where an indexer is distilled
+    its divergence takes that place, from its layer, which has the queries and keys that it wants.
     """
 
     config: BlockRouterConfig
@@ -251,7 +252,7 @@ class BlockRouter(nn.Module):
             return self._select(
                 tiles, allowed, clusters.scores, clusters.together, clusters.bias, clusters.aux
             )
-        stride = _STRIDE if cfg.kind in (*FIXED, "random") else 1.0
+        stride = 1.0 if cfg.kind == "learned" else _STRIDE
         bias = self._of_heads("bias", cfg.bias, stride) if cfg.gated else zero
         if cfg.fanout:
             return self._search(tiles, blocks, queries, keys, bias)
@@ -259,7 +260,10 @@ class BlockRouter(nn.Module):
             back = own[:, None, :, None] - jnp.arange(num_blocks)[None, None, None]
             scores = bias - self._of_heads("slope", _SLOPE, stride) * jnp.log2(jnp.maximum(back, 1))
         else:
-            scores = dot_scores(queries, keys) + bias
+            scores = dot_scores(queries, keys)
+            if cfg.kind == "indexer" and cfg.gated:
+                scores = against_even(scores, allowed)
+            scores += bias
         gate = jax.nn.log_sigmoid(scores) if cfg.gated else None
         if cfg.budget != "gates":
             made = self._select(tiles, allowed, scores, None, gate, zero)
@@ -279,9 +283,14 @@ class BlockRouter(nn.Module):
         return made._replace(listed=straight_through(opens, soft))
 
     def _of_heads(self, name: str, start: float, stride: float) -> jax.Array:
-        """A number of each kv head, [1,K,1,1], `stride` times the parameter."""
+        """A number of each kv head, [1,K,1,1], `stride` times the parameter.
+
+        The parameter's gradient is the number's: a longer one would only be clipped, and with it
+        the whole model's.
+        """
         init = nn.initializers.constant(start / stride)
-        return stride * self.param(name, init, (self.num_kv_heads,))[None, :, None, None]
+        own = self.param(name, init, (self.num_kv_heads,))
+        return (own + jax.lax.stop_gradient((stride - 1) * own))[None, :, None, None]
 
     def _features(self, tiles: TileQueries, blocks: KeyBlocks) -> tuple[jax.Array, jax.Array]:
         """Queries [B,M,K,R] and pooled keys [B,J,K,R], float32."""

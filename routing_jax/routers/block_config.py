@@ -12,7 +12,7 @@ BlockImplementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 FIXED = ("window", "strided", "bigbird")
 _BUDGETS: dict[str, tuple[str, ...]] = {
     "mass": ("pooled", "learned", "indexer"),
-    "gates": ("learned", "random", "window"),
+    "gates": ("learned", "indexer", "random", "window"),
 }
 
 
@@ -27,18 +27,20 @@ class BlockRouterConfig:
     Attributes:
       kind: pooled: q · mean(k of the block), nothing learned (MoBA's rule). learned: the same
         with projections of its own, turned by their places in blocks (RoPE, as SeerAttention's
-        gate), whose gate enters attention. indexer: those projections, trained only by
-        distillation. clusters: blocks in the tile's cluster. random: projections
-        that are never trained. window, strided, bigbird: fixed patterns (with sinks the first is
-        the usual sink + window, and the last one's sinks are its global blocks).
+        gate), whose gate enters attention. indexer: those projections, of inputs that get no
+        gradient, trained by distillation and by what their budget costs. clusters: blocks in the
+        tile's cluster. random: projections that are never trained. window, strided, bigbird: fixed
+        patterns (with sinks the first is the usual sink + window, and the last one's sinks are its
+        global blocks).
       block_q: queries a tile; divides block_kv. 1 routes each query by itself.
       block_kv: keys a block.
       sinks: first blocks of the sequence that every row lists.
       local: blocks before the tile's own one that every row lists.
       budget: blocks: so many a row. fraction: that share of the blocks a row can see. mass: as
         many as hold that share of the row's softmax over the scores. gates: those whose gate is
-        open, so that λ on `cost` decides. Of kinds that don't look, gates are controls: with random
-        scores each head learns how many blocks it wants, with a window how far it wants to see.
+        open, so that λ on `cost` decides; an indexer's are taught by distillation and by attention.
+        Of kinds that don't look, gates are controls: with random scores each head learns how many
+        blocks it wants, with a window how far it wants to see.
       blocks: for budget 'blocks', how many a row lists, with all that it always lists.
       fraction: for budget 'fraction'; for 'mass' and 'gates' the most that a row may list.
       mass: for budget 'mass'.

@@ -56,7 +56,7 @@ def project_few(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Few rows x · W, summed in parts of D.
 
     A product of few rows and columns is cut into few programs on a GPU, each of which goes through
-    all of D; its parts go side by side.
+    all of D; its parts, of a width that is a multiple of 256, go side by side.
 
     Args:
       x: [B,M,D] float32.
@@ -89,6 +89,28 @@ def dot_scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """
     scores = jnp.einsum("BMKR,BJKR->BKMJ", queries, keys, precision="highest")
     return scores * queries.shape[-1] ** -0.5
+
+
+def against_even(scores: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Log of each block's share of a row's softmax, beside that of a row where all are even.
+
+    Distillation fixes a row's scores but for a constant, which the sign of a gate depends on.
+
+    Args:
+      scores: [B,K,M,J] float32.
+      allowed: bool, broadcast against them; no other block counts.
+
+    Returns:
+      [B,K,M,J] float32; of blocks that are not allowed, something finite.
+
+    >>> scores = jnp.array([7.0, 7.0 - jnp.log(3.0), 0.0])
+    >>> shares = jnp.exp(against_even(scores, jnp.array([True, True, False])))
+    >>> [round(float(share), 2) for share in shares[:2]]
+    [1.5, 0.5]
+    """
+    total = jax.nn.logsumexp(jnp.where(allowed, scores, -1e30), axis=-1, keepdims=True)
+    count = jnp.sum(allowed, axis=-1, keepdims=True)
+    return jnp.where(count > 0, scores - total + jnp.log(jnp.maximum(count, 1)), scores)
 
 
 def effective_number(scores: jax.Array, allowed: jax.Array) -> jax.Array:

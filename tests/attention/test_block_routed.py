@@ -35,6 +35,7 @@ ROUTERS = {
     "learned, gates": dataclasses.replace(PLAIN, budget="gates", fraction=1.0),
     "learned, tree": dataclasses.replace(PLAIN, fanout=2, budget="fraction", fraction=0.8, local=1),
     "indexer": dataclasses.replace(PLAIN, kind="indexer"),
+    "indexer, gates": dataclasses.replace(PLAIN, kind="indexer", budget="gates", fraction=1.0),
     "clusters": dataclasses.replace(PLAIN, kind="clusters", blocks=4),
     "random": dataclasses.replace(PLAIN, kind="random"),
     "random, gates": dataclasses.replace(PLAIN, kind="random", budget="gates", fraction=1.0),
@@ -203,6 +204,7 @@ def gradients(router, what, rng=None):
         "window, gates",
         "clusters",
         pytest.param("learned, tree", marks=pytest.mark.slow),
+        pytest.param("indexer, gates", marks=pytest.mark.slow),
     ],
 )
 def test_attention_teaches_a_gated_router(name):

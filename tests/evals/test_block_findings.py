@@ -54,7 +54,7 @@ def test_a_lead_counts_from_two_standard_errors_over_both_controls(make_run):
     said = routing_findings([*runs, *clear]).split("\n")
     assert said[0] == (
         "- block-lm: attention everywhere has 4.76 % fewer bits per byte than the same model "
-        "limited to 1,024 tokens (2 % are needed), so it tests routing."
+        "limited to 1,024 tokens (one seed; 2 % are needed), so it tests routing."
     )
     assert said[1] == (
         "- block-lm at 25 %: best is pooled at 25.0 % of the cost, bits per byte 1.0100 (+1.00 % "
@@ -93,9 +93,30 @@ def test_one_seed_proves_nothing_and_a_text_without_distance_is_told(make_run):
         ]
     )
     assert "0.99 % fewer" in said
+    assert "(one seed; 2 % are needed), so it cannot test routing" in said
     assert "so it cannot test routing" in said
     assert "0.100 better than random at 12.0 % of the cost (one seed)." in said
     assert "its controls" not in said
+
+
+def test_a_text_tests_routing_if_it_does_by_every_seed(make_run):
+    dense = seeds(make_run, "base", (1.0, 2.0))
+    runs = [*dense, *seeds(make_run, "window-1k", (1.25, 2.5))]
+    assert "has 20.00 % fewer" in (said := routing_findings(runs))
+    assert "(2 seeds, 20.00 % at least; 2 % are needed), so it tests routing" in said
+    runs = [*dense, *seeds(make_run, "window-1k", (2.0, 2.0))]  # means alone would say 25 %
+    assert "(2 seeds, 0.00 % at least; 2 % are needed), so it cannot" in routing_findings(runs)
+
+
+def test_equal_figures_are_no_worse(make_run):
+    first = seeds(make_run, "pooled-25", (1.0, 1.0, 1.5))
+    equal = seeds(make_run, "random-25", (1.1, 1.0, 1.5))
+    assert "; as good as random at 25.0 % of the cost (2 seeds)" in routing_findings(
+        [*first, *equal]
+    )
+    more = seeds(make_run, "random-25", (1.1, 1.25, 1.75))
+    said = routing_findings([*first, *more])
+    assert "0.250 better than random at 25.0 % of the cost (the same in 2 seeds)" in said
 
 
 def test_accuracy_is_better_the_higher_it_is(make_run):
@@ -106,7 +127,9 @@ def test_accuracy_is_better_the_higher_it_is(make_run):
         [*runs("base", 1.0), *runs("window-1k", 0.5), *runs("learned-25", 0.5, 0.9, 0.92),
          *runs("tree-25", 0.3), *runs("random-25", 0.4, 0.94, 0.98)]
     )  # fmt: skip
-    assert "accuracy 100.00% with attention everywhere, 50.00% within 1,024 tokens" in said
+    assert (
+        "accuracy 100.00% with attention everywhere, 50.00% within 1,024 tokens (one seed)" in said
+    )
     assert "best is learned at 25.0 % of the cost, accuracy 0.9100" in said
     assert "0.0500 worse than random" in said
     assert "(5.0 standard errors, 2 seeds); not better than all" in said

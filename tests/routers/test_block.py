@@ -20,6 +20,7 @@ from routing_jax.routers import (
     block_sums,
     row_limits,
 )
+from routing_jax.routers.block_scores import project_few
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -95,6 +96,11 @@ def numpy_scores(config, seed):
     if config.kind != "pooled":
         q, k = turned(q, np.arange(M) // 2), turned(k, np.arange(J))
     scores = np.einsum("bmkr,bjkr->bkmj", q, k) / np.sqrt(q.shape[-1])
+    if config.kind == "indexer" and config.budget == "gates":
+        for m in range(M):  # log of a share of the row's softmax × the blocks that compete
+            row = scores[:, :, m, config.sinks : m // 2 - config.local]
+            if row.shape[-1]:
+                row -= np.log(np.exp(row).mean(-1, keepdims=True))
     return scores + bias * (config.kind == "learned" or config.budget == "gates")
 
 
@@ -147,7 +153,7 @@ def test_a_row_lists_what_its_scores_say(kind, budget, always, seed):
         assert got == numpy_row(config, scores[b, k, m], m // 2)
 
 
-@pytest.mark.parametrize("kind", ["learned", "random", "window"])
+@pytest.mark.parametrize("kind", ["learned", "indexer", "random", "window"])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_open_gates_are_listed_and_what_has_no_room_is_counted(kind, fraction):
     config = dataclasses.replace(PLAIN, kind=kind, budget="gates", fraction=fraction)
@@ -184,11 +190,29 @@ def test_what_a_row_lists_falls_along_its_gradient(budget):
     assert least <= counts[-1] < least + 0.3 * (counts[0] - least)
 
 
-def test_gates_that_see_no_input_begin_where_others_do():
+def test_a_block_alone_holds_all_of_its_rows_mass_whatever_it_scores():
+    """Distillation leaves a row's scores open but for a constant; an indexer's gates don't ask."""
+    config = dataclasses.replace(PLAIN, kind="indexer", budget="gates", fraction=1.0, sinks=0)
+    tiles, means, _, params = make_inputs(2)
+    params.pop("slope")
+    routed = BlockRouter(config, K).apply({"params": params}, tiles, KeyBlocks(means))
+    alone = routed.routing.logits[:, :, 2:4, 0]  # of tiles in the second block
+    np.testing.assert_allclose(alone - STRIDE * params["bias"][None, :, None], 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [512, 300])
+def test_parts_of_a_width_add_up(width):
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, 3, width)), rng.normal(size=(width, 2, 4))
+    got = project_few(jnp.asarray(x, jnp.float32), jnp.asarray(weights, jnp.float32))
+    np.testing.assert_allclose(got, np.einsum("bmd,dkr->bmkr", x, weights), rtol=1e-4, atol=1e-4)
+
+
+def test_gates_with_few_numbers_begin_where_others_do():
     tiles, means, _, _ = make_inputs(0)
-    for kind, extra in (("random", {}), ("window", {"slope": 0.2})):
+    for kind, extra in (("random", {}), ("indexer", {}), ("window", {"slope": 0.2})):
         config = dataclasses.replace(PLAIN, kind=kind, budget="gates")
-        blocks = KeyBlocks(means if kind == "random" else means[..., :0])
+        blocks = KeyBlocks(means[..., :0] if kind == "window" else means)
         params = BlockRouter(config, K).init(jax.random.key(0), tiles, blocks)["params"]
         for name, start in {"bias": config.bias, **extra}.items():
             np.testing.assert_allclose(STRIDE * params[name], start, rtol=1e-6)
@@ -364,7 +388,7 @@ def test_work_of_many_long_sequences_is_counted_past_two_thousand_million(kind):
         ({"fanout": 1}, r"blocks\.fanout is 1; it must be 0 or at least 2"),
         (
             {"budget": "gates", "kind": "pooled"},
-            r".*'learned' or 'random' or 'window'; it is 'pooled'",
+            r".*'indexer' or 'random' or 'window'; it is 'pooled'",
         ),
         ({"budget": "mass", "kind": "window"}, r".*'pooled' or 'learned' or 'indexer'; it is .*"),
         ({"fanout": 4, "kind": "clusters"}, r"blocks\.fanout is 4; it needs .*"),

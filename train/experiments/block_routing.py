@@ -18,13 +18,13 @@ estimated 8 GiB of the GPU, all others about 2); `--list` names the runs, `--onl
 `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
 model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: 376 runs, an estimated hour of one H100 or H200 (on text 100 runs of 15 s, bases
-among them); seed 0 is half of all. Jobs side by side compile meanwhile.
+Hardware and time: 384 runs, an estimated 80 minutes of one H100 or H200 (on text 102 runs of 15 s,
+bases among them); seed 0 is half of all. Jobs side by side compile meanwhile.
 Who turns autotuning off (XLA_FLAGS) should turn off XLA's own products of matrices as well
 (--xla_gpu_enable_triton_gemm=false), or a step takes seven times as long. In their order the runs
 can be cut anywhere. What a run goes on from is made before it, and again where its folder is lost.
 Expect: attention everywhere solves every task, and reads a text's 8,192 bytes with 2.4 % fewer bits
-per byte than within 1,024. Gates have 0.5 % more bits per byte than attention everywhere at a tenth
+per byte than within 1,024. Gates have 0.6 % more bits per byte than attention everywhere at a tenth
 of its cost and find 99 % in MQAR at an eighth; an indexer finds a needle (README, few seeds yet).
 """
 
@@ -64,6 +64,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "clusters": {"kind": "clusters"},
     "mass": {"kind": "learned", "budget": "mass"},
     "gates": {"kind": "learned", "budget": "gates"},
+    # Distillation says which blocks are worth more than others, gates how many are worth it.
+    "indexer-gates": {"kind": "indexer", "budget": "gates"},
     "random": {"kind": "random"},
     "window": {"kind": "window", "sinks": 0, "local": 0},
     "sink-window": {"kind": "window", "local": 0},
@@ -277,14 +279,15 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
     before = folder("distil" if _is_distilled(router) else "base")
     # λ of 'gates' rises within what is tuned, so the budget is set last.
     config = routed(tuned(base, base, before), name, int(percent))
-    if name != "indexer":
+    if ROUTERS[name]["kind"] != "indexer":
         return config
     # Its projections would stay while what they project moves away: on text, loss grew as it did.
     return with_router(config, distil=_STILL_DISTILLED).replace(curriculum__explore=1.0)
 
 
 def _is_distilled(router: str) -> bool:
-    return router == "indexer" or router.endswith("+distilled")
+    name, _, start = router.partition("+")
+    return ROUTERS[name]["kind"] == "indexer" or start == "distilled"
 
 
 def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:

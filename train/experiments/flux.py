@@ -59,8 +59,8 @@ from routing_jax.train.run import starting_parameters
 PERCENT = (50, 60, 75, 80, 90)
 _TASKS_PERCENT = (75, 90)
 _SEEDS = (0, 1, 2)
-_COMPOSED = ("dense", "static-75")
 _SEARCHING = "+composed"  # of variants whose layers that are not sparse search
+_COMPOSED = (f"dense{_SEARCHING}", f"static{_SEARCHING}-75")
 _CALIBRATION = 24  # prompts of plain text that rank the layers
 
 
@@ -214,7 +214,7 @@ def runs(args: FluxArgs) -> Iterator[Run]:
     if args.composed:  # beside dense attention on the same prompts
         composed = _composed(args)
         for variant in _COMPOSED:
-            yield Run(task, f"{variant}{_SEARCHING}", 0, composed)
+            yield Run(task, variant, 0, composed)
         for home in routed:
             yield Run(task, f"routed{_SEARCHING}", home.seed, _after(args, home, composed))
 
@@ -284,11 +284,11 @@ def control(experiment: str, one: Run, home: TrainConfig) -> Result:
     Args:
       experiment: the folder of the results.
       one: 'dense', 'sparse', 'static-N', 'static+tasks-N' or 'random-N', N per cent of the layers
-        being sparse; '+composed' may follow.
+        being sparse; '+composed' may follow the name.
       home: where layers are ranked for 'static'.
     """
     layers = len(one.config.model.mixers)
-    kind, _, percent = one.variant.removesuffix(_SEARCHING).partition("-")
+    kind, _, percent = one.variant.replace(_SEARCHING, "").partition("-")
     sparse = {"dense": 0, "sparse": layers}.get(kind, round(layers * int(percent or 0) / 100))
     choose: Chooser = fixed_layers(np.full(layers, kind == "dense"))
     found: dict[str, Any] = {}

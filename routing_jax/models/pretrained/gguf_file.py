@@ -18,8 +18,8 @@ _REQUIRED = object()
 
 
 @functools.lru_cache(maxsize=2)  # the reader takes seconds for a tokenizer's many words
-def _reader(path: Path, modified: int, size: int) -> GGUFReader:
-    """The file as it is now, mapped into memory; of another time or size it is another one."""
+def _reader(path: Path, *now: int) -> GGUFReader:
+    """The file as it is `now` (inode, time, size), mapped into memory."""
     return GGUFReader(path)
 
 
@@ -32,7 +32,8 @@ class GGUF:
             # The reader believes what it reads: damage surfaces anywhere, as any error.
             with np.errstate(all="ignore"):
                 stat = path.stat()
-                self.reader = _reader(path, stat.st_mtime_ns, stat.st_size)
+                now = stat.st_ino, stat.st_mtime_ns, stat.st_size
+                self.reader = _reader(path.resolve(), *now)
         except OSError:
             raise
         except Exception as e:

@@ -60,8 +60,8 @@ def test_what_searches_is_the_same_in_all_runs_and_named(args):
 
 def test_composed_runs_differ_from_those_beside_them_in_what_searches(args):
     plan = {run.name: run for run in runs(dataclasses.replace(args, composed=True))}
-    composed = {name: run for name, run in plan.items() if run.variant.endswith("+composed")}
-    assert {run.variant.removesuffix("+composed") for run in composed.values()} == {
+    composed = {name: run for name, run in plan.items() if "+composed" in run.variant}
+    assert {run.variant.replace("+composed", "") for run in composed.values()} == {
         "dense", "static-75", "routed"}  # fmt: skip
     for name, run in composed.items():
         peer = plan[name.replace("+composed", "")]
@@ -184,7 +184,8 @@ def test_reproducing_scores_controls_and_routers_and_renders(args):
     assert set(results) == {"dense", "random-50", "routed+curriculum", "routed", *static, *composed}
     # Layers are routed alike; of so few blocks a search finds all, and costs its own work besides.
     assert results["routed+composed"].usage == results["routed"].usage
-    assert results["dense+composed"].details["tasks"] == results["dense"].details["tasks"]
+    nats = (results[v].details["tasks"]["text"]["nll"] for v in ("dense", "dense+composed"))
+    np.testing.assert_allclose(*nats, rtol=1e-4)
     assert results["dense+composed"].cost > results["dense"].cost
     assert results["dense"].usage == 1
     assert results["static-50"].usage == results["random-50"].usage == 0.5
