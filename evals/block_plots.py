@@ -87,16 +87,16 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
         for variant, of in runs.items():
             if router_of(variant) in routers:
                 if text:
-                    more = against_dense(of, runs.get(dense_of(variant), []), field)
-                    of = [run for run in of if run.seed in more]
-                    quality = [100 * more[run.seed] for run in of]
+                    above = against_dense(of, runs.get(dense_of(variant), []), field)
+                    of = [run for run in of if run.seed in above]
+                    quality = [100 * above[run.seed] for run in of]
                 else:
                     quality = [getattr(run, field) for run in of]
                 if not of:
                     continue
                 cost = np.mean([run.cost for run in of]) / dense[0].cost
-                spread = np.std(quality, ddof=1) if len(quality) > 1 else 0.0
-                routers[router_of(variant)].append((cost, np.mean(quality), spread))
+                deviation = np.std(quality, ddof=1) if len(quality) > 1 else 0.0
+                routers[router_of(variant)].append((cost, np.mean(quality), deviation))
         for router in sorted(filter(routers.get, routers), key=_order):
             x, y, spread = zip(*sorted(routers[router]))
             drawn = axes.errorbar(x, y, yerr=spread, **_style(router))

@@ -114,6 +114,21 @@ def test_safetensors_of_any_float_type_load_into_either_dtype(stored, qwen3, tmp
         np.testing.assert_array_equal(got, want)
 
 
+def test_a_gguf_file_that_was_replaced_is_read_anew(tmp_path):
+    """Its fields are parsed once a process, as long as it is the same file."""
+    config = MODELS["qwen3"]
+    first, second = (random_tensors(config, seed) for seed in (0, 1))
+    name = next(name for name in first if name.endswith("down_proj.weight"))
+    loaded = []
+    for tensors in (first, second):
+        path = write_gguf(tmp_path / "new.gguf", config, tensors)
+        path.replace(tmp_path / "a.gguf")
+        loaded.append(load_pretrained(tmp_path / "a.gguf", dtype="float32").params)
+    leaves = [jax.tree.leaves(params) for params in loaded]
+    assert np.any(first[name] != second[name])
+    assert any(np.any(one != other) for one, other in zip(*leaves))
+
+
 @pytest.mark.parametrize(
     ("kind", "steps"), [(Kind.F16, 2**11), (Kind.BF16, 2**8), (Kind.Q8_0, 127), (Kind.Q4_1, 7)]
 )
