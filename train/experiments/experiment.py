@@ -1,5 +1,6 @@
 """What all experiments share: runs by name, made once, in pieces if need be."""
 
+import dataclasses
 import functools
 import re
 import time
@@ -196,13 +197,21 @@ def _make_one(
     result = finish(r, make(experiment, r, workdir), workdir)
     path = result_path(out, experiment, r.task, r.variant, r.seed)
     if not path.exists():  # it was made again for what goes on from it
-        write_result(result, path)
+        write_result(_without_scratch(result, folder), path)
     print(
         f"== {r.name}: loss {result.loss:.4f}, accuracy {result.accuracy:.3%}, usage "
         f"{result.usage:.4%}, cost {result.cost:.4f}, kv cost {result.kv_cost:.4f}, "
         f"{result.minutes:.1f} minutes",
         flush=True,
     )
+
+
+def _without_scratch(result: Result, folder: epath.Path) -> Result:
+    """The result, naming the run that it went on from and not where that once stood."""
+    before = epath.Path(result.config.get("start_from", ""))
+    if before.parent != folder:
+        return result
+    return dataclasses.replace(result, config=result.config | {"start_from": before.name})
 
 
 def _make_in_turn(

@@ -267,6 +267,8 @@ def test_reproducing_trains_goes_on_and_renders(tmp_path, monkeypatch, compile_c
     args = BlockRoutingArgs(str(tmp_path / "out"), str(tmp_path / "scratch"))
     assert reproduce(args) == 0
     results = {r.variant: r for r in load_results(tmp_path / "out", "block-routing")}
+    # It names what it went on from, and not where that once stood.
+    assert results["indexer-25"].config["start_from"] == "block-mqar-2048_distil_s0"
     assert results["full"].details["head_usage"] == []
     heads = np.array(results["indexer-25"].details["head_usage"])
     assert heads.shape == (2, 1)
