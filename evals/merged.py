@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+Group = tuple[Any, ...]
+
 # What runs may differ in: what was measured, when, for how long and how often.
 _OWN = frozenset({"rows", "date", "seconds", "xla_flags", "config", "runs"})
 _ASKED = frozenset(
     {"parts", "passes", "who", "lengths", "prefill_batches", "decode_batches", "fractions"}
     | {"repeats", "seconds", "row_seconds", "compile_threads"}
 )
-Group = tuple[Any, ...]
 
 
 def merged(results: Sequence[Mapping[str, Any]], group: Callable[[Row], Group]) -> dict[str, Any]:
@@ -24,8 +25,8 @@ def merged(results: Sequence[Mapping[str, Any]], group: Callable[[Row], Group]) 
       group: what a row is compared within, beginning with the part that it belongs to.
 
     Returns:
-      The latest result with the rows of all, the most repeats of any, and `runs`: date, xla_flags
-      and groups of each run that rows were taken from.
+      The latest result that rows were taken from, with the rows of all, the most repeats of any,
+      and `runs`: date, xla_flags and groups of each run that rows were taken from.
 
     Raises:
       ValueError: no results, of several devices, or of runs that differ in more than what was
@@ -56,17 +57,17 @@ def merged(results: Sequence[Mapping[str, Any]], group: Callable[[Row], Group]) 
         }
         for i, result in enumerate(in_order)
     ]
-    used = {run for _, run in found.values()}
-    _check_alike([in_order[i] for i in sorted(used)])
+    used = [result for result, run in zip(in_order, runs) if run["groups"]] or in_order[-1:]
+    _check_alike(used)
     rows = [
         row
         for i, result in enumerate(in_order)
         for row in result["rows"]
         if found[group(row)][1] == i
     ]
-    last = in_order[-1]
+    last = used[-1]
     config = last.get("config", {})
-    repeats = [result.get("config", {}).get("repeats", 0) for result in in_order]
+    repeats = [result.get("config", {}).get("repeats", 0) for result in used]
     config = config | ({"repeats": max(repeats)} if max(repeats) else {})
     return {**last, "config": config, "rows": rows, "runs": [run for run in runs if run["groups"]]}
 

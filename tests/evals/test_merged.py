@@ -84,6 +84,14 @@ def test_batches_and_passes_are_compared_apart(tmp_path):
         )
 
 
+def test_a_run_of_which_nothing_is_left_says_nothing():
+    timed, failed = run(1, ("step", 8, "mha", 2.0)), run(2, ("step", 8, "mha", None), repeats=9)
+    result = merged([timed, failed | {"versions": {"jax": "1"}}], by_length)
+    assert (result["date"], result["config"]["repeats"]) == (timed["date"], 3)
+    assert result["versions"] == {"jax": "0"}
+    assert merged([run(1)], by_length)["rows"] == []
+
+
 def test_runs_of_several_devices_are_refused():
     with pytest.raises(ValueError, match=r"of 2 devices \(box, other\); give one"):
         merged([run(1), run(1, device="other")], by_length)
