@@ -12,6 +12,7 @@ from routing_jax.evals.tables import (
     against_dense,
     dense_of,
     markdown_table,
+    more_in_percent,
     natural_order,
     router_of,
     significant,
@@ -23,6 +24,10 @@ _RANDOM = ("random", "random-gates")  # each of which counts
 _MORE = 1.1  # times the cost of the controls that a router may have beside them
 _NEEDED = 0.02  # fewer bits per byte with the whole context, or a text cannot test routing
 _ERROR = 0.1
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 class Lead(NamedTuple):
@@ -44,7 +49,7 @@ class Lead(NamedTuple):
         >>> Lead(0.0123, 3.14, 2).words("random"), Lead(-0.5, None, 1).words("window")
         ('0.0123 better than random (3.1 standard errors, 2 seeds)', '0.500 worse than window (one seed)')
         """  # noqa: E501 - as it is printed
-        sure = "one seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        sure = _seeds(self.seeds)
         if not self.by:
             return f"as good as {name} ({sure})"
         if self.errors is not None:
@@ -129,12 +134,6 @@ class _Task:
         later = common - {self.first}
         return later if len(later) > 1 else {self.first}
 
-    def pair(self, one: str, other: str, seeds: Collection[int] = ()) -> tuple[Summary, Summary]:
-        """The figures of two variants, by the seeds that compare them or by those given."""
-        seeds = seeds or self.seeds(one, other)
-        first, second = (_figures(self.variants[v], self.field, seeds) for v in (one, other))
-        return first, second
-
     def lead(self, one: str, other: str) -> Lead:
         """How much better one variant is than another, by the seeds that compare them."""
         seeds = sorted(self.seeds(one, other))
@@ -160,10 +159,10 @@ class _Task:
         gains = [0.0 - more for more in against_dense(bases, windows, self.field).values()]
         if not gains:
             return []
-        sure = "one seed" if len(gains) == 1 else f"{len(gains)} seeds"
+        sure = _seeds(len(gains))
         if not self.text:
             seeds = {run.seed for run in bases} & {run.seed for run in windows}
-            base, window = self.pair("base", "window-1k", seeds)
+            base, window = (_figures(runs, self.field, seeds) for runs in (bases, windows))
             return [
                 f"{self.name}: accuracy {base.mean:.2%} with attention everywhere, "
                 f"{window.mean:.2%} within 1,024 tokens ({sure})."
@@ -206,7 +205,7 @@ class _Task:
         more = against_dense(self.variants[best], self.variants.get(dense, []), self.field)
         if seeds := self.seeds(best) & more.keys():
             change = statistics.fmean(more[seed] for seed in seeds)
-            line[0] += f" ({round(100 * change, 2) + 0.0:+.2f} % against attention everywhere)"
+            line[0] += f" ({more_in_percent(change)} against attention everywhere)"
         leads = {variant: self.lead(best, variant) for variant in controls}
         line += [found.words(named(variant)) for variant, found in leads.items()]
         if leads and all(found.errors is not None for found in leads.values()):

@@ -237,8 +237,17 @@ def recall_table(results: Sequence[Result]) -> str:
     return markdown_table(*_with_devices(columns, cells, rows))
 
 
+def more_in_percent(share: float) -> str:
+    """A share that something is more than something else, with its sign; 0 where it rounds to it.
+
+    >>> more_in_percent(0.0123), more_in_percent(-1e-9)
+    ('+1.23 %', '+0.00 %')
+    """
+    return f"{round(100 * share, 2) + 0.0:+.2f} %"
+
+
 def _relative(base: float, value: float) -> str:
-    return f"{100 * (value / base - 1):+.2f} %"
+    return more_in_percent(value / base - 1)
 
 
 def text_table(results: Sequence[Result]) -> str:
@@ -379,9 +388,7 @@ def _against(
     more = against_dense(row.runs, dense, field).values()
     if not more:
         return NOTHING
-    text = _with_worst(
-        *(f"{round(100 * x, 2) + 0.0:+.2f} %" for x in (statistics.fmean(more), worst(more)))
-    )
+    text = _with_worst(*map(more_in_percent, (statistics.fmean(more), worst(more))))
     every = len(more) == len(row.runs)
     return text if every else f"{text} [{len(more)} of {len(row.runs)} seeds]"
 

@@ -28,7 +28,7 @@ B, M, J, K, G, H, D = 2, 12, 6, 2, 2, 4, 5
 PLAIN = BlockRouterConfig(block_q=2, block_kv=4, budget="blocks", blocks=3, width=4, clusters=4)
 
 
-STRIDE = 32.0  # of the numbers in gates of what doesn't look, which have few
+STRIDE = 32.0  # of bias and slope, where nothing else of a router closes its gates
 
 
 def make_inputs(seed):
