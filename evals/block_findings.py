@@ -24,6 +24,7 @@ _RANDOM = ("random", "random-gates")  # each of which counts
 _MORE = 1.1  # times the cost of the controls that a router may have beside them
 _NEEDED = 0.02  # fewer bits per byte with the whole context, or a text cannot test routing
 _ERROR = 0.1
+_SAME_BASE = 1e-3  # of its loss, as a distilled model that is it otherwise has it
 
 
 def _seeds(count: int) -> str:
@@ -79,6 +80,32 @@ def lead(ours: Sequence[float], theirs: Sequence[float], *, more_is_better: bool
         return Lead(by, None, seeds)
     error = statistics.stdev(leads) / math.sqrt(seeds)
     return Lead(by, by / error if error else math.copysign(math.inf, by) if by else 0.0, seeds)
+
+
+def of_one_base(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
+    """The results without those that went on from another base than 'full' of their seed did.
+
+    A base that is made again is another one: rounding differs from run to run, and training makes
+    much of it. `start_loss` in a run's details tells them apart; a run without it is kept.
+
+    Args:
+      results: of the experiment.
+
+    Returns:
+      What can be compared, and the names of the others: task, variant and seed.
+    """
+    found = {
+        (run.task, run.variant, run.seed): (run.details or {}).get("start_loss") for run in results
+    }
+    kept, others = [], []
+    for run in results:
+        own, full = (found.get((run.task, name, run.seed)) for name in (run.variant, "full"))
+        same = own is None or full is None or math.isclose(own, full, rel_tol=_SAME_BASE)
+        if same:
+            kept.append(run)
+        else:
+            others.append(f"{run.task} {run.variant} of seed {run.seed}")
+    return kept, others
 
 
 class _Budget(NamedTuple):

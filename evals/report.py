@@ -15,7 +15,7 @@ from routing_jax.evals.benchmarks import (
     tpu_schedule_report,
 )
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
-from routing_jax.evals.block_findings import error_table, routing_findings
+from routing_jax.evals.block_findings import error_table, of_one_base, routing_findings
 from routing_jax.evals.block_plots import plot_budgets, plot_errors, plot_positions
 from routing_jax.evals.merged import Group, merged
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
@@ -177,6 +177,7 @@ def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
       results: of the experiment.
       folder: where the plots go.
     """
+    results, _ = of_one_base(results)
     plot_budgets(results, folder / "tradeoff.png")
     for task in sorted({r.task for r in results}):
         mine = [r for r in results if r.task == task]
@@ -190,7 +191,11 @@ def block_routing_text(results: list[Result]) -> str:
     Args:
       results: of the experiment.
     """
-    parts = block_routing_table(results), routing_findings(results), error_table(results)
+    results, others = of_one_base(results)
+    parts = [block_routing_table(results), routing_findings(results), error_table(results)]
+    if others:
+        why = "Left out, as they went on from another base than full of their seed"
+        parts.append(f"{why}: {', '.join(others)}.")
     return "\n\n".join(part for part in parts if part)
 
 

@@ -43,6 +43,29 @@ LAST = (
 )
 
 
+def test_what_went_on_from_another_base_is_left_out_and_named(make_run, tmp_path):
+    first, again = {"start_loss": 1.0}, {"start_loss": 1.017}
+    rounded = {"start_loss": 1.0001}  # as a distilled model that is its base otherwise
+    kept = [
+        make_run("base", 1.0),
+        make_run("full", 1.0, details=first),
+        make_run("full", 1.5, seed=1, details=again),
+        make_run("indexer-25", 1.02, details=rounded),
+        make_run("gates-25", 1.01),  # from before it was told
+    ]
+    other = make_run("gates-12", 1.9, details=again)
+    text = block_routing_text([*kept, other])
+    assert text.endswith(
+        "Left out, as they went on from another base than full of their seed: "
+        "block-lm gates-12 of seed 0."
+    )
+    assert text.startswith(block_routing_text(kept))
+    plot_block_routing([*kept, other], tmp_path)
+    plotted = (tmp_path / "tradeoff.png").read_bytes()
+    plot_block_routing(kept, tmp_path)
+    assert (tmp_path / "tradeoff.png").read_bytes() == plotted
+
+
 def test_a_lead_counts_from_two_standard_errors_over_both_controls(make_run):
     dense = [make_run("base", 1.0), make_run("window-1k", 1.05)]
     full = seeds(make_run, "full", (2.0, 1.0, 1.0, 1.0))

@@ -41,6 +41,7 @@ def shrink(config):
     if isinstance(config.data, NeedleConfig):
         small = {"num_values": 4, "num_keys": 4, "num_noise": 12}  # as many tokens as recall has
         small["num_needles"] = min(2, config.data.num_needles)
+        small["num_queries"] = min(2, config.data.num_queries)
     blocks = {"block_q": 4, "block_kv": 8, "width": 2, "blocks": 3}
     blocks["fanout"] = min(2, model.blocks.fanout)
     return config.replace(
