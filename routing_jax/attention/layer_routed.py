@@ -43,14 +43,18 @@ from routing_jax.kernels import (
 from routing_jax.kernels.block_table import visible_blocks
 from routing_jax.kernels.padding import pad_axis
 from routing_jax.routers import (
+    KeySums,
     LayerRouter,
     LayerRouterConfig,
-    LayerRouting,
     SparseModeConfig,
     binary_entropy,
-    block_sums,
+    block_divergence,
     layer_table,
     mean_key_scores,
+    pooled_attention,
+    pooled_keys,
+    some_tiles,
+    weighed,
 )
 
 
@@ -75,11 +79,11 @@ class LayerMemory(NamedTuple):
 
     Attributes:
       dense: [B] bool, the sequences that attend fully.
-      sums: [B,J,K,H] float32, of the keys of each block; None where no token searches them.
+      sums: of [B,J,K,...], of the keys of each block; None where no token searches them.
     """
 
     dense: jax.Array
-    sums: jax.Array | None = None
+    sums: KeySums | None = None
 
 
 def empty_layer_memory(
@@ -98,7 +102,9 @@ def empty_layer_memory(
     """
     sums = None
     if sparse.answers == "topk":
-        sums = jnp.zeros((batch, blocks, heads.num_kv_heads, heads.head_dim))
+        shape = (batch, blocks, heads.num_kv_heads)
+        weights = jnp.zeros(shape) if sparse.taught else None
+        sums = KeySums(jnp.zeros((*shape, heads.head_dim)), weights)
     return LayerMemory(jnp.zeros(batch, bool), sums)
 
 
@@ -212,7 +218,8 @@ class LayerRouted(nn.Module):
 
         if prompts is None:
             prompts = Prompts(jnp.sum(positions >= 0, axis=1, dtype=jnp.int32))
-        routing = LayerRouter(self.router, name="router")(
+        searched = (self.heads.num_kv_heads, self.heads.head_dim) if self.sparse.taught else None
+        routing = LayerRouter(self.router, searched, name="router")(
             # What a layer does to its input is no way for the layers below to be taught.
             jax.lax.stop_gradient(unturned),
             prompts.lengths,
@@ -225,27 +232,28 @@ class LayerRouted(nn.Module):
         elif mode != "train":
             short = prompts.lengths <= self.sparse.reach
             choice, gate = choice | short, jnp.where(short, 1.0, gate)
-        routing = LayerRouting(routing.routing._replace(choice=choice), gate)
+        routing = routing._replace(routing=routing.routing._replace(choice=choice), gate=gate)
         self.sow("intermediates", "gate", routing.gate)
-        y, sums, report = self._whole(q, k, v, positions, prompts.lengths, routing, mode)
+        y, sums, report = self._whole(q, k, v, positions, prompts.lengths, routing, rng, mode)
         if cache is not None:
             if self.sparse.answers == "full":
                 sums = None
             else:
                 blocks = cache.keys.shape[1] // self.sparse.block_kv
-                sums = pad_axis(sums[:, :blocks], 1, blocks)
+                sums = jax.tree.map(lambda s: pad_axis(s[:, :blocks], 1, blocks), sums)
             cache = cache._replace(memory=LayerMemory(routing.routing.choice, sums))
         return project_out(y, weights), cache, report
 
-    def _whole(self, q, k, v, positions, lengths, routing, mode):
+    def _whole(self, q, k, v, positions, lengths, routing, rng, mode):
         cfg, T = self.sparse, positions.shape[1]
         starts = jnp.arange(0, T, cfg.block_q, dtype=jnp.int32)[None]
         answers = positions >= lengths[:, None]
+        taught = bool(cfg.taught) and mode == "train"
         sums = means = scores = None
-        if cfg.searches:
-            sums, sizes = block_sums(k.reshape(*k.shape[:2], -1), positions >= 0, cfg.block_kv)
-            sums = sums.reshape(*sums.shape[:2], *k.shape[2:])
-            means = sums / jnp.maximum(sizes, 1)[..., None, None]
+        if cfg.searches or taught:
+            sums, pooled = pooled_keys(k, positions >= 0, cfg.block_kv, routing.search)
+            means = jax.lax.stop_gradient(pooled)
+        if means is not None and cfg.searches:
             scores = mean_key_scores(q[:, :: cfg.block_q], means)
 
         def attend(dense, q, k, v):
@@ -287,14 +295,29 @@ class LayerRouted(nn.Module):
             self.heads,
             cfg.block_q * cfg.block_kv,
         )
+        aux = -jnp.mean(binary_entropy(routing.routing.logits))
+        if taught:
+            aux += self._missed(q, k, pooled, positions, rng)
         return (
             y,
             sums,
             report._replace(
-                aux=-jnp.mean(binary_entropy(routing.routing.logits)),
+                aux=aux,
                 choice=choice[:, None] & (positions >= 0),
             ),
         )
+
+    def _missed(self, q, k, pooled, positions, rng):
+        """How far a search by pooled keys is from where attention looks, in nats; see `taught`."""
+        cfg, T = self.sparse, q.shape[1]
+        half = cfg.taught // 2
+        at_end = T - 1 - jnp.arange(half, dtype=jnp.int32) * max(1, cfg.last // half)
+        rows = jnp.concatenate([some_tiles(T, half / T, rng), jnp.maximum(at_end, 0)])
+        target = pooled_attention(q, k, block_q=1, block_kv=cfg.block_kv, chosen=rows)
+        block = jnp.arange(pooled.shape[1], dtype=jnp.int32)[None]
+        far = block <= rows[:, None] // cfg.block_kv - cfg.window_blocks
+        open_ = (far & (block >= cfg.sink_blocks))[None] & (positions[:, rows, None] >= 0)
+        return block_divergence(mean_key_scores(q[:, rows], pooled), target, open_[:, None])
 
     def _visits(self, table, dense, positions, answers):
         """[B,K,M], blocks that each row visits, tokens that search each for itself by their own.
@@ -322,7 +345,8 @@ class LayerRouted(nn.Module):
         work = self.router.work(heads.num_heads, heads.head_dim)
         if cfg.searches:
             tiles, blocks = (-(-num_tokens // size) for size in (cfg.block_q, cfg.block_kv))
-            work += (num_tokens + tiles * blocks) * heads.num_kv_heads * heads.head_dim
+            pooling = num_tokens * (2 if cfg.taught else 1)  # weighed, and added up
+            work += (pooling + tiles * blocks) * heads.num_kv_heads * heads.head_dim
         return work
 
     def _step(self, q, k, positions, cache):
@@ -343,10 +367,12 @@ class LayerRouted(nn.Module):
                 at = jnp.maximum(length - 1, 0)
                 target = jnp.arange(B, dtype=jnp.int32) * J + at // cfg.block_kv
                 target = jnp.where((length > 0) & (length <= S), target, B * J)
-                pool = sums.reshape(B * J, *sums.shape[2:])
-                pool = add_to_sums(pool, target, at % cfg.block_kv, k[:, 0])
+                params = self.variables["params"].get("router", {})
+                added = weighed(k[:, 0], params.get("search"))
+                pool = jax.tree.map(lambda s: s.reshape(B * J, *s.shape[2:]), sums)
+                pool = add_to_sums(pool, target, at % cfg.block_kv, added)
                 pages = search_pages(pages, table, q[:, 0], pool, length, searches, cfg)
-                sums = pool.reshape(sums.shape)
+                sums = jax.tree.map(lambda s: s.reshape(B, J, *s.shape[1:]), pool)
                 work = jnp.sum(jnp.where(searches, visible, 0)) * jnp.float32(
                     heads.num_kv_heads * heads.head_dim
                 )

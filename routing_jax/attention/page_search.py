@@ -3,7 +3,8 @@
 Beside the pool stands the sum of each page's keys, a vector a kv head: 1/64 of the bytes of 16-bit
 keys where a page holds 128 tokens. Prefill writes the sums and every token adds its key, so nothing
 is read twice; a page competes once it has left the window, when all of its tokens are in. All
-pages that do are full, so the largest sum is the largest mean, and `layer_table` chooses alike.
+pages that do are full, so where keys weigh the same the largest sum is the largest mean, and
+`layer_table` chooses alike; where they don't, the sum of their weights stands beside it.
 """
 
 import functools
@@ -13,26 +14,29 @@ import jax.numpy as jnp
 
 from routing_jax.attention.page_pool import slot_of_block
 from routing_jax.kernels import PageList
-from routing_jax.routers import SparseModeConfig, streaming_table
+from routing_jax.routers import KeySums, SparseModeConfig, streaming_table
 
 
-def add_to_sums(
-    sums: jax.Array, pages: jax.Array, offsets: jax.Array, keys: jax.Array
-) -> jax.Array:
+def add_to_sums(sums: KeySums, pages: jax.Array, offsets: jax.Array, added: KeySums) -> KeySums:
     """The sums of pages, with a key more in some.
 
     Args:
-      sums: [P,K,H] float32.
+      sums: of [P,K,...].
       pages: int32 of any shape, each page once; P or more for none.
       offsets: int32 of that shape, the key's place in its page; at 0 what was there is forgotten.
-      keys: [...,K,H].
+      added: of [...,K,...], the keys by their weights (`weighed`).
 
-    >>> sums, keys = 2 * jnp.ones((3, 1, 1)), jnp.ones((2, 1, 1))
-    >>> add_to_sums(sums, jnp.array([0, 2]), jnp.array([5, 0]), keys).ravel().tolist()
+    >>> sums, one = KeySums(2 * jnp.ones((3, 1, 1))), KeySums(jnp.ones((2, 1, 1)))
+    >>> add_to_sums(sums, jnp.array([0, 2]), jnp.array([5, 0]), one).keys.ravel().tolist()
     [3.0, 2.0, 1.0]
     """
-    before = jnp.where((offsets > 0)[..., None, None], sums.at[pages].get(mode="clip"), 0)
-    return sums.at[pages].set(before + keys.astype(jnp.float32), mode="drop")
+
+    def add(sums: jax.Array, new: jax.Array) -> jax.Array:
+        old = (offsets > 0).reshape(offsets.shape + (1,) * (new.ndim - offsets.ndim))
+        before = jnp.where(old, sums.at[pages].get(mode="clip"), 0)
+        return sums.at[pages].set(before + new, mode="drop")
+
+    return jax.tree.map(add, sums, added)
 
 
 def near_pages(
@@ -63,7 +67,7 @@ def search_pages(
     near: PageList,
     table: jax.Array,
     q: jax.Array,
-    sums: jax.Array,
+    sums: KeySums,
     lengths: jax.Array,
     searches: jax.Array,
     sparse: SparseModeConfig,
@@ -77,7 +81,7 @@ def search_pages(
       near: what `near_pages` lists.
       table: [B,C] int32, the page of each block, of the layers that search.
       q: [B,N,H], the newest token's queries; those of a group choose together, by their sum.
-      sums: [P,K,H] float32, of all pages' keys.
+      sums: of [P,K,...], of all pages' keys.
       lengths: [B] int32, tokens of each sequence, the newest included.
       searches: [B] bool; other sequences keep their lists.
       sparse: sink and window, and how many blocks are to be found.
@@ -86,13 +90,13 @@ def search_pages(
     ...                           block_kv=2)
     >>> table, length, yes = jnp.array([[0, 3, 1, 2]]), jnp.array([8]), jnp.array([True])
     >>> near = near_pages(table, length, yes, sparse)
-    >>> sums, q = jnp.array([9.0, 2.0, 9.0, 1.0]).reshape(4, 1, 1), jnp.ones((1, 1, 1))
+    >>> sums, q = KeySums(jnp.array([9.0, 2.0, 9.0, 1.0]).reshape(4, 1, 1)), jnp.ones((1, 1, 1))
     >>> found = search_pages(near, table, q, sums, length, yes, sparse)
     >>> found.counts.tolist(), found.blocks.tolist(), found.pages.tolist()
     ([[3]], [[[0, 3, 2]]], [[[0, 2, 1]]])
     """
     B, C = table.shape
-    K, H = sums.shape[1:]
+    K, H = sums.keys.shape[1:]
     grouped = q.astype(jnp.float32).reshape(B, K, -1, H)
     # Added one by one and masked before the sum: it all compiles into one loop over what is
     # gathered, and neither a reduction, a dot nor a select stands beside it.
@@ -104,8 +108,11 @@ def search_pages(
     # What need not be read is one page's sum, again and again.
     pages = jnp.where(competes, table, 0)[:, None]
     heads = jnp.arange(K, dtype=jnp.int32)[None, :, None]
-    products = sums.at[pages, heads].get(mode="clip") * query[:, :, None]
+    products = sums.keys.at[pages, heads].get(mode="clip") * query[:, :, None]
     scores = jnp.sum(jnp.where(competes[:, None, :, None], products, -jnp.inf), axis=-1)
+    if sums.weights is not None:
+        weights = sums.weights.at[pages, heads].get(mode="clip")
+        scores /= jnp.where(weights > 0, weights, 1.0)
     # Only these few are sorted out: with sink and window among them, GPUs would sort all.
     most = min(sparse.blocks, C)
     _, blocks = jax.lax.top_k(scores.reshape(B * K, C), most)

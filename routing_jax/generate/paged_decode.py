@@ -22,12 +22,14 @@ from routing_jax.generate.layer import (
     finish,
     project,
     read_out,
+    search_direction,
     through_layers,
 )
 from routing_jax.generate.paged_memory import PagedMemory
 from routing_jax.generate.sampling import Sampling, choose_tokens
 from routing_jax.kernels import PageList, block_sparse_decode, dense_pages, where_pages
 from routing_jax.models import DecoderConfig
+from routing_jax.routers import KeySums, weighed
 
 
 @functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("memory",))
@@ -63,7 +65,7 @@ def read_tokens(
     )
     every = _Pages(target, lists, memory.tables, memory.whole, memory.searches)
 
-    def read(held: tuple, of_layer: tuple) -> tuple[tuple, jax.Array]:
+    def read(held: tuple, of_layer: tuple) -> tuple[tuple, KeySums | None]:
         own, pages = of_layer
         return _read_layer(config, serving, own, lengths, pages, memory.sums, *held)
 
@@ -105,25 +107,27 @@ def _read_layer(
     params: Params,
     lengths: jax.Array,
     held: _Pages,
-    sums: jax.Array | None,
+    sums: KeySums | None,
     x: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], KeySums | None]:
     target, pages, table, whole, searches = held
     positions = jnp.maximum(lengths - 1, 0)
     offset = positions % serving.page_size
     q, k, v = project(config, params, x, positions[:, None])
     keys = keys.at[target, offset].set(k[:, 0], mode="drop")
     values = values.at[target, offset].set(v[:, 0], mode="drop")
+    added = None
     if sums is not None:
+        added = weighed(k[:, 0], search_direction(config, params))
         pages = search_pages(pages, table, q[:, 0], sums, lengths, searches, config.sparse)
         if config.sparse.rereads:
             everything = dense_pages(table, lengths, serving.page_size)
             pages = where_pages(whole & ~searches, everything, pages)
     attended = block_sparse_decode(q, keys, values, pages, lengths, implementation=serving.decoding)
     assert isinstance(attended, jax.Array)  # no log-sum-exp was asked for
-    return (finish(config, params, x, attended), keys, values), k[:, 0]
+    return (finish(config, params, x, attended), keys, values), added
 
 
 def decode_tokens(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from routing_jax.attention.page_pool import NO_PAGE, PagePool, new_pool, return_pages
 from routing_jax.generate.config import ServingConfig
 from routing_jax.models import DecoderConfig
+from routing_jax.routers import KeySums
 
 
 class PagedMemory(NamedTuple):
@@ -22,7 +23,7 @@ class PagedMemory(NamedTuple):
       whole: [L,B] bool, whether it keeps everything, and attends to it from now on or searches it.
       searches: [L,B] bool, whether its tokens search what it keeps, each by its own query.
       lengths: [B] int32, tokens whose keys are held; 0 where there is no sequence.
-      sums: [P,K,H] float32, of the keys of each page; None where no layer searches them.
+      sums: of [P,K,...], of the keys of each page; None where no layer searches them.
     """
 
     keys: jax.Array
@@ -32,7 +33,7 @@ class PagedMemory(NamedTuple):
     whole: jax.Array
     searches: jax.Array
     lengths: jax.Array
-    sums: jax.Array | None = None
+    sums: KeySums | None = None
 
 
 def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
@@ -43,6 +44,11 @@ def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
     """
     L, B = len(config.mixers), serving.sequences
     shape = (serving.pages, serving.page_size, config.num_kv_heads, config.head_dim)
+    sums = None
+    if config.sparse.answers == "topk":
+        learned = bool(config.sparse.taught) and "layer" in config.mixers
+        weights = jnp.zeros((shape[0], shape[2])) if learned else None
+        sums = KeySums(jnp.zeros((shape[0], *shape[2:])), weights)
     return PagedMemory(
         jnp.zeros(shape, config.dtype),
         jnp.zeros(shape, config.dtype),
@@ -51,7 +57,7 @@ def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
         jnp.zeros((L, B), bool),
         jnp.zeros((L, B), bool),
         jnp.zeros(B, jnp.int32),
-        jnp.zeros((shape[0], *shape[2:])) if config.sparse.answers == "topk" else None,
+        sums,
     )
 
 

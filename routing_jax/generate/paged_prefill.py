@@ -26,17 +26,18 @@ from routing_jax.generate.layer import (
     project_prompts,
     read_out,
     route_prompts,
+    search_direction,
     through_layers,
 )
 from routing_jax.generate.paged_memory import PagedMemory
 from routing_jax.kernels import block_sparse_attention, dense_attention
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import block_sums, layer_table, mean_key_scores
+from routing_jax.routers import KeySums, layer_table, mean_key_scores, pooled_keys
 
 ROUTED, SPARSE, DENSE = -1, 0, 1
 """Who decides a layer: its router, or nobody."""
 
-_Held = tuple[jax.Array, jax.Array, jax.Array | None]
+_Held = tuple[jax.Array, jax.Array, KeySums | None]
 """Keys, values and sums of a PagedMemory."""
 
 
@@ -185,9 +186,8 @@ def _read_layer(
     starts = jnp.arange(0, T, sparse.block_q, dtype=jnp.int32)[None]
     scores = sums = None
     if sparse.searches:
-        sums, sizes = block_sums(k.reshape(B, T, -1), place < lengths[:, None], page_size)
-        sums = sums.reshape(B, -1, *k.shape[2:])
-        means = sums / jnp.maximum(sizes, 1)[..., None, None]
+        direction = search_direction(config, params)
+        sums, means = pooled_keys(k, place < lengths[:, None], page_size, direction)
         scores = mean_key_scores(q[:, :: sparse.block_q], means)
     if sparse.reach < T:
         attended = block_sparse_attention(
@@ -209,7 +209,7 @@ def _read_layer(
     keys, values, held_sums = held
     if held_sums is not None:
         assert sums is not None  # a memory has sums where the model searches
-        held_sums = write(held_sums, sums)
+        held_sums = jax.tree.map(write, held_sums, sums)
     held = write(keys, k), write(values, v), held_sums
     return finish_prompts(config, params, x, attended, lengths, chunk), held
 

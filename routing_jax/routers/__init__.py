@@ -43,6 +43,7 @@ from routing_jax.routers.layer import (
     standardised,
 )
 from routing_jax.routers.losses import balance_loss
+from routing_jax.routers.pooled_keys import KeySums, pooled_keys, weighed
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
 from routing_jax.routers.sparse_modes import (
@@ -63,6 +64,7 @@ __all__ = [
     "BlockRouting",
     "Gate",
     "KeyBlocks",
+    "KeySums",
     "LayerRouter",
     "LayerRouterConfig",
     "LayerRouting",
@@ -102,6 +104,7 @@ __all__ = [
     "pattern_scores",
     "pool_queries",
     "pooled_attention",
+    "pooled_keys",
     "router_inputs",
     "row_limits",
     "seen_before",
@@ -111,4 +114,5 @@ __all__ = [
     "standardised",
     "straight_through",
     "streaming_table",
+    "weighed",
 ]

@@ -42,6 +42,10 @@ class SparseModeConfig:
       last: for triangle and topk, how many last tokens of the prompt attend everywhere, as what
         follows the prompt does where `answers` does not say otherwise.
       blocks: for topk, in either place, key blocks besides sink and window.
+      taught: queries of each sequence by which layers learn, in training, where the keys of a block
+        are to weigh most, so that attention's own choice of blocks is found (`pooled_keys`); half
+        of them stand at its end. 0 for their plain mean, and nothing to learn. What is learned may
+        be used by another mode of the same model.
       block_q: queries a tile; divides block_kv.
       block_kv: keys a block.
       implementation: of block-sparse attention; None for the best one here.
@@ -58,6 +62,7 @@ class SparseModeConfig:
     window: int = 1024
     last: int = 128
     blocks: int = 8
+    taught: int = 0
     block_q: int = 128
     block_kv: int = 128
     implementation: BlockImplementation | None = None
@@ -84,6 +89,8 @@ class SparseModeConfig:
         for name in ("sink", "window", "last", "blocks", "block_q", "block_kv"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sparse.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.taught < 0 or self.taught % 2:
+            raise ValueError(f"sparse.taught is {self.taught}; it must be even and at least 0.")
         if self.block_kv % self.block_q:
             raise ValueError(
                 f"sparse.block_q is {self.block_q}; it must divide sparse.block_kv = "
@@ -206,16 +213,16 @@ def mean_key_scores(queries: jax.Array, means: jax.Array) -> jax.Array:
     """How near each tile is to each key block: its heads' mean query times the block's mean key.
 
     Args:
-      queries: [B,M,N,H], the first query of each tile.
+      queries: [B,M,N,H], the first query of each tile; they get no gradient.
       means: [B,J,K,H], the mean key of each block.
 
     Returns:
-      [B,K,M,J] float32, without a gradient.
+      [B,K,M,J] float32.
 
     >>> mean_key_scores(jnp.ones((1, 2, 4, 16)), jnp.ones((1, 3, 2, 16)))[0, 0].tolist()
     [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
-    queries, means = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (queries, means))
+    queries, means = jax.lax.stop_gradient(queries.astype(jnp.float32)), means.astype(jnp.float32)
     grouped = queries.reshape(*queries.shape[:2], means.shape[2], -1, queries.shape[3])
     return dot_scores(grouped.mean(axis=3), means)
 

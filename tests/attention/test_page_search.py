@@ -9,7 +9,14 @@ import pytest
 
 from routing_jax.attention.page_search import add_to_sums, near_pages, search_pages
 from routing_jax.attention.searched_answers import search_alone
-from routing_jax.routers import SparseModeConfig, layer_table, mean_key_scores
+from routing_jax.routers import (
+    KeySums,
+    SparseModeConfig,
+    layer_table,
+    mean_key_scores,
+    pooled_keys,
+    weighed,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -26,6 +33,10 @@ def arrays():
     return [jax.random.normal(key, (1, T, n, H)) for key, n in zip(keys, (N, K, K))]
 
 
+def pooled(k, direction=None):
+    return pooled_keys(k, jnp.ones(k.shape[:2], bool), BLOCK, direction)
+
+
 def means(k):
     return k.reshape(1, BLOCKS, BLOCK, K, H).mean(2)
 
@@ -37,18 +48,22 @@ def rows(q, k, answer_from):
     return layer_table(OWN_ROWS, jnp.array([True]), starts, jnp.array([answer_from]), scores)
 
 
-@pytest.mark.parametrize(("sink", "window"), [(2, 2), (4, 6)])
-def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window):
+@pytest.mark.parametrize(
+    ("sink", "window", "learned"), [(2, 2, False), (4, 6, False), (2, 2, True)]
+)
+def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, learned):
     cfg = dataclasses.replace(CONFIG, sink=sink, window=window)
     q, k, _ = arrays()
-    scores = mean_key_scores(q, means(k))
+    direction = jax.random.normal(jax.random.key(2), (K, H)) if learned else None
+    sums, blocks = pooled(k, direction)
+    scores = mean_key_scores(q, blocks)
     own = dataclasses.replace(cfg, block_q=1)
     table = layer_table(own, jnp.array([True]), jnp.arange(T)[None], jnp.array([0]), scores)
 
     # As if each token were the newest of a sequence of its own, whose pages lie backwards.
     lengths, everyone = jnp.arange(1, T + 1), jnp.ones(T, bool)
     page_table = jnp.tile(BLOCKS - 1 - jnp.arange(BLOCKS)[None], (T, 1))
-    sums = BLOCK * means(k)[0, ::-1]
+    sums = jax.tree.map(lambda s: s[0, ::-1], sums)
 
     @jax.jit
     def find(searches):
@@ -78,7 +93,7 @@ def test_pages_that_nobody_holds_are_never_found():
     lengths, yes = jnp.array([20, 0]), jnp.array([True, True])
     table = jnp.where(jnp.arange(BLOCKS)[None] < 10, jnp.arange(BLOCKS)[None], -1)
     table = jnp.concatenate([table, jnp.full_like(table, -1)])
-    sums = jnp.where(jnp.arange(BLOCKS)[:, None, None] < 10, means(k)[0], jnp.nan)
+    sums = KeySums(jnp.where(jnp.arange(BLOCKS)[:, None, None] < 10, means(k)[0], jnp.nan))
     near = near_pages(table, lengths, yes, CONFIG)
     found = search_pages(near, table, q[0, :2], sums, lengths, yes, CONFIG)
     assert found.counts.tolist() == [[6, 6], [0, 0]]
@@ -89,14 +104,17 @@ def test_pages_that_nobody_holds_are_never_found():
 
 def test_sums_are_those_of_the_tokens_since_a_page_began():
     _, k, _ = arrays()
-    sums = jnp.full((5, K, H), 9.0)  # of those who held the pages before
+    direction = jax.random.normal(jax.random.key(2), (K, H))
+    # Of those who held the pages before.
+    sums = KeySums(jnp.full((5, K, H), 9.0), jnp.full((5, K), 9.0))
     add = jax.jit(add_to_sums)
     for t in range(T):  # a ring of three pages, and nobody in the second row
         pages = jnp.array([t // BLOCK % 3, 5])
-        sums = add(sums, pages, jnp.array([t % BLOCK, 1]), k[0, [t, t]])
-    want = np.asarray(k[0]).reshape(BLOCKS, BLOCK, K, H).sum(1)
-    np.testing.assert_allclose(sums[:3], want[-3:], rtol=1e-5, atol=1e-5)
-    assert (sums[3:] == 9).all()
+        sums = add(sums, pages, jnp.array([t % BLOCK, 1]), weighed(k[0, [t, t]], direction))
+    want, _ = pooled(k, direction)
+    for ours, theirs in zip(sums, want):
+        np.testing.assert_allclose(ours[:3], theirs[0, -3:], rtol=1e-5, atol=1e-5)
+        assert (ours[3:] == 9).all()
 
 
 def test_answers_have_the_gradients_of_attention_by_their_rows():

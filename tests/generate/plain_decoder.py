@@ -17,8 +17,11 @@ def turn(x, theta):
     return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
 
-def visible(q, k, dense, sparse, prompt):
-    """[T,K,T]: which keys each query sees, tiles and blocks being pages."""
+def visible(q, k, dense, sparse, prompt, search):
+    """[T,K,T]: which keys each query sees, tiles and blocks being pages.
+
+    `search` [K,H] says where keys of a block weigh most.
+    """
     T, K = k.shape[:2]
     cfg, size = sparse, sparse.block_kv
     near = cfg.window // size
@@ -32,7 +35,9 @@ def visible(q, k, dense, sparse, prompt):
         blocks = {*range(min(cfg.sink // size, own + 1)), *range(max(0, own + 1 - near), own + 1)}
         if rule == "topk":
             query = q[chooser].reshape(K, -1, q.shape[-1])[head].mean(0)
-            means = [k[j * size : j * size + size, head].mean(0) for j in range(own)]
+            weights = np.exp((k[:, head] @ search[head]) * np.sqrt(k.shape[-1]))
+            parts = [slice(j * size, j * size + size) for j in range(own)]
+            means = [np.average(k[part, head], axis=0, weights=weights[part]) for part in parts]
             best = sorted(range(own), key=lambda j: -(means[j] @ query))
             blocks |= {*[j for j in best if j not in blocks][: cfg.blocks]}
         for block in range(own + 1) if everywhere else blocks:
@@ -64,7 +69,8 @@ def forward(config, params, tokens, decisions, prompt):
         taken.append(dense)
         q, k = turn(q, config.rope_theta), turn(k, config.rope_theta)
         scores = np.einsum("tnh,snh->nts", q, np.repeat(k, G, axis=1)) / np.sqrt(H)
-        seen = np.repeat(visible(q, k, dense, config.sparse, prompt), G, axis=1)
+        search = m.get("router", {}).get("search", np.zeros(k.shape[1:]))
+        seen = np.repeat(visible(q, k, dense, config.sparse, prompt, search), G, axis=1)
         scores = np.where(seen.swapaxes(0, 1), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)

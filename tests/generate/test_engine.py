@@ -140,6 +140,7 @@ def searching(model=MODEL, **changes):
     ("changes", "pattern"),
     [
         ({}, PATTERNS[3]),
+        ({"taught": 2}, PATTERNS[3]),
         pytest.param({"mode": "topk", "blocks": 2}, PATTERNS[1], marks=pytest.mark.slow),
         pytest.param({"mode": "topk", "retrieval": "full"}, PATTERNS[2], marks=pytest.mark.slow),
         pytest.param({"mode": "triangle"}, PATTERNS[3], marks=pytest.mark.slow),
@@ -153,7 +154,7 @@ def test_tokens_search_by_their_own_queries_as_one_pass_over_prompt_and_answer(c
 
     def expected(request, model):
         return greedy(
-            model, make_params(UNROLLED), request.tokens, request.max_new_tokens,
+            model, make_params(model), request.tokens, request.max_new_tokens,
             [d == DENSE for d in pattern],
         )[0]  # fmt: skip
 
@@ -162,8 +163,11 @@ def test_tokens_search_by_their_own_queries_as_one_pass_over_prompt_and_answer(c
     assert made != [expected(request, reading) for request in requests]
 
 
-def test_sums_of_pages_are_those_of_the_keys_they_hold():
-    engine = Engine(searching(), make_params(MODEL), SERVING, PATTERNS[3])
+@pytest.mark.parametrize("taught", [0, 2])
+def test_sums_of_pages_are_those_of_the_keys_they_hold(taught):
+    model = searching(taught=taught)
+    params = make_params(model)
+    engine = Engine(model, params, SERVING, PATTERNS[3])
     for seed in range(5):  # more than there are rows, so that pages change hands
         engine.add(Request(prompt(13 + seed, seed), 18 + seed))
     checked = 0
@@ -174,9 +178,14 @@ def test_sums_of_pages_are_those_of_the_keys_they_hold():
             blocks = np.arange(filled)[0 if whole else max(1, filled - 1) :]
             slots = blocks if whole else 1 + (blocks - 1) % 2
             pages = memory.tables[layer, row][slots]
-            np.testing.assert_allclose(
-                memory.sums[pages], memory.keys[pages].sum(axis=1), rtol=1e-4, atol=1e-4
-            )
+            keys, weights = memory.keys[pages], np.ones(1)
+            if taught:
+                direction = np.asarray(layer_params(params, layer)["mixer"]["router"]["search"])
+                weights = np.exp(2 * (keys * direction).sum(axis=-1))
+                want = weights.sum(axis=1)
+                np.testing.assert_allclose(memory.sums.weights[pages], want, rtol=1e-4, atol=1e-4)
+            want = (keys * weights[..., None]).sum(axis=1)
+            np.testing.assert_allclose(memory.sums.keys[pages], want, rtol=1e-4, atol=1e-4)
             checked += len(pages)
     assert checked > 500
 
