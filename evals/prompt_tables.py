@@ -134,8 +134,10 @@ def _sparse(runs: Sequence[Result], tasks: Sequence[str]) -> str:
 def flux_table(results: Sequence[Result]) -> str:
     """Answers, perplexity and sparsity of each way of routing, paired with dense attention.
 
+    A task of which dense attention is not measured yet is named, as nothing can be said of it.
+
     Raises:
-      ValueError: no results, or a task of which dense attention was not measured.
+      ValueError: no results.
     """
     if not results:
         raise ValueError("results is empty; a table needs at least one result.")
@@ -156,7 +158,8 @@ def flux_table(results: Sequence[Result]) -> str:
         "routers were trained; static+tasks: on all tasks of the training; static+routed: all but "
         "those that the trained routers attended fully most often. Random: other layers for each "
         "prompt. Composed: layers that are not sparse search for blocks, in the prompt and after "
-        "it. (too few): dense attention answers "
+        "it, by the mean of a block's keys; learned: by a mean whose weights are trained. "
+        "(too few): dense attention answers "
         f"less than {100 * LEAST_DENSE:.0f} %, so the task does not count. Prompts a task: "
         f"{' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}. "
         f"Device: {devices}."
@@ -166,7 +169,10 @@ def flux_table(results: Sequence[Result]) -> str:
 
 def _table(name: str, variants: dict[str, list[Result]]) -> str:
     if "dense" not in variants:
-        raise ValueError(f"{name} has no result of variant 'dense', which all others stand beside.")
+        return (
+            f"**{name}**\n\nNot measured yet: dense, which all others stand beside. Measured: "
+            f"{', '.join(sorted(variants))}."
+        )
     dense = variants["dense"]
     told = (dense[0].details or {})["tasks"]
     tasks = list(told)

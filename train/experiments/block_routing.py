@@ -18,14 +18,15 @@ estimated 8 GiB of the GPU, all others about 2); `--list` names the runs, `--onl
 `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
 model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: 384 runs, an estimated 80 minutes of one H100 or H200 (on text 102 runs of 15 s,
-bases among them); seed 0 is half of all. Jobs side by side compile meanwhile.
+Hardware and time: 320 runs, an estimated 70 minutes of one H100 or H200 (on text 86 runs of 15 s,
+bases among them); seed 0 is more than half of all. Jobs side by side compile meanwhile. What goes on
+from one base is best made in one go: a base that is made again is another one, and runs that went on
+from another than their seed's `full` are left out of all comparisons.
 Who turns autotuning off (XLA_FLAGS) should turn off XLA's own products of matrices as well
 (--xla_gpu_enable_triton_gemm=false), or a step takes seven times as long. In their order the runs
 can be cut anywhere. What a run goes on from is made before it, and again where its folder is lost.
-Expect: attention everywhere solves every task, and reads a text's 8,192 bytes with 2.4 % fewer bits
-per byte than within 1,024. Gates have 0.6 % more bits per byte than attention everywhere at a tenth
-of its cost and find 99 % in MQAR at an eighth; an indexer finds a needle (README, few seeds yet).
+Expect: attention everywhere solves recall and needles. Gates find 99 % in MQAR at an eighth of its
+cost, an indexer finds a needle, no router finds four (README, few seeds yet). Text: to be measured.
 """
 
 import dataclasses

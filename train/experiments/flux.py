@@ -5,7 +5,9 @@ REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interr
 `--elsewhere OTHER`, `--lengths 2048`, `--maths` and `--finetuned OTHER_MODEL` measure the same
 routers, and the same static ranking, on other prompts or in another model (`train finetune` makes
 one). `--composed` measures them, the ranking and no routing at all where layers that are not sparse
-search for blocks, in prompts and after them. A text of another language: the Debian package
+search for blocks, in prompts and after them: by the mean of a block's keys, with the routers that
+were trained without, and by keys that are pooled as training teaches ('+learned'), with routers
+that are trained so. A text of another language: the Debian package
 debian-reference-de holds a megabyte of German, debian-reference.de.txt.gz; those for -fr, -it, -es,
 -pt and -ja are alike.
 Hardware and time: one H100; SmolLM2-135M at 8192 tokens an estimated hour in all.
@@ -20,7 +22,7 @@ chosen on prompts of the training text, of which none is scored.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,7 +62,8 @@ PERCENT = (50, 60, 75, 80, 90)
 _TASKS_PERCENT = (75, 90)
 _SEEDS = (0, 1, 2)
 _SEARCHING = "+composed"  # of variants whose layers that are not sparse search
-_COMPOSED = (f"dense{_SEARCHING}", f"static{_SEARCHING}-75")
+_LEARNED = f"{_SEARCHING}+learned"  # and of those that learn how
+_TAUGHT = 64  # queries of each prompt that teach it
 _CALIBRATION = 24  # prompts of plain text that rank the layers
 
 
@@ -182,11 +185,23 @@ def _elsewhere(args: FluxArgs) -> Iterator[tuple[str, TrainConfig]]:
         yield f"{name}-finetuned-{_slug(model)}", _finetuned(args, model)
 
 
-def _composed(args: FluxArgs) -> TrainConfig:
-    """The plan at home, with layers that search for blocks where they would attend fully."""
+def _composed(args: FluxArgs, routed: Iterable[Run]) -> Iterator[Run]:
+    """Runs at home in which layers search for blocks where they would attend fully."""
     if args.retrieval == "topk":
         raise ValueError("composed is true and retrieval 'topk'; give one.")
-    return planned_config(dataclasses.replace(args, retrieval="topk", answers="topk"))
+    task = task_name(args)
+    plain = planned_config(dataclasses.replace(args, retrieval="topk", answers="topk"))
+    for control in ("dense{}", "static{}-75"):  # beside dense attention on the same prompts
+        yield Run(task, control.format(_SEARCHING), 0, plain)
+    for home in routed:
+        yield Run(task, f"routed{_SEARCHING}", home.seed, _after(args, home, plain))
+
+    sparse = dataclasses.replace(plain.model.sparse, taught=_TAUGHT)
+    learned = plain.replace(model=plain.model.replace(sparse=sparse))
+    taught = [Run(task, f"routed{_LEARNED}", s, learned.replace(seed=s)) for s in _SEEDS]
+    yield from taught
+    for control in ("dense{}", "static{}-75"):  # by the keys that the first of them pools
+        yield Run(task, control.format(_LEARNED), 0, _after(args, taught[0], learned))
 
 
 def runs(args: FluxArgs) -> Iterator[Run]:
@@ -211,12 +226,8 @@ def runs(args: FluxArgs) -> Iterator[Run]:
         yield Run(task, "static+routed", home.seed, _after(args, home, home.config))
     for seed in _SEEDS:
         yield Run(task, "routed+curriculum", seed, curriculum.replace(seed=seed))
-    if args.composed:  # beside dense attention on the same prompts
-        composed = _composed(args)
-        for variant in _COMPOSED:
-            yield Run(task, variant, 0, composed)
-        for home in routed:
-            yield Run(task, f"routed{_SEARCHING}", home.seed, _after(args, home, composed))
+    if args.composed:
+        yield from _composed(args, routed)
 
     named = {task}
     for task, config in _elsewhere(args):
@@ -284,11 +295,13 @@ def control(experiment: str, one: Run, home: TrainConfig) -> Result:
     Args:
       experiment: the folder of the results.
       one: 'dense', 'sparse', 'static-N', 'static+tasks-N' or 'random-N', N per cent of the layers
-        being sparse; '+composed' may follow the name.
+        being sparse; '+composed' or '+composed+learned' may follow the name. Where its `start_from`
+        names a run, the keys of blocks are pooled as that one learned.
       home: where layers are ranked for 'static'.
     """
     layers = len(one.config.model.mixers)
-    kind, _, percent = one.variant.replace(_SEARCHING, "").partition("-")
+    name = one.variant.replace(_LEARNED, "").replace(_SEARCHING, "")
+    kind, _, percent = name.partition("-")
     sparse = {"dense": 0, "sparse": layers}.get(kind, round(layers * int(percent or 0) / 100))
     choose: Chooser = fixed_layers(np.full(layers, kind == "dense"))
     found: dict[str, Any] = {}
@@ -299,7 +312,9 @@ def control(experiment: str, one: Run, home: TrainConfig) -> Result:
     elif kind == "random":
         choose = random_layers(layers, sparse, one.seed)
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
-    score, routers, _ = _scored(one.config)
+    score, routers, _ = _scored(one.config.replace(seed=0, start_from=""))
+    if one.config.start_from:
+        routers = starting_parameters(one.config)
     result = routing_result(one.config, score(routers, choose), labels)
     return dataclasses.replace(result, details=(result.details or {}) | found)
 
@@ -336,11 +351,11 @@ def make(experiment: str, one: Run, workdir: epath.Path, *, home: TrainConfig) -
       workdir: where routers are trained.
       home: where all of them are.
     """
+    if not one.variant.startswith(("routed", "static+routed")):
+        return control(experiment, one, home)
     if one.config.start_from:
         return transferred(experiment, one)
-    if one.variant.startswith("routed"):
-        return train_run(experiment, one, workdir)
-    return control(experiment, one, home)
+    return train_run(experiment, one, workdir)
 
 
 def reproduce(args: FluxArgs) -> int:
