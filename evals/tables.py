@@ -1,7 +1,6 @@
 """Markdown tables rendered from result files."""
 
 import collections
-import functools
 import math
 import re
 import statistics
@@ -246,14 +245,10 @@ def more_in_percent(share: float) -> str:
     return f"{round(100 * share, 2) + 0.0:+.2f} %"
 
 
-def _relative(base: float, value: float) -> str:
-    return more_in_percent(value / base - 1)
-
-
 def text_table(results: Sequence[Result]) -> str:
-    """Bits per byte of text tasks, a row a variant, beside attention everywhere ('full')."""
+    """Bits per byte of text tasks, a row a variant, beside attention everywhere, seed by seed."""
     rows = _rows(results)
-    full = {row.task: summary(row.runs, "bits_per_byte") for row in rows if row.variant == "full"}
+    full = {row.task: row.runs for row in rows if row.variant == "full"}
     columns = [
         Column("task", "left"),
         Column("variant", "left"),
@@ -264,11 +259,11 @@ def text_table(results: Sequence[Result]) -> str:
     ]
     cells = []
     for task, row in zip(_task_cells(rows), rows):
-        figures, base = summary(row.runs, "bits_per_byte"), full.get(row.task)
+        figures = summary(row.runs, "bits_per_byte")
         spread = "" if figures is None or figures.seeds == 1 else f" ± {figures.std:.4f}"
         against = NOTHING
-        if base is not None and row.variant != "full":
-            against = row.mean("bits_per_byte", functools.partial(_relative, base.mean), _highest)
+        if row.variant != "full":
+            against = _against(row, full.get(row.task, []), "bits_per_byte", max)
         cells.append(
             [
                 task,

@@ -5,7 +5,7 @@ Vocabulary:
     [0, keys)                 keys
     [keys, keys + values)     values
     then num_noise tokens     noise
-    then NEEDLE and ASK       NEEDLE k v stands somewhere in the noise, ASK k at the end
+    then NEEDLE and ASK       NEEDLE k v stands somewhere in the noise, ASK k behind it
 
 With several needles the others are distractors of the same form (multi-key needle, as in RULER,
 arXiv 2404.06654).
@@ -44,6 +44,9 @@ class NeedleConfig:
     """Values in the vocabulary; an untaught guess is right once in as many times."""
     num_noise: int = 256
     """Noise tokens in the vocabulary."""
+    after: int = 0
+    """Tokens of noise behind the questions, at most half of a sequence: the last question's key may
+    so be a tile's first query, by which routers of tiles decide."""
 
     def __post_init__(self):
         if self.num_values < 2 or self.num_noise < 1:
@@ -59,16 +62,24 @@ class NeedleConfig:
             raise ValueError(
                 f"num_queries={self.num_queries} must lie from 1 to num_needles={self.num_needles}."
             )
-        if _fit(self, self.length) < self.num_needles:
+        if self.after < 0:
+            raise ValueError(f"after={self.after} must be at least 0.")
+        most = _fit(self, self.length - _behind(self, self.length))
+        if most < self.num_needles:
             raise ValueError(
-                f"num_needles={self.num_needles} must be at most {_fit(self, self.length)} at "
-                f"length={self.length}."
+                f"num_needles={self.num_needles} must be at most {most} at length={self.length} "
+                f"and after={self.after}."
             )
 
     @property
     def vocab_size(self) -> int:
         """Tokens in the vocabulary."""
         return self.num_keys + self.num_values + self.num_noise + 2
+
+
+def _behind(config: NeedleConfig, length: int) -> int:
+    """Tokens of noise behind the questions of a sequence of this length."""
+    return min(config.after, length // 2)
 
 
 def _fit(config: NeedleConfig, length: int) -> int:
@@ -119,7 +130,8 @@ def needle_batch(
     ((2, 16), [1.0, 1.0])
     """
     length = config.length if length is None else length
-    needles = _fit(config, length)
+    end = length - _behind(config, length)
+    needles = _fit(config, end)
     queries = min(config.num_queries, needles)
     rng = generator(split, seed, step)
     first_noise = config.num_keys + config.num_values
@@ -130,7 +142,7 @@ def needle_batch(
     keys = rng.permuted(order, axis=1)[:, :needles]
     values = rng.integers(config.num_keys, first_noise, keys.shape, dtype=np.int32)
     # Distinct places in a haystack without the facts' own tokens, then room made for each.
-    free = length - _QUESTION * queries - _FACT * needles
+    free = end - _QUESTION * queries - _FACT * needles
     places = np.sort(rng.integers(0, free + 1, keys.shape), axis=1) + _FACT * np.arange(needles)
     rows = np.arange(batch_size)[:, None]
     tokens[rows, places] = needle
@@ -138,7 +150,7 @@ def needle_batch(
     tokens[rows, places + 2] = values
 
     asked = rng.permuted(np.tile(np.arange(needles), (batch_size, 1)), axis=1)[:, :queries]
-    at = length - _QUESTION * queries + _QUESTION * np.arange(queries)[None]
+    at = end - _QUESTION * queries + _QUESTION * np.arange(queries)[None]
     tokens[rows, at] = ask
     tokens[rows, at + 1] = keys[rows, asked]
     targets, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
