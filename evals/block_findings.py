@@ -24,7 +24,6 @@ _RANDOM = ("random", "random-gates")  # each of which counts
 _MORE = 1.1  # times the cost of the controls that a router may have beside them
 _NEEDED = 0.02  # fewer bits per byte with the whole context, or a text cannot test routing
 _ERROR = 0.1
-_SAME_BASE = 1e-3  # of its loss, as a distilled model that is it otherwise has it
 
 
 def _seeds(count: int) -> str:
@@ -86,7 +85,8 @@ def of_one_base(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
     """The results without those that went on from another base than 'full' of their seed did.
 
     A base that is made again is another one: rounding differs from run to run, and training makes
-    much of it. `start_loss` in a run's details tells them apart; a run without it is kept.
+    much of it. `start_loss` in a run's details, the base's own, tells them apart; a run from before
+    that was recorded is kept.
 
     Args:
       results: of the experiment.
@@ -100,7 +100,7 @@ def of_one_base(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
     kept, others = [], []
     for run in results:
         own, full = (found.get((run.task, name, run.seed)) for name in (run.variant, "full"))
-        same = own is None or full is None or math.isclose(own, full, rel_tol=_SAME_BASE)
+        same = own is None or full is None or own == full
         if same:
             kept.append(run)
         else:

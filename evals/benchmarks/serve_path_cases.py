@@ -110,9 +110,7 @@ def kv_bytes(config: ServePathConfig, size: Size, who: Who) -> int:
     if who == "dense":
         return size.batch * (size.length + _made(config)) * _depth(model) * token
     sizes = serving(config, size)
-    sums = 0
-    if model.sparse.answers == "topk":
-        sums = 4 * (vector + (model.num_kv_heads if model.sparse.taught else 0))
+    sums = 4 * vector if model.sparse.answers == "topk" else 0
     return sizes.pages * (sizes.page_size * token + sums)
 
 
@@ -133,9 +131,7 @@ def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
     fill = jax.jit(lambda held: held + page[None], donate_argnums=0)
     sums = memory.sums
     if sums is not None:  # of their own, so that pages all over the pool are found
-        found = _normal(key, jnp.ones(()), sums.keys.shape, "float32")
-        weights = None if sums.weights is None else jnp.ones_like(sums.weights)
-        sums = sums._replace(keys=found, weights=weights)
+        sums = sums._replace(keys=_normal(key, jnp.ones(()), sums.keys.shape, "float32"))
     return PagedMemory(
         fill(memory.keys),
         fill(memory.values),

@@ -47,13 +47,12 @@ from routing_jax.routers import (
     LayerRouter,
     LayerRouterConfig,
     SparseModeConfig,
+    attention_by_blocks,
     binary_entropy,
     block_divergence,
     layer_table,
     mean_key_scores,
-    pooled_attention,
     pooled_keys,
-    some_tiles,
     weighed,
 )
 
@@ -309,15 +308,20 @@ class LayerRouted(nn.Module):
 
     def _missed(self, q, k, pooled, positions, rng):
         """How far a search by pooled keys is from where attention looks, in nats; see `taught`."""
-        cfg, T = self.sparse, q.shape[1]
-        half = cfg.taught // 2
-        at_end = T - 1 - jnp.arange(half, dtype=jnp.int32) * max(1, cfg.last // half)
-        rows = jnp.concatenate([some_tiles(T, half / T, rng), jnp.maximum(at_end, 0)])
-        target = pooled_attention(q, k, block_q=1, block_kv=cfg.block_kv, chosen=rows)
-        block = jnp.arange(pooled.shape[1], dtype=jnp.int32)[None]
-        far = block <= rows[:, None] // cfg.block_kv - cfg.window_blocks
-        open_ = (far & (block >= cfg.sink_blocks))[None] & (positions[:, rows, None] >= 0)
-        return block_divergence(mean_key_scores(q[:, rows], pooled), target, open_[:, None])
+        cfg, half = self.sparse, self.sparse.taught // 2
+        number = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)[:, None]
+        steps = jnp.arange(half, dtype=jnp.int32)[None]
+        drawn = 0.0 if rng is None else jax.random.uniform(jax.random.fold_in(rng, 1))
+        anywhere = jnp.floor((steps + drawn) / half * number).astype(jnp.int32)
+        at_end = number - 1 - steps * max(1, cfg.last // half)
+        places = jnp.concatenate([jnp.minimum(anywhere, number - 1), at_end], axis=1)
+        places = jnp.maximum(places, -1)
+        queries = jnp.take_along_axis(q, jnp.maximum(places, 0)[..., None, None], axis=1)
+        target = attention_by_blocks(queries, k, places, cfg.block_kv)
+        block = jnp.arange(pooled.shape[1], dtype=jnp.int32)[None, None]
+        own = places[:, :, None] // cfg.block_kv
+        open_ = (block >= cfg.sink_blocks) & (block <= own - cfg.window_blocks)
+        return block_divergence(mean_key_scores(queries, pooled), target, open_[:, None])
 
     def _visits(self, table, dense, positions, answers):
         """[B,K,M], blocks that each row visits, tokens that search each for itself by their own.
@@ -368,7 +372,7 @@ class LayerRouted(nn.Module):
                 target = jnp.arange(B, dtype=jnp.int32) * J + at // cfg.block_kv
                 target = jnp.where((length > 0) & (length <= S), target, B * J)
                 params = self.variables["params"].get("router", {})
-                added = weighed(k[:, 0], params.get("search"))
+                added = weighed(k[:, 0], params["search"] if cfg.taught else None)
                 pool = jax.tree.map(lambda s: s.reshape(B * J, *s.shape[2:]), sums)
                 pool = add_to_sums(pool, target, at % cfg.block_kv, added)
                 pages = search_pages(pages, table, q[:, 0], pool, length, searches, cfg)

@@ -24,7 +24,12 @@ from routing_jax.routers.block_scores import (
 )
 from routing_jax.routers.budget import Multipliers, ascend, budget_loss, init_multipliers
 from routing_jax.routers.coarse_to_fine import beam_scores, beam_search
-from routing_jax.routers.distillation import block_divergence, pooled_attention, some_tiles
+from routing_jax.routers.distillation import (
+    attention_by_blocks,
+    block_divergence,
+    pooled_attention,
+    some_tiles,
+)
 from routing_jax.routers.gates import (
     Gate,
     binary_entropy,
@@ -82,6 +87,7 @@ __all__ = [
     "TokenRouting",
     "ascend",
     "assign_clusters",
+    "attention_by_blocks",
     "balance_loss",
     "beam_scores",
     "beam_search",

@@ -76,6 +76,41 @@ def pooled_attention(
     return jnp.moveaxis(jax.lax.map(one_tile, inputs, batch_size=together), 0, 2)
 
 
+def attention_by_blocks(q: jax.Array, k: jax.Array, places: jax.Array, block_kv: int) -> jax.Array:
+    """How much each of some queries attends to each block, heads of a kv head together.
+
+    Args:
+      q: [B,M,N,H], the queries.
+      k: [B,S,K,H], all keys.
+      places: [B,M] int32, where the queries stand; −1 for none.
+      block_kv: keys a block.
+
+    Returns:
+      [B,K,M,J] float32; a row sums to 1, or 0 without a query. No gradient flows through it.
+
+    >>> q, k = jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 4, 1, 4))
+    >>> attention_by_blocks(q, k, jnp.array([[3, 1]]), 2)[0, 0].tolist()
+    [[0.5, 0.5], [1.0, 0.0]]
+    """
+    q, k = jax.lax.stop_gradient((q, k))
+    S, K, H = k.shape[1:]
+    blocks = -(-S // block_kv)
+    at_keys = jnp.arange(S, dtype=jnp.int32)[None, None, None]
+
+    def one_query(args):
+        q, at = args  # [B,N,H], [B]
+        q = q.reshape(q.shape[0], K, -1, H)
+        logits = jnp.einsum("BKGH,BSKH->BKGS", q, k, preferred_element_type=jnp.float32)
+        seen = at_keys <= at[:, None, None, None]
+        shares = jax.nn.softmax(jnp.where(seen, logits * H**-0.5, -1e30)).mean(axis=2)
+        shares = jnp.where((at >= 0)[:, None, None], shares, 0.0)
+        shares = pad_axis(shares, 2, blocks * block_kv)
+        return shares.reshape(*shares.shape[:2], blocks, block_kv).sum(axis=-1)
+
+    found = jax.lax.map(one_query, (q.swapaxes(0, 1), places.T), batch_size=_QUERIES)
+    return jnp.moveaxis(found, 0, 2)
+
+
 def some_tiles(num_tiles: int, share: float, rng: jax.Array | None) -> jax.Array:
     """A share of the tiles, evenly spaced, the first of them drawn.
 

@@ -1,9 +1,9 @@
 """One key for a whole block: the mean of its keys, or a mean with weights that are learned.
 
 A mean of 128 keys says little of the one that a query looks for. Here each kv head learns a
-direction, and a key weighs e to its component there: keys that are looked for stand out, those of
-filler fade. What is kept of a block are sums, so a token that is decoded adds its own. Like the
-learned poolings of NSA and SeerAttention (arXiv 2502.11089, 2410.13276), in H numbers a head.
+direction d, and a key k weighs exp(√H k·d): keys that are looked for stand out, those of filler
+fade. What is kept of a block are sums, so a token that is decoded adds its own. Like the learned
+poolings of NSA and SeerAttention (arXiv 2502.11089, 2410.13276), in H numbers a head.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,8 @@ def weighed(keys: jax.Array, direction: jax.Array | None = None) -> KeySums:
 
     Args:
       keys: [...,K,H].
-      direction: [K,H] float32, of the heaviest keys; None for weights of 1.
+      direction: [K,H] float32, of the heaviest keys; None for weights of 1. A weight stays between
+        exp(−15) and exp(15), where it has no gradient.
 
     >>> found = weighed(jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2)))
     >>> found.keys.tolist(), found.weights.tolist()

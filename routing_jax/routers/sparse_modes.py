@@ -43,9 +43,10 @@ class SparseModeConfig:
         follows the prompt does where `answers` does not say otherwise.
       blocks: for topk, in either place, key blocks besides sink and window.
       taught: queries of each sequence by which layers learn, in training, where the keys of a block
-        are to weigh most, so that attention's own choice of blocks is found (`pooled_keys`); half
-        of them stand at its end. 0 for their plain mean, and nothing to learn. What is learned may
-        be used by another mode of the same model.
+        are to weigh most in its mean key, so that attention's own choice of blocks is found
+        (`pooled_keys`); half of them stand at its end. Their divergence is part of the auxiliary
+        loss, which `curriculum.explore` weighs. 0 for the plain mean, and nothing to learn. What
+        is learned may be used by another mode of the same model.
       block_q: queries a tile; divides block_kv.
       block_kv: keys a block.
       implementation: of block-sparse attention; None for the best one here.

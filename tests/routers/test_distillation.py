@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from routing_jax.routers import block_divergence, pooled_attention, some_tiles
+from routing_jax.routers import (
+    attention_by_blocks,
+    block_divergence,
+    pooled_attention,
+    some_tiles,
+)
 
 from ..kernels.jaxprs import array_sizes
 
@@ -33,6 +38,24 @@ def test_the_map_is_the_most_that_any_of_a_tiles_queries_looks_at_a_block(packed
         np.maximum(row, of_blocks, out=row)
     want /= want.sum(-1, keepdims=True)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_single_queries_attend_to_blocks_as_a_plain_softmax_says():
+    rng = np.random.default_rng(1)
+    q, k = (
+        2 * rng.normal(size=(B, n, heads, H)).astype(np.float32) for n, heads in [(3, N), (T, K)]
+    )
+    places = np.array([[9, 2, 10], [-1, 4, 0]], np.int32)
+    got = jax.jit(lambda q, k: attention_by_blocks(q, k, places, 4))(q, k)
+    want = np.zeros((B, K, 3, 3))
+    for b, m, n in np.ndindex(B, 3, N):
+        weights = np.exp(k[b, : places[b, m] + 1, n // 2].astype(float) @ q[b, m, n] / H**0.5)
+        if len(weights):
+            at = np.arange(len(weights)) // 4
+            np.add.at(want[b, n // 2, m], at, weights / weights.sum() / (N // K))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    slopes = jax.grad(lambda q, k: attention_by_blocks(q, k, places, 4)[0, 0, 0, 0], (0, 1))(q, k)
+    assert all((slope == 0).all() for slope in slopes)
 
 
 def test_the_map_of_some_tiles_is_that_part_of_the_whole_one():

@@ -51,7 +51,7 @@ from routing_jax.train.data import TextConfig, batches
 from routing_jax.train.experiments.experiment import ReproduceArgs, Run, make_missing
 from routing_jax.train.experiments.routed_attention import convolution_only
 from routing_jax.train.presets import get_preset
-from routing_jax.train.run import load_run
+from routing_jax.train.run import load_run, read_config
 
 WINDOW = 1024  # tokens that the limited control sees
 _SHOWN = 16  # sequences behind the figures by position and by head
@@ -376,10 +376,17 @@ def output_errors(config: TrainConfig, params: Any, tokens: Any) -> list[Row]:
     return attention_errors(config.model, params, tokens, routers, lengths)
 
 
+def _base_of(config: TrainConfig) -> epath.Path:
+    """The folder of the run that all before a run went on from."""
+    folder = epath.Path(config.start_from)
+    before = read_config(folder)
+    return _base_of(before) if before.start_from else folder
+
+
 def with_details(run: Run, result: Result, workdir: epath.Path) -> Result:
     """The result with what only this experiment measures.
 
-    Use by head; the loss of what it went on from, which tells one base from another of the same
+    Use by head; the loss of the base that it went on from, which tells it from another of the same
     seed; of text, bits by position; and of the first distilled model, output errors.
     """
     config, params, _ = load_run(workdir)
@@ -390,7 +397,7 @@ def with_details(run: Run, result: Result, workdir: epath.Path) -> Result:
         "head_usage": head_usage(config.model, params, shown[0].tokens),
     }
     if run.config.start_from:
-        details["start_loss"] = read_result(epath.Path(run.config.start_from) / "result.json").loss
+        details["start_loss"] = read_result(_base_of(run.config) / "result.json").loss
     if isinstance(config.data, TextConfig):
         edges = position_edges(config.data.length)
         nats = loss_by_position(config.model, params, shown, edges)

@@ -78,7 +78,8 @@ class FluxArgs(ReproduceArgs):
         trained on them, so they may be short.
       lengths: other lengths at which they are.
       maths: measure them on word problems too.
-      composed: measure them where layers that are not sparse search for blocks.
+      composed: measure them where layers that are not sparse search for blocks, and train others
+        that learn to search.
       finetuned: other models in which they are measured, `base` with other weights.
       length: tokens a prompt, answer included.
       trials: held-out prompts of each task.
