@@ -55,8 +55,8 @@ def draw_weights(params: dict[str, Any], std: float, layers: int, rng: jax.Array
 
     >>> params = {"mlp": {"down": jnp.zeros((64, 64))}, "scale": jnp.ones(3)}
     >>> drawn = draw_weights(params | {"search": jnp.zeros((1, 2))}, 0.02, 8, jax.random.key(0))
-    >>> round(float(drawn["mlp"]["down"].std()), 3), drawn["scale"].tolist(), drawn["search"].tolist()
-    (0.005, [1.0, 1.0, 1.0], [[0.0, 0.0]])
+    >>> round(float(drawn["mlp"]["down"].std()), 3), drawn["scale"].tolist(), drawn["search"].max()
+    (0.005, [1.0, 1.0, 1.0], Array(0., dtype=float32))
     """
     keys = iter(jax.random.split(rng, len(jax.tree.leaves(params))))
 
