@@ -94,14 +94,15 @@ def of_one_base(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
     Returns:
       What can be compared, and the names of the others: task, variant and seed.
     """
-    found = {
-        (run.task, run.variant, run.seed): (run.details or {}).get("start_loss") for run in results
-    }
+
+    def start(run: Result) -> float | None:
+        return (run.details or {}).get("start_loss")
+
+    full = {(run.task, run.seed): start(run) for run in results if run.variant == "full"}
     kept, others = [], []
     for run in results:
-        own, full = (found.get((run.task, name, run.seed)) for name in (run.variant, "full"))
-        same = own is None or full is None or own == full
-        if same:
+        own, theirs = start(run), full.get((run.task, run.seed))
+        if own is None or theirs is None or own == theirs:
             kept.append(run)
         else:
             others.append(f"{run.task} {run.variant} of seed {run.seed}")

@@ -52,6 +52,7 @@ from routing_jax.routers import (
     block_divergence,
     layer_table,
     mean_key_scores,
+    no_keys,
     pooled_keys,
     weighed,
 )
@@ -101,9 +102,8 @@ def empty_layer_memory(
     """
     sums = None
     if sparse.answers == "topk":
-        shape = (batch, blocks, heads.num_kv_heads)
-        weights = jnp.zeros(shape) if sparse.taught else None
-        sums = KeySums(jnp.zeros((*shape, heads.head_dim)), weights)
+        learned = bool(sparse.taught)
+        sums = no_keys((batch, blocks), heads.num_kv_heads, heads.head_dim, learned)
     return LayerMemory(jnp.zeros(batch, bool), sums)
 
 
@@ -252,8 +252,7 @@ class LayerRouted(nn.Module):
         if cfg.searches or taught:
             sums, pooled = pooled_keys(k, positions >= 0, cfg.block_kv, routing.search)
             means = jax.lax.stop_gradient(pooled)
-        if means is not None and cfg.searches:
-            scores = mean_key_scores(q[:, :: cfg.block_q], means)
+            scores = mean_key_scores(q[:, :: cfg.block_q], means) if cfg.searches else None
 
         def attend(dense, q, k, v):
             y = block_attention_over_batch_and_heads(

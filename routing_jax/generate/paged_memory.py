@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from routing_jax.attention.page_pool import NO_PAGE, PagePool, new_pool, return_pages
 from routing_jax.generate.config import ServingConfig
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import KeySums
+from routing_jax.routers import KeySums, no_keys
 
 
 class PagedMemory(NamedTuple):
@@ -47,8 +47,7 @@ def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
     sums = None
     if config.sparse.answers == "topk":
         learned = bool(config.sparse.taught) and "layer" in config.mixers
-        weights = jnp.zeros((shape[0], shape[2])) if learned else None
-        sums = KeySums(jnp.zeros((shape[0], *shape[2:])), weights)
+        sums = no_keys((serving.pages,), config.num_kv_heads, config.head_dim, learned)
     return PagedMemory(
         jnp.zeros(shape, config.dtype),
         jnp.zeros(shape, config.dtype),

@@ -48,7 +48,7 @@ from routing_jax.routers.layer import (
     standardised,
 )
 from routing_jax.routers.losses import balance_loss
-from routing_jax.routers.pooled_keys import KeySums, pooled_keys, weighed
+from routing_jax.routers.pooled_keys import KeySums, no_keys, pooled_keys, weighed
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
 from routing_jax.routers.sparse_modes import (
@@ -107,6 +107,7 @@ __all__ = [
     "largest",
     "layer_table",
     "mean_key_scores",
+    "no_keys",
     "pattern_scores",
     "pool_queries",
     "pooled_attention",

@@ -14,6 +14,13 @@ from routing_jax.kernels.padding import pad_axis
 _QUERIES = 32  # of small tiles, those that are taken together
 
 
+def _by_blocks(mass: jax.Array, block_kv: int) -> jax.Array:
+    """[...,S] added up by blocks of keys: [...,J]."""
+    blocks = -(-mass.shape[-1] // block_kv)
+    mass = pad_axis(mass, mass.ndim - 1, blocks * block_kv)
+    return mass.reshape(*mass.shape[:-1], blocks, block_kv).sum(axis=-1)
+
+
 def pooled_attention(
     q: jax.Array,
     k: jax.Array,
@@ -47,7 +54,7 @@ def pooled_attention(
     q, k = jax.lax.stop_gradient((q, k))
     B, T, N, H = q.shape
     K = k.shape[2]
-    tiles, blocks = -(-T // block_q), -(-T // block_kv)
+    tiles = -(-T // block_q)
     places = jnp.arange(tiles * block_q, dtype=jnp.int32).reshape(tiles, block_q)
     rows = pad_axis(q, 1, tiles * block_q).reshape(B, tiles, block_q, K, N // K, H)
     segments = None
@@ -65,8 +72,7 @@ def pooled_attention(
         logits = jnp.where(seen[:, None, None], logits * H**-0.5, -jnp.inf)
         live = ((at < T)[None] & seen.any(-1))[:, None, None, :, None]
         mass = jnp.where(live, jax.nn.softmax(jnp.where(live, logits, 0.0), axis=-1), 0.0)
-        mass = pad_axis(mass, 4, blocks * block_kv)  # B K G Q S
-        mass = mass.reshape(*mass.shape[:4], blocks, block_kv).sum(axis=-1).max(axis=(2, 3))
+        mass = _by_blocks(mass, block_kv).max(axis=(2, 3))  # of B K G Q J
         return mass / jnp.maximum(mass.sum(axis=-1, keepdims=True), 1e-30)
 
     together = max(1, _QUERIES // block_q)
@@ -94,7 +100,6 @@ def attention_by_blocks(q: jax.Array, k: jax.Array, places: jax.Array, block_kv:
     """
     q, k = jax.lax.stop_gradient((q, k))
     S, K, H = k.shape[1:]
-    blocks = -(-S // block_kv)
     at_keys = jnp.arange(S, dtype=jnp.int32)[None, None, None]
 
     def one_query(args):
@@ -104,8 +109,7 @@ def attention_by_blocks(q: jax.Array, k: jax.Array, places: jax.Array, block_kv:
         seen = at_keys <= at[:, None, None, None]
         shares = jax.nn.softmax(jnp.where(seen, logits * H**-0.5, -1e30)).mean(axis=2)
         shares = jnp.where((at >= 0)[:, None, None], shares, 0.0)
-        shares = pad_axis(shares, 2, blocks * block_kv)
-        return shares.reshape(*shares.shape[:2], blocks, block_kv).sum(axis=-1)
+        return _by_blocks(shares, block_kv)
 
     found = jax.lax.map(one_query, (q.swapaxes(0, 1), places.T), batch_size=_QUERIES)
     return jnp.moveaxis(found, 0, 2)

@@ -28,6 +28,22 @@ class KeySums(NamedTuple):
     weights: jax.Array | None = None
 
 
+def no_keys(blocks: tuple[int, ...], kv_heads: int, head_dim: int, learned: bool) -> KeySums:
+    """The sums of blocks that hold nothing yet.
+
+    Args:
+      blocks: the sizes in front, such as (B, J).
+      kv_heads: K.
+      head_dim: H.
+      learned: whether keys will have weights.
+
+    >>> jax.tree.map(jnp.shape, no_keys((5,), 2, 8, True))
+    KeySums(keys=(5, 2, 8), weights=(5, 2))
+    """
+    shape = (*blocks, kv_heads)
+    return KeySums(jnp.zeros((*shape, head_dim)), jnp.zeros(shape) if learned else None)
+
+
 def weighed(keys: jax.Array, direction: jax.Array | None = None) -> KeySums:
     """Each key by its weight: what it adds to the sums of its block.
 

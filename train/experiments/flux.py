@@ -63,6 +63,7 @@ _TASKS_PERCENT = (75, 90)
 _SEEDS = (0, 1, 2)
 _SEARCHING = "+composed"  # of variants whose layers that are not sparse search
 _LEARNED = f"{_SEARCHING}+learned"  # and of those that learn how
+_COMPOSED = ("dense{}", "static{}-75")  # controls of both, beside dense attention
 _TAUGHT = 64  # queries of each prompt that teach it
 _CALIBRATION = 24  # prompts of plain text that rank the layers
 
@@ -192,8 +193,8 @@ def _composed(args: FluxArgs, routed: Iterable[Run]) -> Iterator[Run]:
         raise ValueError("composed is true and retrieval 'topk'; give one.")
     task = task_name(args)
     plain = planned_config(dataclasses.replace(args, retrieval="topk", answers="topk"))
-    for control in ("dense{}", "static{}-75"):  # beside dense attention on the same prompts
-        yield Run(task, control.format(_SEARCHING), 0, plain)
+    for name in _COMPOSED:
+        yield Run(task, name.format(_SEARCHING), 0, plain)
     for home in routed:
         yield Run(task, f"routed{_SEARCHING}", home.seed, _after(args, home, plain))
 
@@ -201,8 +202,8 @@ def _composed(args: FluxArgs, routed: Iterable[Run]) -> Iterator[Run]:
     learned = plain.replace(model=plain.model.replace(sparse=sparse))
     taught = [Run(task, f"routed{_LEARNED}", s, learned.replace(seed=s)) for s in _SEEDS]
     yield from taught
-    for control in ("dense{}", "static{}-75"):  # by the keys that the first of them pools
-        yield Run(task, control.format(_LEARNED), 0, _after(args, taught[0], learned))
+    for name in _COMPOSED:  # by the keys that the first of them pools
+        yield Run(task, name.format(_LEARNED), 0, _after(args, taught[0], learned))
 
 
 def runs(args: FluxArgs) -> Iterator[Run]:
@@ -244,6 +245,11 @@ def _after(args: FluxArgs, home: Run, config: TrainConfig) -> TrainConfig:
     """The config of a run that takes its routers from one at home."""
     folder = epath.Path(args.scratch) / EXPERIMENT / home.name
     return config.replace(seed=home.seed, start_from=str(folder))
+
+
+def _place(config: TrainConfig) -> TrainConfig:
+    """What a run is scored by, whichever routers it has."""
+    return config.replace(seed=0, start_from="")
 
 
 class _Scored(NamedTuple):
@@ -313,7 +319,7 @@ def control(experiment: str, one: Run, home: TrainConfig) -> Result:
     elif kind == "random":
         choose = random_layers(layers, sparse, one.seed)
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
-    score, routers, _ = _scored(one.config.replace(seed=0, start_from=""))
+    score, routers, _ = _scored(_place(one.config))
     if one.config.start_from:
         routers = starting_parameters(one.config)
     result = routing_result(one.config, score(routers, choose), labels)
@@ -331,7 +337,7 @@ def transferred(experiment: str, one: Run) -> Result:
     Raises:
       ValueError: that run is not there, or its routers are not for this model.
     """
-    routers, place = starting_parameters(one.config), one.config.replace(seed=0, start_from="")
+    routers, place = starting_parameters(one.config), _place(one.config)
     choose: Chooser | None = None
     found: dict[str, Any] = {}
     if one.variant == "static+routed":
