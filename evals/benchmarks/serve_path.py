@@ -1,6 +1,7 @@
 """A routed model's prefill and decode beside the same model dense with cuDNN's attention.
 
-A composed one beside them is routed alike, and its layers that are not sparse search for blocks.
+A composed one beside them is routed alike, and its layers that are not sparse search for blocks, by
+the mean of a block's keys or by one with weights.
 Layers are routed in a fixed pattern, with the routers' work in the times; weights are random.
 Prefill is the whole path from tokens to logits: host loop, routers, tables, pages; before each
 sample the last one's pages are given back. Prompts that one program reads, the dense side reads
@@ -37,6 +38,7 @@ from routing_jax.evals.benchmarks.serve_path_cases import (
     serving,
 )
 from routing_jax.evals.benchmarks.serve_path_config import (
+    PATTERNED,
     Part,
     ServePathConfig,
     Who,
@@ -245,7 +247,7 @@ def _check_room(config: ServePathConfig, part: Part, size: Size, who: Who, param
 
 def _cases(config: ServePathConfig) -> Iterator[tuple[Part, Size, Who]]:
     """All rows, those of a control last."""
-    for group in (("routed", "composed", "dense"), ("kernels",)):
+    for group in ((*PATTERNED, "dense"), ("kernels",)):
         peers = [who for who in config.who if who in group]
         for length, part in itertools.product(config.lengths, config.parts):
             batches = config.decode_batches if part == "decode" else config.prefill_batches
@@ -253,7 +255,7 @@ def _cases(config: ServePathConfig) -> Iterator[tuple[Part, Size, Who]]:
                 shares: tuple[float, ...] = (0.0,)
                 if part == "router":
                     shares *= who == "routed"
-                elif who in ("routed", "composed"):
+                elif who in PATTERNED:
                     shares = config.sparse_shares
                 yield from ((part, Size(batch, length, share), who) for share in shares)
 

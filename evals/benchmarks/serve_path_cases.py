@@ -24,6 +24,7 @@ from routing_jax.generate.paged_memory import PagedMemory, empty_memory
 from routing_jax.generate.paged_prefill import DENSE, SPARSE, reads_at_once
 from routing_jax.kernels import default_implementation, dense_attention
 from routing_jax.models import DecoderConfig, init_params
+from routing_jax.routers import KeySums
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -48,7 +49,7 @@ def _random(shapes: Any, seed: int, compute: str) -> Any:
 
 def random_model(config: ServePathConfig) -> Params:
     """Weights of the model in its compute dtype, those of its routers in float32."""
-    shapes = jax.eval_shape(lambda: init_params(config.decoder, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(config.model_of("learned"), jax.random.key(0)))
     return _random(shapes, config.seed, config.decoder.dtype)
 
 
@@ -110,8 +111,14 @@ def kv_bytes(config: ServePathConfig, size: Size, who: Who) -> int:
     if who == "dense":
         return size.batch * (size.length + _made(config)) * _depth(model) * token
     sizes = serving(config, size)
-    sums = 4 * vector if model.sparse.answers == "topk" else 0
-    return sizes.pages * (sizes.page_size * token + sums)
+    return sizes.pages * (sizes.page_size * token + searched_bytes(model))
+
+
+def searched_bytes(model: DecoderConfig) -> int:
+    """Bytes that a page is found by: sums of keys, and of their weights where they have any."""
+    if model.sparse.answers != "topk":
+        return 0
+    return 4 * model.num_kv_heads * (model.head_dim + (model.sparse.taught > 0))
 
 
 def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
@@ -131,7 +138,8 @@ def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
     fill = jax.jit(lambda held: held + page[None], donate_argnums=0)
     sums = memory.sums
     if sums is not None:  # of their own, so that pages all over the pool are found
-        sums = sums._replace(keys=_normal(key, jnp.ones(()), sums.keys.shape, "float32"))
+        keys = _normal(key, jnp.ones(()), sums.keys.shape, "float32")
+        sums = KeySums(keys, None if sums.weights is None else jnp.ones_like(sums.weights))
     return PagedMemory(
         fill(memory.keys),
         fill(memory.values),

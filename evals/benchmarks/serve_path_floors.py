@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from routing_jax.evals.benchmarks.serve_path_cases import Size, decisions
+from routing_jax.evals.benchmarks.serve_path_cases import Size, decisions, searched_bytes
 from routing_jax.evals.benchmarks.serve_path_config import Part, ServePathConfig, Who
 from routing_jax.generate import DENSE
 
@@ -88,7 +88,7 @@ def least_milliseconds(
     if part == "decode":
         token = 2 * K * H * jnp.dtype(model.dtype).itemsize
         read = np.array([_read(config, who, one, blocks) for one in dense]).sum(axis=0)
-        past = size.batch * (int(read[0]) * block * token + int(read[1]) * 4 * K * H)
+        past = size.batch * (int(read[0]) * block * token + int(read[1]) * searched_bytes(model))
         held = (weights + head) * jnp.dtype(model.dtype).itemsize
         return 1000 * (held + past) / rates.memory
     visited = sum(int(_visited(config, who, one, blocks).sum()) for one in dense)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from routing_jax.evals.benchmarks.running import missing_word
+from routing_jax.evals.benchmarks.serve_path_config import PATTERNED
 from routing_jax.evals.provenance import dated_versions, named_device
 
 Row = dict[str, Any]
@@ -12,9 +13,10 @@ _NAMES = {  # in the order of their columns
     "dense": "dense",
     "routed": "routed",
     "composed": "composed",
+    "learned": "composed, learned keys",
     "kernels": "all dense, our kernels",
 }
-_PATTERNED = ("routed", "composed")
+_BESIDE_DENSE = ("routed", "composed")  # of all columns, whose memory and tokens are shown
 _TITLES = {
     "prefill": "**Prefill**, milliseconds from tokens to logits",
     "decode": "**Decode**, milliseconds a step",
@@ -27,7 +29,7 @@ def _size(row: Mapping[str, Any]) -> tuple[int, int]:
 
 def _column(row: Mapping[str, Any]) -> str:
     name = _NAMES[row["who"]]
-    if row["who"] not in _PATTERNED:
+    if row["who"] not in PATTERNED:
         return name
     search = f" (best {row['blocks']} blocks)" if row["blocks"] else ""
     return f"{name}{search}, {100 * row['sparse_share']:.3g} % sparse"
@@ -149,7 +151,7 @@ speed that was reached
             continue
         found = {(_size(row), _column(row)): row for row in mine}
         columns = _columns(mine)
-        first = [next((c for c in columns if c.startswith(n)), None) for n in _PATTERNED]
+        first = [next((c for c in columns if c.startswith(n)), None) for n in _BESIDE_DENSE]
         shown = [c for c in ("dense", *first) if c is not None]
         short = [c.split(",")[0] for c in shown]
         rate = "tokens/s, "
@@ -204,12 +206,14 @@ def describe(row: Row) -> str:
 
 
 def _composition(result: Mapping[str, Any]) -> str:
-    if not any(row["who"] == "composed" for row in result["rows"]):
+    searching = {row["who"] for row in result["rows"]} & {"composed", "learned"}
+    if not searching:
         return ""
+    learned = ", or where it is learned a weighted mean" if "learned" in searching else ""
     found = f"{result['config']['blocks']} blocks of {result['config']['block']} keys"
     return (
-        f"; composed: the other layers see the same and the {found} of nearest mean key, for each "
-        "tile of the prompt and for each token"
+        f"; composed: the other layers see the same and the {found} of nearest mean key{learned}, "
+        "for each tile of the prompt and for each token"
     )
 
 

@@ -1,14 +1,15 @@
 """Block routing measured: routers, controls and budgets on recall, needles and text.
 
 A model learns with attention everywhere ('base'), and from it every variant goes on under its rows:
-dense train, then sparse fine-tune, the recipe that is known to work, and a quarter of the time of
-training each from the start. 'full' goes on with attention everywhere. All of them take equally
-many steps and read the same batches, none of which their base has read. An indexer is first taught
-where its base looks ('distil'), which leaves the base's own parameters as they are, and then taught
-on, of a quarter of the tiles, while its model learns to do with what it lists. What cannot go on,
-the model limited to 1,024 tokens, linear attention and convolutions, is trained as the base is and
-compared with it; so, on text, are the routers named '+scratch'. Those named '+distilled' have
-gates, which attention teaches, and begin as the indexer does.
+dense train, then sparse fine-tune, the recipe that is known to work, and a fraction of the time
+of training each from the start. 'full' goes on with attention everywhere. All of them take equally
+many steps and read the same batches, on text half as large as their base's, none of which it has
+read. An indexer is first taught where its base looks ('distil'), which leaves the base's own
+parameters as they are, and then taught on, of a quarter of the tiles, while its model learns to do
+with what it lists. What cannot go on, the model limited to 1,024 tokens, linear attention and
+convolutions, is trained as the base is and compared with it; so, on text, are the routers named
+'+scratch'. Those named '+distilled' have gates, which attention teaches, and begin as the indexer
+does.
 
 Of the seeds of what is compared, the first chooses (which routers are followed up, which router and
 which fixed pattern is best) and the others say by how much.
@@ -84,6 +85,7 @@ FROM_THE_START = ("gates", "random")  # routers that are also trained without a 
 DISTILLED = ("learned", "gates")  # routers that also begin as the indexer that was distilled
 _SCREENED = (*ROUTERS, *(f"{router}+distilled" for router in DISTILLED))
 _SMALLER = 4  # times, batches that a router alone is trained on
+_SMALLER_OF_TEXT = 2  # times, batches of what goes on from a base: each of their tokens teaches
 _STILL_DISTILLED = 0.25  # of the tiles, while the model learns to do with what an indexer lists
 _NEARLY = 1.5  # times a budget that the least choice may cost
 
@@ -221,12 +223,14 @@ def tuned(base: TrainConfig, config: TrainConfig, start_from: str) -> TrainConfi
 
     Args:
       base: the task's preset.
-      config: the run, of the same batches.
+      config: the run, of the same batches; those of text become half as large.
       start_from: the folder of the base, or of a run with the base's parameters.
     """
+    smaller = _SMALLER_OF_TEXT if isinstance(base.data, TextConfig) else 1
     return config.replace(
         start_from=start_from,
-        first_batch=base.curriculum.max_steps,
+        batch_tokens=base.batch_tokens // smaller,
+        first_batch=base.curriculum.max_steps * smaller,
         curriculum__lengths=(),
         curriculum__learn_steps=0,
         curriculum__ramp_steps=0,
@@ -244,10 +248,12 @@ def distilled(base: TrainConfig, start_from: str) -> TrainConfig:
     """
     config = with_router(base, kind="indexer", fraction=1.0, distil=1.0)
     plan = tuned(base, config, start_from)
+    batch_tokens = base.batch_tokens // _SMALLER
+    last_batch = plan.first_batch + tuning_steps(base)
     return plan.replace(
         routers_only=True,
-        batch_tokens=base.batch_tokens // _SMALLER,
-        first_batch=(plan.first_batch + tuning_steps(base)) * _SMALLER,
+        batch_tokens=batch_tokens,
+        first_batch=last_batch * plan.batch_tokens // batch_tokens,
         curriculum__explore=1.0,
         optimizer__learning_rate=base.optimizer.learning_rate,
     )

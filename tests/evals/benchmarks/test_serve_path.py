@@ -100,30 +100,34 @@ def test_short_prompts_are_read_by_one_program_and_held_as_on_the_dense_side():
 
 
 @pytest.mark.parametrize("mode", ["streaming", "triangle"])
-@pytest.mark.parametrize(("who", "share"), [("routed", 0.0), ("routed", 1.0), ("composed", 0.5)])
+@pytest.mark.parametrize(
+    ("who", "share"), [("routed", 0.0), ("routed", 1.0), ("composed", 0.5), ("learned", 0.5)]
+)
 def test_memory_is_what_its_pattern_holds(who, share, mode):
     config, size = dataclasses.replace(CONFIG, mode=mode), Size(2, 64, share)
     blocks, dense = (64 + 6) // 8 + 1, dense_layers(4, share)
     kept = [blocks if one or mode != "streaming" else 2 for one in dense]
-    pages, token, sums = 2 * sum(kept), 2 * (2 * 8 * 4), (who == "composed") * 2 * 8 * 4
+    pages, token = 2 * sum(kept), 2 * (2 * 8 * 4)
+    sums = {"routed": 0, "composed": 2 * 8 * 4, "learned": 2 * (8 + 1) * 4}[who]
     memory = filled_memory(config, size, who)
     assert held_bytes(memory) == kv_bytes(config, size, who) == pages * (8 * token + sums)
     assert int(memory.pool.available) == 0
     assert sorted(memory.tables[memory.tables >= 0].tolist()) == list(range(pages))
-    searches = np.array(dense)[:, None] & (who == "composed")
+    searches = np.array(dense)[:, None] & (who != "routed")
     np.testing.assert_array_equal(memory.searches, np.broadcast_to(searches, (4, 2)))
 
 
-def test_memory_is_that_of_a_prefill():
+@pytest.mark.parametrize("who", ["composed", "learned"])
+def test_memory_is_that_of_a_prefill(who):
     """Pages, flags and sums lie where prefill puts them, so that decoding does the same work."""
     size = Size(1, 64, 0.5)
-    model, sizes = CONFIG.model_of("composed"), serving(CONFIG, size)
+    model, sizes = CONFIG.model_of(who), serving(CONFIG, size)
     length = jnp.full(1, 64, jnp.int32)
     _, read = prefill_prompts(
         model, sizes, random_model(CONFIG), decisions(CONFIG, size), jnp.zeros((1, 64), int),
         length, jnp.full(1, sizes.length), jnp.arange(1), empty_memory(model, sizes),
     )  # fmt: skip
-    filled = filled_memory(CONFIG, size, "composed")
+    filled = filled_memory(CONFIG, size, who)
     same = ("pool", "tables", "whole", "searches", "lengths")
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -134,7 +138,7 @@ def test_memory_is_that_of_a_prefill():
 
 def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     out = tmp_path / "serve-path" / "cpu.json"
-    who = ("routed", "composed", "dense")
+    who = ("routed", "composed", "learned", "dense")
     result = serve_path.main(dataclasses.replace(CONFIG, who=who, blocks=2), out)
     rows = [
         (row["part"], row["who"], row["batch"], row["sparse_share"], row["blocks"])
@@ -142,12 +146,12 @@ def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     ]
     assert rows == [
         ("router", "routed", 1, 0.0, None),
-        *((part, one, 1, 0.0, 2 if one == "composed" else None)
+        *((part, one, 1, 0.0, 2 if one in ("composed", "learned") else None)
           for part in ("prefill", "decode") for one in who),
     ]  # fmt: skip
     assert all(row["milliseconds"] > 0 and "error" not in row for row in result["rows"])
     # A row whose time is spent takes no second sample; the router's has its own measure.
-    assert [row["samples"] for row in result["rows"]] == [2, 1, 1, 1, 1, 1, 1]
+    assert [row["samples"] for row in result["rows"]] == [2] + 8 * [1]
     assert all(row["least"] is None for row in result["rows"])  # of a device that it knows
     assert all((row["kv_bytes"] > 0) == (row["part"] != "router") for row in result["rows"])
     assert json.loads(out.read_text())["rows"] == result["rows"]
@@ -156,7 +160,9 @@ def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     assert "the shape of tiny with random weights" in block
     assert "| tokens | batch | dense | routed, 0 % sparse | composed (best 2 blocks), 0 %" in block
     assert "KV GiB, routed | KV GiB, composed (best 2 blocks) |" in block
+    assert "composed, learned keys (best 2 blocks), 0 % sparse" in block
     assert "composed: the other layers see the same and the 2 blocks of 8 keys of nearest" in block
+    assert "nearest mean key, or where it is learned a weighted mean, for each tile" in block
     said = capsys.readouterr().out
     assert "prefill 1×64 routed, 0 % sparse:" in said
     assert "decode 1×64 composed (best 2 blocks), 0 % sparse:" in said

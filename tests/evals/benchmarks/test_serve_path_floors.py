@@ -19,7 +19,7 @@ CONFIG = ServePathConfig(
     model="tiny", sink=8, window=16, block=8, blocks=2, lengths=(256,), steps=2, repeats=2
 )
 SIZE = Size(3, 256, 0.5)
-WHO = ("routed", "composed", "kernels", "dense")
+WHO = ("routed", "composed", "learned", "kernels", "dense")
 NEVER = float("inf")
 
 
@@ -70,8 +70,11 @@ def test_a_token_reads_what_its_sequences_hold_or_find():
     assert past("routed") == 2 * (32 + 3) * page
     # The layers that search read five pages, and what the 29 past the window are found by.
     assert past("composed") == 2 * (5 + 3) * page + 2 * 29 * vector
-    memory = filled_memory(CONFIG, SIZE, "composed")
+    # Learned keys have the sum of their weights, a number a head, beside them.
+    assert past("learned") == past("composed") + 2 * 29 * 2 * 4
+    memory = filled_memory(CONFIG, SIZE, "learned")
     assert vector == memory.sums.keys[0].nbytes
+    assert memory.sums.weights[0].nbytes == 2 * 4
     assert page == memory.keys[0].nbytes + memory.values[0].nbytes
     # Without a search after the prompt, all that sparse layers keep is read.
     keeping = dataclasses.replace(CONFIG, mode="triangle")
