@@ -22,8 +22,9 @@ from routing_jax.evals.tables import against_dense, dense_of, natural_order, rou
 
 _BUDGETS = (0.05, 0.12, 0.25, 0.5)  # where the axis of costs has its ticks
 _PERCENT = "25"  # the budget whose routers are drawn by position
-_DENSE = ("full", "base", "distil")  # all attend everywhere
-_LEARNED = ("gates", "indexer", "pooled", "learned", "tree", "mass", "clusters")  # a colour each
+_DENSE = ("full", "base", "distil", "distil-weighed")  # all attend everywhere
+_LEARNED = ("gates", "indexer", "pooled", "learned", "tree", "mass", "clusters", "weighed")
+_COLORS = (*COLORS, "#8C510A")  # one for each of them
 _RANDOM, _FAINT = "#666666", "#AAAAAA"  # of what chooses without looking
 
 
@@ -35,10 +36,10 @@ def _style(router: str) -> dict[str, Any]:
     """
     name, _, start = router.partition("+")
     if name.endswith("-gates"):
-        name, start = name.removesuffix("-gates"), "gates"
+        name, start = name.removesuffix("-gates"), start or "gates"
     if name in _LEARNED:
         i = _LEARNED.index(name)
-        look: dict[str, Any] = {"color": COLORS[i], "marker": MARKERS[i], "zorder": 3}
+        look: dict[str, Any] = {"color": _COLORS[i], "marker": MARKERS[i], "zorder": 3}
     else:
         i = sum(map(ord, name))
         color = _RANDOM if name == "random" else _FAINT
