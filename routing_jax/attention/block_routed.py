@@ -39,9 +39,11 @@ from routing_jax.routers import (
     block_features,
     block_router_work,
     competing_blocks,
+    means_of_sums,
     pooled_attention,
     router_inputs,
     some_tiles,
+    with_weights,
 )
 
 
@@ -49,7 +51,8 @@ class BlockMemory(NamedTuple):
     """What a block-routed layer remembers beside keys and values.
 
     Attributes:
-      sums: [B,J,F] float32, the router's features summed over each block so far.
+      sums: [B,J,F] float32, the router's features summed over each block so far, and what they
+        weigh where pooling is learned.
       counts: [B,K] int32, how many blocks the current tile's row lists.
       blocks: [B,K,C] int32, which.
       bias: [B,K,C] float32, what is added to their logits.
@@ -79,8 +82,9 @@ def empty_block_memory(
     """
     K, C = heads.num_kv_heads, router.capacity(num_blocks)
     x, keys = jnp.zeros((batch, num_blocks, width)), (batch, num_blocks, K, heads.head_dim)
+    weights = jnp.zeros((batch, num_blocks)) if router.pooling == "learned" else None
     return BlockMemory(
-        sums=block_features(router, x, jnp.zeros(keys)),
+        sums=with_weights(block_features(router, x, jnp.zeros(keys)), weights),
         counts=jnp.zeros((batch, K), jnp.int32),
         blocks=jnp.zeros((batch, K, C), jnp.int32),
         bias=jnp.zeros((batch, K, C)),
@@ -175,8 +179,11 @@ class BlockRouted(nn.Module):
                 f"{cfg.block_kv}: every row is dense.",
                 stacklevel=2,
             )
-        tiles, blocks, sums = router_inputs(cfg, x, q, k, positions >= 0, segment_ids)
-        routing = BlockRouter(cfg, self.heads.num_kv_heads, name="router")(tiles, blocks, noise)
+        router = BlockRouter(cfg, self.heads.num_kv_heads, name="router")
+        tiles, blocks, sums = router_inputs(
+            cfg, x, q, k, positions >= 0, segment_ids, router.weights(x)
+        )
+        routing = router(tiles, blocks, noise)
 
         if cfg.is_dense(num_blocks) and routing.bias is None:
             implementation = self.heads.implementation
@@ -215,17 +222,20 @@ class BlockRouted(nn.Module):
         B, num_blocks = memory.sums.shape[:2]
         live = place >= 0
         block = jnp.where(live, place // cfg.block_kv, num_blocks)
+        router = BlockRouter(cfg, self.heads.num_kv_heads, parent=None)
+        params = self.variables["params"].get("router", {})
         features = block_features(cfg, x, k)[:, 0].astype(jnp.float32)
+        if cfg.pooling == "learned":
+            weights: Any = router.apply({"params": params}, x, method="weights")
+            features = with_weights(features * weights, weights[:, 0])
         sums = memory.sums.at[jnp.arange(B), block].add(features, mode="drop")
         memory = memory._replace(sums=sums)
         begins = live & (place % cfg.block_q == 0)
-        router = BlockRouter(cfg, self.heads.num_kv_heads, parent=None)
-        params = self.variables["params"].get("router", {})
 
         def reroute() -> BlockMemory:
             # Only blocks that were complete before count, so that a mean divides by their size.
             starts = jnp.maximum(place, 0)[:, None]
-            blocks = KeyBlocks(sums / cfg.block_kv)
+            blocks = KeyBlocks(means_of_sums(cfg, sums))
             routing: Any = router.apply({"params": params}, TileQueries(x, q, starts), blocks)
             row = _rows_at(routing, jnp.zeros(B, jnp.int32), memory)
             return jax.tree.map(

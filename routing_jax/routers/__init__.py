@@ -7,7 +7,9 @@ from routing_jax.routers.block import (
     TileQueries,
     block_features,
     block_router_work,
+    means_of_sums,
     router_inputs,
+    with_weights,
 )
 from routing_jax.routers.block_budget import (
     competing_blocks,
@@ -107,6 +109,7 @@ __all__ = [
     "largest",
     "layer_table",
     "mean_key_scores",
+    "means_of_sums",
     "no_keys",
     "pattern_scores",
     "pool_queries",
@@ -122,4 +125,5 @@ __all__ = [
     "straight_through",
     "streaming_table",
     "weighed",
+    "with_weights",
 ]

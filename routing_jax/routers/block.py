@@ -26,6 +26,7 @@ from routing_jax.routers.block_scores import (
     effective_number,
     pattern_scores,
     project_few,
+    weights_along,
 )
 from routing_jax.routers.coarse_to_fine import beam_scores, beam_search, score_listed
 from routing_jax.routers.gates import binary_entropy, binary_gate, straight_through
@@ -59,8 +60,8 @@ class KeyBlocks(NamedTuple):
     """What a block router may know of each key block.
 
     Attributes:
-      means: [B,J,F] float32, the mean of `block_features` over the block's keys; read only of
-        blocks that were complete before a tile.
+      means: [B,J,F] float32, the mean of `block_features` over the block's keys, or a weighted
+        one; read only of blocks that were complete before a tile.
       segments: [B,J] int32, the segment of the block's last key, or None.
     """
 
@@ -119,6 +120,44 @@ def block_features(config: BlockRouterConfig, x: jax.Array, keys: jax.Array) -> 
     return x if config.kind in ("learned", "clusters") else jax.lax.stop_gradient(x)
 
 
+def with_weights(features: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Features that were added up, and behind them what they weigh where pooling is learned.
+
+    Args:
+      features: [...,F] float32, times their weights.
+      weights: [...] float32, or None.
+
+    >>> with_weights(jnp.ones((2, 3)), jnp.ones(2)).shape
+    (2, 4)
+    """
+    if weights is None:
+        return features
+    return jnp.concatenate([features, weights[..., None]], axis=-1)
+
+
+def means_of_sums(config: BlockRouterConfig, sums: jax.Array) -> jax.Array:
+    """The means of complete blocks from what `with_weights` added up.
+
+    Args:
+      config: the router.
+      sums: [B,J,F] float32.
+
+    Returns:
+      [B,J,F], or [B,J,F−1] where the last feature is what the others weigh; something finite of
+      blocks that hold nothing.
+
+    >>> sums = jnp.array([[[32.0, 64.0]]])
+    >>> means_of_sums(BlockRouterConfig(block_kv=64), sums).tolist()
+    [[[0.5, 1.0]]]
+    >>> means_of_sums(BlockRouterConfig(block_kv=64, pooling="learned"), sums).tolist()
+    [[[0.5]]]
+    """
+    if config.pooling == "mean":
+        return sums / config.block_kv
+    weights = sums[..., -1:]
+    return sums[..., :-1] / jnp.where(weights > 0, weights, 1.0)
+
+
 def router_inputs(
     config: BlockRouterConfig,
     x: jax.Array,
@@ -126,6 +165,7 @@ def router_inputs(
     k: jax.Array,
     valid: jax.Array,
     segment_ids: jax.Array | None = None,
+    weights: jax.Array | None = None,
 ) -> tuple[TileQueries, KeyBlocks, jax.Array]:
     """What a router reads of whole sequences: every tile's first query, every block's mean.
 
@@ -136,9 +176,10 @@ def router_inputs(
       k: [B,T,K,H].
       valid: [B,T] bool; other tokens are not pooled.
       segment_ids: [B,T] int32 or None.
+      weights: [B,T] float32, of the tokens, or None.
 
     Returns:
-      (the tiles, the blocks, [B,J,F] float32, what each block's features add up to).
+      (the tiles, the blocks, [B,J,F] float32, what each block's features add up to, and weigh).
 
     >>> x, heads = jnp.ones((1, 6, 3)), jnp.ones((1, 6, 1, 2))
     >>> config = BlockRouterConfig(block_q=2, block_kv=4)
@@ -148,7 +189,8 @@ def router_inputs(
     """
     B, T = valid.shape
     num_blocks = -(-T // config.block_kv)
-    sums, sizes = block_sums(block_features(config, x, k), valid, config.block_kv, segment_ids)
+    features = block_features(config, x, k)
+    sums, sizes = block_sums(features, valid, config.block_kv, segment_ids, weights)
     starts = jnp.arange(0, T, config.block_q, dtype=jnp.int32)[None]
     ends = jnp.minimum(jnp.arange(1, num_blocks + 1) * config.block_kv, T) - 1
     tiles = TileQueries(
@@ -158,10 +200,10 @@ def router_inputs(
         None if segment_ids is None else segment_ids[:, :: config.block_q],
     )
     blocks = KeyBlocks(
-        sums / jnp.maximum(sizes, 1)[..., None],
+        sums / jnp.where(sizes > 0, sizes, 1.0)[..., None],
         None if segment_ids is None else segment_ids[:, ends],
     )
-    return tiles, blocks, sums
+    return tiles, blocks, with_weights(sums, None if weights is None else sizes)
 
 
 def block_router_work(
@@ -203,18 +245,29 @@ def block_router_work(
     if config.feature_width is None:
         return (tokens + rows * scored) * (kv_heads * head_dim)
     per_row = (width + scored) * kv_heads * config.feature_width
+    pooled = tokens * (2 if config.pooling == "learned" else 1)  # weighed, and added up
     # Every block is projected once, and its features are pooled again at each level of a tree.
     return (
-        tokens * width
+        pooled * width
         + rows * per_row
         + tokens / config.block_kv * (width * kv_heads * config.feature_width)
     )
+
+
+class _Weights(nn.Module):
+    """What each token of x [B,T,D] weighs, [B,T] float32; parameter `direction`, 0 at first."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        direction = self.param("direction", nn.initializers.zeros, x.shape[-1:])
+        return weights_along(x.astype(jnp.float32), direction)
 
 
 class BlockRouter(nn.Module):
     """Scores key blocks for each tile and lists the best; parameters `query`, `key` (and `bias`).
 
     A window with gates has `bias` and `slope`: a head's gates close with log2 of the distance.
+    Learned pooling has `pool`, which `weights` reads.
 
     `__call__(TileQueries, KeyBlocks, rng) -> BlockRouting`. With `rng`, gates and clusters are
     noisy, as in training. The auxiliary loss is minus the gates' mean entropy for budget 'gates'
@@ -224,6 +277,17 @@ class BlockRouter(nn.Module):
 
     config: BlockRouterConfig
     num_kv_heads: int
+
+    def setup(self):
+        """Makes what weighs tokens, if they are weighed."""
+        if self.config.pooling == "learned":
+            self.pool = _Weights()
+
+    def weights(self, x: jax.Array) -> jax.Array | None:
+        """What each token of x [B,T,D] weighs in its block, [B,T] float32; None for all alike."""
+        if self.config.pooling == "mean":
+            return None
+        return self.pool(jax.lax.stop_gradient(x) if self.config.kind == "indexer" else x)
 
     @nn.compact
     def __call__(

@@ -7,6 +7,7 @@ BlockRouterKind = Literal[
     "pooled", "learned", "indexer", "clusters", "random", "window", "strided", "bigbird"
 ]
 BlockBudget = Literal["blocks", "fraction", "mass", "gates"]
+BlockPooling = Literal["mean", "learned"]
 BlockImplementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 
 FIXED = ("window", "strided", "bigbird")
@@ -45,6 +46,9 @@ class BlockRouterConfig:
       fraction: for budget 'fraction'; for 'mass' and 'gates' the most that a row may list.
       mass: for budget 'mass'.
       width: R, of the projections of 'learned', 'indexer' and 'random'.
+      pooling: of the tokens of a block, for those projections. mean: all weigh the same. learned: a
+        token x weighs exp(x·d), d learned, so that what is looked for stands out. For 'learned' and
+        'indexer'.
       clusters: E, for kind 'clusters'.
       fanout: 0 scores every block; else the search descends a tree of pooled keys with so many
         children a node, as broad as the row is long: O(log T) scores a row. For 'pooled' and
@@ -71,6 +75,7 @@ class BlockRouterConfig:
     fraction: float = 0.25
     mass: float = 0.9
     width: int = 32
+    pooling: BlockPooling = "mean"
     clusters: int = 8
     fanout: int = 0
     distil: float = 0.0
@@ -79,7 +84,8 @@ class BlockRouterConfig:
     implementation: BlockImplementation | None = None
 
     def __post_init__(self):
-        for name, kind in (("kind", BlockRouterKind), ("budget", BlockBudget)):
+        choices = ("kind", BlockRouterKind), ("budget", BlockBudget), ("pooling", BlockPooling)
+        for name, kind in choices:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise ValueError(
@@ -122,6 +128,11 @@ class BlockRouterConfig:
                 f"blocks.fanout is {self.fanout}; it needs blocks.kind 'pooled' or 'learned' and "
                 f"blocks.budget 'blocks' or 'fraction', which are {self.kind!r} and "
                 f"{self.budget!r}."
+            )
+        if self.pooling == "learned" and self.kind not in ("learned", "indexer"):
+            raise ValueError(
+                "blocks.pooling is 'learned', which needs blocks.kind 'learned' or 'indexer'; it "
+                f"is {self.kind!r}."
             )
         if not 0 <= self.distil <= 1:
             raise ValueError(f"blocks.distil is {self.distil}; it must lie in [0, 1].")

@@ -13,12 +13,36 @@ from routing_jax.kernels.padding import pad_axis
 from routing_jax.routers.gates import straight_through
 
 _PART = 256  # of a width, that one program of a product goes through
+_MOST = 15.0  # of a weight's logarithm: float32 holds the sums of any block
+
+
+def weights_along(vectors: jax.Array, direction: jax.Array) -> jax.Array:
+    """Weights exp(v·d), between exp(−15) and exp(15), beyond which there is no gradient.
+
+    Args:
+      vectors: [...,H] float32.
+      direction: [H] float32, or one of each of the last dimensions before that.
+
+    Returns:
+      [...] float32.
+
+    >>> weights_along(jnp.array([[1.0, 2.0]]), jnp.zeros(2)).tolist()
+    [1.0]
+    """
+    direction = direction.reshape((1,) * (vectors.ndim - direction.ndim) + direction.shape)
+    # No product of matrices, whose rounding would differ between a prompt and a single token.
+    along = jnp.sum(vectors * direction, axis=-1)
+    return jnp.exp(jnp.clip(along, -_MOST, _MOST))
 
 
 def block_sums(
-    features: jax.Array, valid: jax.Array, block_kv: int, segment_ids: jax.Array | None = None
+    features: jax.Array,
+    valid: jax.Array,
+    block_kv: int,
+    segment_ids: jax.Array | None = None,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What each block's keys add up to, and how many they are.
+    """What each block's keys add up to, and how many they are or how much they weigh.
 
     Of a block that holds parts of several segments only the last one counts: only its tokens
     have later tiles that could choose the block.
@@ -28,6 +52,7 @@ def block_sums(
       valid: [B,S] bool; other tokens count as nothing.
       block_kv: keys a block.
       segment_ids: [B,S] int32 or None.
+      weights: [B,S] float32, of the keys; None where all weigh 1.
 
     Returns:
       ([B,J,F] float32, [B,J] float32).
@@ -46,10 +71,12 @@ def block_sums(
     if segment_ids is not None:
         segments = cut(segment_ids)
         counts &= segments == segments[:, :, -1:]
-    weights = counts.astype(jnp.float32)
+    weighed = counts.astype(jnp.float32)
+    if weights is not None:
+        weighed *= cut(weights)
     blocks = cut(features.astype(jnp.float32))
     # No product of matrices: a sum reads the features as they are, whatever their dtype.
-    return (blocks * weights[..., None]).sum(axis=2), weights.sum(axis=2)
+    return (blocks * weighed[..., None]).sum(axis=2), weighed.sum(axis=2)
 
 
 def project_few(x: jax.Array, weights: jax.Array) -> jax.Array:

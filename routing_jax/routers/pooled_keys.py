@@ -11,9 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from routing_jax.routers.block_scores import block_sums
-
-_MOST = 15.0  # of a weight's logarithm: float32 holds the sums of any block
+from routing_jax.routers.block_scores import block_sums, weights_along
 
 
 class KeySums(NamedTuple):
@@ -59,10 +57,7 @@ def weighed(keys: jax.Array, direction: jax.Array | None = None) -> KeySums:
     keys = keys.astype(jnp.float32)
     if direction is None:
         return KeySums(keys)
-    # No product of matrices, whose rounding would differ between a prompt and a single token.
-    direction = direction.reshape((1,) * (keys.ndim - 2) + direction.shape)
-    along = jnp.sum(keys * direction, axis=-1) * keys.shape[-1] ** 0.5
-    weights = jnp.exp(jnp.clip(along, -_MOST, _MOST))
+    weights = weights_along(keys, direction * keys.shape[-1] ** 0.5)
     return KeySums(keys * weights[..., None], weights)
 
 

@@ -34,7 +34,9 @@ ROUTERS = {
     "learned": PLAIN,
     "learned, gates": dataclasses.replace(PLAIN, budget="gates", fraction=1.0),
     "learned, tree": dataclasses.replace(PLAIN, fanout=2, budget="fraction", fraction=0.8, local=1),
+    "learned, weighed": dataclasses.replace(PLAIN, pooling="learned"),
     "indexer": dataclasses.replace(PLAIN, kind="indexer"),
+    "indexer, weighed": dataclasses.replace(PLAIN, kind="indexer", pooling="learned"),
     "indexer, gates": dataclasses.replace(PLAIN, kind="indexer", budget="gates", fraction=1.0),
     "clusters": dataclasses.replace(PLAIN, kind="clusters", blocks=4),
     "random": dataclasses.replace(PLAIN, kind="random"),
@@ -44,7 +46,12 @@ ROUTERS = {
     "strided": dataclasses.replace(PLAIN, kind="strided", blocks=4),
     "bigbird": dataclasses.replace(PLAIN, kind="bigbird", blocks=4),
 }
-QUICK = ("pooled, mass", "learned, tree", "clusters")  # the others are run with the slow tests
+QUICK = (
+    "pooled, mass",
+    "learned, tree",
+    "learned, weighed",
+    "clusters",  # the others are run with the slow tests
+)
 EVERY = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ROUTERS]
 )
@@ -57,7 +64,12 @@ def make_params(router):
     rng = np.random.default_rng(1)
     mixer = BlockRouted(HEADS, router)
     shapes = jax.eval_shape(mixer.init, jax.random.key(0), inputs(), PLACES)["params"]
-    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+    if router.budget == "gates" and router.kind != "learned":
+        for name in ("bias", "slope"):  # a gate's numbers are 32 times these
+            if name in params["router"]:
+                params["router"][name] /= 32
+    return params
 
 
 def inputs(seed=0):
@@ -139,7 +151,7 @@ def test_decoding_after_prefill_equals_the_whole_sequence(name):
 
 
 def test_decoding_alone_fills_the_memory_as_prefill_does():
-    router = ROUTERS["learned"]
+    router = ROUTERS["learned, weighed"]
     params, x = make_params(router), inputs()
     _, want, _ = runner(router, "prefill")(params, x, PLACES, None, fresh_cache(router))
     cache = fresh_cache(router)
@@ -201,6 +213,7 @@ def gradients(router, what, rng=None):
     "name",
     [
         "learned, gates",
+        "learned, weighed",
         "window, gates",
         "clusters",
         pytest.param("learned, tree", marks=pytest.mark.slow),
@@ -226,7 +239,7 @@ def test_of_random_gates_only_how_many_there_are_is_taught():
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_distilling_teaches_the_indexer_alone(share):
-    router = dataclasses.replace(ROUTERS["indexer"], distil=share)
+    router = dataclasses.replace(ROUTERS["indexer, weighed"], distil=share)
     params, x = gradients(router, "aux", jax.random.key(0))
     own = params.pop("router")
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(own))

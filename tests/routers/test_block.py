@@ -18,6 +18,8 @@ from routing_jax.routers import (
     assign_clusters,
     block_router_work,
     block_sums,
+    means_of_sums,
+    router_inputs,
     row_limits,
 )
 from routing_jax.routers.block_scores import project_few
@@ -342,6 +344,26 @@ def test_sums_leave_out_padding_and_earlier_segments():
             assert sizes[b, j] == len(inside)
 
 
+@pytest.mark.parametrize("kind", ["learned", "indexer"])
+def test_learned_pooling_weighs_each_token_by_its_direction(kind):
+    rng = np.random.default_rng(0)
+    x, q = (rng.normal(size=(2, 10, *shape)).astype(np.float32) for shape in ((D,), (K * G, H)))
+    valid = np.arange(10)[None] < np.array([[10], [6]])
+    config = dataclasses.replace(PLAIN, kind=kind, pooling="learned")
+    for direction in (np.zeros(D), rng.normal(size=D), np.full(D, 1e3)):
+        params = {"pool": {"direction": direction.astype(np.float32)}}
+        weights = BlockRouter(config, K).apply({"params": params}, x, method="weights")
+        _, blocks, sums = router_inputs(config, x, q, q[..., :K, :], valid, None, weights)
+        exact = np.exp(np.clip(x.astype(float) @ direction, -15, 15)) * valid
+        for b, j in np.ndindex(2, 3):
+            own = exact[b, 4 * j : 4 * j + 4, None]
+            mean = (own * x[b, 4 * j : 4 * j + 4]).sum(0) / max(own.sum(), 1e-30)
+            np.testing.assert_allclose(blocks.means[b, j], mean, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(sums[b, j, -1], own.sum(), rtol=1e-4)
+        # What is remembered of blocks says as much, where they are complete.
+        np.testing.assert_array_equal(means_of_sums(config, sums)[0, :2], blocks.means[0, :2])
+
+
 @pytest.mark.parametrize("kind", ["pooled", "learned", "clusters"])
 def test_overhead_is_small_at_the_sizes_it_is_meant_for(kind):
     """Below 5 % of dense attention's multiply-adds, from 4k tokens up."""
@@ -373,6 +395,12 @@ def test_work_of_many_long_sequences_is_counted_past_two_thousand_million(kind):
     [
         ({"kind": "clever"}, r"blocks\.kind is 'clever'; accepted: pooled, learned, .*"),
         ({"budget": "all"}, r"blocks\.budget is 'all'; accepted: blocks, .*"),
+        ({"pooling": "max"}, r"blocks\.pooling is 'max'; accepted: mean, learned"),
+        (
+            {"kind": "pooled", "pooling": "learned"},
+            r"blocks\.pooling is 'learned', which needs blocks\.kind 'learned' or 'indexer'; it is "
+            "'pooled'",
+        ),
         ({"fraction": 0.0}, r"blocks\.fraction is 0\.0; it must lie in \(0, 1\]"),
         ({"fraction": 1.5}, r"blocks\.fraction is 1\.5; it must lie in \(0, 1\]"),
         ({"mass": -1.0}, r"blocks\.mass is -1\.0; it must lie in \(0, 1\]"),

@@ -19,15 +19,16 @@ estimated 8 GiB of the GPU, all others about 2); `--list` names the runs, `--onl
 `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
 model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: 320 runs, an estimated 70 minutes of one H100 or H200 (on text 86 runs of 15 s,
-bases among them); seed 0 is more than half of all. Jobs side by side compile meanwhile. What goes
-on from one base is best made in one go: a base that is made again is another one, and runs that
-went on from another than their seed's `full` are left out of all comparisons.
+Hardware and time: 348 runs, an estimated hour of one H200 (on text a run takes some 8 s, a base or
+what is trained from the start a minute); seed 0 is more than half of all. Jobs side by side compile
+meanwhile. What goes on from one base is best made in one go: a base that is made again is another
+one, and runs that went on from another than their seed's `full` are left out of all comparisons.
 Who turns autotuning off (XLA_FLAGS) should turn off XLA's own products of matrices as well
 (--xla_gpu_enable_triton_gemm=false), or a step takes seven times as long. In their order the runs
 can be cut anywhere. What a run goes on from is made before it, and again where its folder is lost.
 Expect: attention everywhere solves recall and needles. Gates find 99 % in MQAR at an eighth of its
-cost, an indexer finds a needle (README, few seeds yet). Text and several needles: to be measured.
+cost and have 0.7 % more bits per byte of text at a tenth, an indexer finds a needle, and nobody the
+right one of four as attention does (README).
 """
 
 import dataclasses
@@ -66,6 +67,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "clusters": {"kind": "clusters"},
     "mass": {"kind": "learned", "budget": "mass"},
     "gates": {"kind": "learned", "budget": "gates"},
+    # Each with the learned pooling of a block's tokens instead of their mean.
+    "weighed": {"kind": "indexer", "pooling": "learned"},
+    "weighed-gates": {"kind": "learned", "budget": "gates", "pooling": "learned"},
     # Distillation says which blocks are worth more than others, gates how many are worth it.
     "indexer-gates": {"kind": "indexer", "budget": "gates"},
     "random": {"kind": "random"},
@@ -82,11 +86,14 @@ BASELINES = ("random", "sink-window", "window-gates")  # what a learned router m
 TASKS = ("block-lm", "block-mqar-2048", "block-needle-4096", "block-multi-needle-4096")
 SEEDS = 3  # where a difference is to be judged: one that chooses, two that compare
 FROM_THE_START = ("gates", "random")  # routers that are also trained without a base
-DISTILLED = ("learned", "gates")  # routers that also begin as the indexer that was distilled
+# Routers that also begin as the indexer that was distilled, of their own pooling.
+DISTILLED = ("learned", "gates", "weighed-gates")
+TEACHERS = {"distil": "indexer", "distil-weighed": "weighed"}  # runs that distil, and what
 _SCREENED = (*ROUTERS, *(f"{router}+distilled" for router in DISTILLED))
 _SMALLER = 4  # times, batches that a router alone is trained on
 _SMALLER_OF_TEXT = 2  # times, batches of what goes on from a base: each of their tokens teaches
 _STILL_DISTILLED = 0.25  # of the tiles, while the model learns to do with what an indexer lists
+_COMPARED = ("indexer", "pooled", "random", "sink-window")  # by output error
 _NEARLY = 1.5  # times a budget that the least choice may cost
 
 
@@ -240,13 +247,13 @@ def tuned(base: TrainConfig, config: TrainConfig, start_from: str) -> TrainConfi
     )
 
 
-def distilled(base: TrainConfig, start_from: str) -> TrainConfig:
+def distilled(base: TrainConfig, start_from: str, router: str = "indexer") -> TrainConfig:
     """The run that teaches an indexer where its base looks: routers alone, of smaller batches.
 
     The base's parameters stay as they are, so that an indexer's model has been trained no longer
     than any other's. The text is none that the base or what goes on from it reads.
     """
-    config = with_router(base, kind="indexer", fraction=1.0, distil=1.0)
+    config = with_router(base, fraction=1.0, distil=1.0, **ROUTERS[router])
     plan = tuned(base, config, start_from)
     batch_tokens = base.batch_tokens // _SMALLER
     last_batch = plan.first_batch + tuning_steps(base)
@@ -260,7 +267,7 @@ def distilled(base: TrainConfig, start_from: str) -> TrainConfig:
 
 
 def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]) -> TrainConfig:
-    """The run of a variant: a control, 'distil', or a router and its budget in percent.
+    """The run of a variant: a control, one that distils, or a router and its budget in percent.
 
     Args:
       base: the task's preset.
@@ -275,15 +282,15 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
         return control(base, "full")
     if variant == "full":
         return tuned(base, control(base, "full"), folder("base"))
-    if variant == "distil":
-        return distilled(base, folder("base"))
+    if variant in TEACHERS:
+        return distilled(base, folder("base"), TEACHERS[variant])
     router, _, percent = variant.rpartition("-")
     if not percent.isdigit():
         return control(base, variant)
     name, _, start = router.partition("+")
     if start == "scratch":
         return routed(base, name, int(percent))
-    before = folder("distil" if _is_distilled(router) else "base")
+    before = folder(_teacher(router) or "base")
     # λ of 'gates' rises within what is tuned, so the budget is set last.
     config = routed(tuned(base, base, before), name, int(percent))
     if ROUTERS[name]["kind"] != "indexer":
@@ -292,9 +299,13 @@ def variant_config(base: TrainConfig, variant: str, folder: Callable[[str], str]
     return with_router(config, distil=_STILL_DISTILLED).replace(curriculum__explore=1.0)
 
 
-def _is_distilled(router: str) -> bool:
+def _teacher(router: str) -> str:
+    """The run that distilled what a router begins as; "" where none did."""
     name, _, start = router.partition("+")
-    return ROUTERS[name]["kind"] == "indexer" or start == "distilled"
+    fields = ROUTERS[name]
+    if fields["kind"] != "indexer" and start != "distilled":
+        return ""
+    return "distil" if "pooling" not in fields else "distil-weighed"
 
 
 def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -304,12 +315,11 @@ def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
     def compared(seed: int) -> Iterator[tuple[str, int]]:
         # Whether the text tests routing is a question to every seed.
         yield from ((name, seed) for name in ("base", "full", "window-1k"))
-        if any(map(_is_distilled, main)):
-            yield "distil", seed
+        yield from ((name, seed) for name in TEACHERS if name in map(_teacher, main))
         for percent in (25, 12):
             yield from ((f"{router}-{percent}", seed) for router in main)
 
-    yield from ((name, 0) for name in ("base", "full", "window-1k", "distil"))
+    yield from ((name, 0) for name in ("base", "full", "window-1k", *TEACHERS))
     for percent in (25, 12):
         yield from ((f"{router}-{percent}", 0) for router in _SCREENED)
     for seed in range(1, SEEDS):
@@ -362,20 +372,23 @@ def runs(
             yield Run(task, variant, seed, config.replace(seed=seed))
 
 
-def output_errors(config: TrainConfig, params: Any, tokens: Any) -> list[Row]:
+def output_errors(
+    config: TrainConfig, params: Any, tokens: Any, compared: Sequence[str] = _COMPARED
+) -> list[Row]:
     """Output error of routers in a distilled model, at several shares of the blocks and lengths.
 
     Args:
-      config: a 'distil' run.
+      config: of a run that distils.
       params: its parameters.
       tokens: [B,T] int32, held out.
+      compared: the routers, of its pooling or of none.
     """
     blocks, length = config.model.blocks, config.data.length
     routers = {
         f"{name}-{percent}": dataclasses.replace(
             blocks, distil=0.0, budget="fraction", fraction=percent / 100, **ROUTERS[name]
         )
-        for name in ("indexer", "pooled", "random", "sink-window")
+        for name in compared
         for percent in (5, 12, 25)
     }
     lengths = [length // share for share in (8, 4, 2, 1)]
@@ -408,8 +421,10 @@ def with_details(run: Run, result: Result, workdir: epath.Path) -> Result:
         edges = position_edges(config.data.length)
         nats = loss_by_position(config.model, params, shown, edges)
         details |= {"edges": edges, "bits_per_byte": [n / float(np.log(2)) for n in nats]}
-        if run.variant == "distil" and run.seed == 0:
-            details["attention_error"] = output_errors(config, params, shown[0].tokens[:2])
+        if run.variant in TEACHERS and run.seed == 0:
+            compared = _COMPARED if run.variant == "distil" else (TEACHERS[run.variant],)
+            found = output_errors(config, params, shown[0].tokens[:2], compared)
+            details["attention_error"] = found
     return dataclasses.replace(result, details=details)
 
 

@@ -25,6 +25,7 @@ from routing_jax.train.experiments.block_routing import (
     ROUTERS,
     SEEDS,
     TASKS,
+    TEACHERS,
     BlockRoutingArgs,
     control,
     reproduce,
@@ -112,9 +113,10 @@ def test_nothing_is_read_twice_in_order(task):
     """What goes on from a base reads what comes next, all variants the same; a router the rest."""
     plan = {r.variant: r.config for r in runs(scratch="x") if (r.task, r.seed) == (task, 0)}
     _, base = sequences_read(plan["base"])
-    tuned = {sequences_read(c) for name, c in plan.items() if c.start_from and name != "distil"}
+    tuned = {sequences_read(c) for name, c in plan.items() if c.start_from and name not in TEACHERS}
     assert [start for start, _ in tuned] == [base]
-    assert sequences_read(plan["distil"])[0] == max(end for _, end in tuned)
+    for name in TEACHERS:
+        assert sequences_read(plan[name])[0] == max(end for _, end in tuned)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -141,8 +143,12 @@ def test_what_a_run_goes_on_from_is_made_before_it():
     places = {run.name: place for place, run in enumerate(plan)}
     for run in plan:
         if run.config.start_from:
-            distilled = "indexer" in run.variant or "+distilled" in run.variant
-            before = "distil" if distilled else "base"
+            router, _, percent = run.variant.rpartition("-")
+            before = "base"
+            if percent.isdigit() and ("indexer" in router or "+distilled" in router):
+                before = "distil"
+            if router in ("weighed", "weighed-gates+distilled"):
+                before = "distil-weighed"
             before = f"{run.task}_{before}_s{run.seed}"
             assert run.config.start_from == f"scratch/block-routing/{before}"
             assert places[before] < places[run.name]
@@ -155,8 +161,9 @@ def test_what_is_compared_is_trained_for_as_many_steps(task):
     for name, config in plan.items():
         assert steps[name] == steps["full" if config.start_from else "base"], name
         # An indexer's router has learned before, and nothing else of its model.
-        assert config.routers_only == (name == "distil")
-        taught = 1.0 if name == "distil" else 0.25 if "indexer" in name else 0.0
+        assert config.routers_only == (name in TEACHERS)
+        listens = "indexer" in name or name in ("weighed-12", "weighed-25")
+        taught = 1.0 if name in TEACHERS else 0.25 if listens else 0.0
         assert config.model.blocks.distil == taught
 
 
@@ -205,8 +212,8 @@ def tiny(config):
     return config.replace(data=data, model=small, curriculum__lengths=(), batch_tokens=64)
 
 
-VARIANTS = (*(f"{name}-25" for name in ROUTERS), "full", "linear", "window-1k", "distil")
-QUICK = ("distil", "tree-25", "gates-25", "linear")
+VARIANTS = (*(f"{name}-25" for name in ROUTERS), "full", "linear", "window-1k", *TEACHERS)
+QUICK = ("distil-weighed", "tree-25", "gates-25", "linear")
 
 
 @pytest.mark.parametrize(
