@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,11 +149,16 @@ def _router_params(config: BlockRoutingBenchConfig, router: BlockRouterConfig) -
 def _route(router: BlockRouterConfig, kv_heads: int, params: Any, state: State, key=None) -> Any:
     """A BlockRouting from x, q and k as a layer makes it; with a key, new parameters instead."""
     x, q, k = state["x"], state["q"], state["k"]
-    tiles, blocks, _ = router_inputs(router, x, q, k, jnp.ones(x.shape[:2], bool))
-    module: Any = BlockRouter(router, kv_heads)
+
+    def whole(module: BlockRouter) -> Any:
+        valid, weights = jnp.ones(x.shape[:2], bool), module.weights(x)
+        tiles, blocks, _ = router_inputs(router, x, q, k, valid, weights=weights)
+        return module(tiles, blocks)
+
+    module = BlockRouter(router, kv_heads)
     if key is not None:
-        return module.init(key, tiles, blocks)
-    return module.apply({"params": params}, tiles, blocks)
+        return nn.init(whole, module)(key)
+    return nn.apply(whole, module)({"params": params})
 
 
 def _dense_attention(config: BlockRoutingBenchConfig, passing: Pass, length: int) -> Case:

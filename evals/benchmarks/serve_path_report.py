@@ -206,10 +206,10 @@ def describe(row: Row) -> str:
 
 
 def _composition(result: Mapping[str, Any]) -> str:
-    searching = {row["who"] for row in result["rows"]} & {"composed", "learned"}
+    searching = {row["who"] for row in result["rows"]} & {*PATTERNED[1:]}  # but for 'routed'
     if not searching:
         return ""
-    learned = ", or where it is learned a weighted mean" if "learned" in searching else ""
+    learned = " (or weighted mean, where it is learned)" if "learned" in searching else ""
     found = f"{result['config']['blocks']} blocks of {result['config']['block']} keys"
     return (
         f"; composed: the other layers see the same and the {found} of nearest mean key{learned}, "

@@ -24,6 +24,7 @@ from routing_jax.routers.block_scores import (
     block_sums,
     dot_scores,
     effective_number,
+    means_of,
     pattern_scores,
     project_few,
     weights_along,
@@ -154,8 +155,7 @@ def means_of_sums(config: BlockRouterConfig, sums: jax.Array) -> jax.Array:
     """
     if config.pooling == "mean":
         return sums / config.block_kv
-    weights = sums[..., -1:]
-    return sums[..., :-1] / jnp.where(weights > 0, weights, 1.0)
+    return means_of(sums[..., :-1], sums[..., -1])
 
 
 def router_inputs(
@@ -176,7 +176,10 @@ def router_inputs(
       k: [B,T,K,H].
       valid: [B,T] bool; other tokens are not pooled.
       segment_ids: [B,T] int32 or None.
-      weights: [B,T] float32, of the tokens, or None.
+      weights: [B,T] float32, of the tokens: `BlockRouter.weights`.
+
+    Raises:
+      ValueError: weights where pooling is not learned, or none where it is.
 
     Returns:
       (the tiles, the blocks, [B,J,F] float32, what each block's features add up to, and weigh).
@@ -187,6 +190,9 @@ def router_inputs(
     >>> tiles.starts.tolist(), blocks.means.shape
     ([[0, 2, 4]], (1, 2, 3))
     """
+    if (weights is None) != (config.pooling == "mean"):
+        given = "not given" if weights is None else "given"
+        raise ValueError(f"weights are {given}; blocks.pooling is {config.pooling!r}.")
     B, T = valid.shape
     num_blocks = -(-T // config.block_kv)
     features = block_features(config, x, k)
@@ -200,7 +206,7 @@ def router_inputs(
         None if segment_ids is None else segment_ids[:, :: config.block_q],
     )
     blocks = KeyBlocks(
-        sums / jnp.where(sizes > 0, sizes, 1.0)[..., None],
+        means_of(sums, sizes),
         None if segment_ids is None else segment_ids[:, ends],
     )
     return tiles, blocks, with_weights(sums, None if weights is None else sizes)

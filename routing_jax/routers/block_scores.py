@@ -21,7 +21,7 @@ def weights_along(vectors: jax.Array, direction: jax.Array) -> jax.Array:
 
     Args:
       vectors: [...,H] float32.
-      direction: [H] float32, or one of each of the last dimensions before that.
+      direction: [H] float32, or [K,H] for vectors [...,K,H].
 
     Returns:
       [...] float32.
@@ -33,6 +33,15 @@ def weights_along(vectors: jax.Array, direction: jax.Array) -> jax.Array:
     # No product of matrices, whose rounding would differ between a prompt and a single token.
     along = jnp.sum(vectors * direction, axis=-1)
     return jnp.exp(jnp.clip(along, -_MOST, _MOST))
+
+
+def means_of(sums: jax.Array, weights: jax.Array) -> jax.Array:
+    """What was added up ÷ what it weighs; as it is where that is nothing.
+
+    >>> means_of(jnp.array([[4.0], [0.0]]), jnp.array([2.0, 0.0])).tolist()
+    [[2.0], [0.0]]
+    """
+    return sums / jnp.where(weights > 0, weights, 1.0)[..., None]
 
 
 def block_sums(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from routing_jax.routers.block_scores import block_sums, weights_along
+from routing_jax.routers.block_scores import block_sums, means_of, weights_along
 
 
 class KeySums(NamedTuple):
@@ -89,5 +89,4 @@ def pooled_keys(
     if parts.weights is None:
         return KeySums(sums), sums / jnp.maximum(sizes, 1)[..., None, None]
     weights, _ = block_sums(parts.weights, valid, block_kv)
-    some = jnp.where(weights > 0, weights, 1.0)
-    return KeySums(sums, weights), sums / some[..., None]
+    return KeySums(sums, weights), means_of(sums, weights)

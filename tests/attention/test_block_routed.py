@@ -46,12 +46,8 @@ ROUTERS = {
     "strided": dataclasses.replace(PLAIN, kind="strided", blocks=4),
     "bigbird": dataclasses.replace(PLAIN, kind="bigbird", blocks=4),
 }
-QUICK = (
-    "pooled, mass",
-    "learned, tree",
-    "learned, weighed",
-    "clusters",  # the others are run with the slow tests
-)
+# All others are run with the slow tests.
+QUICK = ("pooled, mass", "learned, tree", "learned, weighed", "clusters")
 EVERY = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ROUTERS]
 )

@@ -360,6 +360,8 @@ def test_learned_pooling_weighs_each_token_by_its_direction(kind):
             mean = (own * x[b, 4 * j : 4 * j + 4]).sum(0) / max(own.sum(), 1e-30)
             np.testing.assert_allclose(blocks.means[b, j], mean, rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(sums[b, j, -1], own.sum(), rtol=1e-4)
+        with pytest.raises(ValueError, match=r"weights are not given; blocks.pooling is 'learned'"):
+            router_inputs(config, x, q, q[..., :K, :], valid)
         # What is remembered of blocks says as much, where they are complete.
         np.testing.assert_array_equal(means_of_sums(config, sums)[0, :2], blocks.means[0, :2])
 

@@ -3,8 +3,8 @@
 A model learns with attention everywhere ('base'), and from it every variant goes on under its rows:
 dense train, then sparse fine-tune, the recipe that is known to work, and a fraction of the time
 of training each from the start. 'full' goes on with attention everywhere. All of them take equally
-many steps and read the same batches, on text half as large as their base's, none of which it has
-read. An indexer is first taught where its base looks ('distil'), which leaves the base's own
+many steps and read the same batches, those that follow their base's, on text half as large. An
+indexer is first taught where its base looks ('distil'), which leaves the base's own
 parameters as they are, and then taught on, of a quarter of the tiles, while its model learns to do
 with what it lists. What cannot go on, the model limited to 1,024 tokens, linear attention and
 convolutions, is trained as the base is and compared with it; so, on text, are the routers named
@@ -19,13 +19,13 @@ estimated 8 GiB of the GPU, all others about 2); `--list` names the runs, `--onl
 `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
 model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: 348 runs, an estimated hour of one H200 (on text a run takes some 8 s, a base or
-what is trained from the start a minute); seed 0 is more than half of all. Jobs side by side compile
-meanwhile. What goes on from one base is best made in one go: a base that is made again is another
-one, and runs that went on from another than their seed's `full` are left out of all comparisons.
-Who turns autotuning off (XLA_FLAGS) should turn off XLA's own products of matrices as well
-(--xla_gpu_enable_triton_gemm=false), or a step takes seven times as long. In their order the runs
-can be cut anywhere. What a run goes on from is made before it, and again where its folder is lost.
+Hardware and time: 348 runs, an estimated 90 minutes of one H200 with a dozen jobs; seed 0 is more
+than half of all. Jobs side by side compile meanwhile. What goes on from one base is best made in
+one go: a base that is made again is another one, and runs that went on from another than their
+seed's `full` are left out of all comparisons (where both say). Who turns autotuning off (XLA_FLAGS)
+should turn off XLA's own products of matrices as well (--xla_gpu_enable_triton_gemm=false), or a
+step takes seven times as long. In their order the runs can be cut anywhere. What a run goes on from
+is made before it, and again where its folder is lost.
 Expect: attention everywhere solves recall and needles. Gates find 99 % in MQAR at an eighth of its
 cost and have 0.7 % more bits per byte of text at a tenth, an indexer finds a needle, and nobody the
 right one of four as attention does (README).
@@ -251,7 +251,7 @@ def distilled(base: TrainConfig, start_from: str, router: str = "indexer") -> Tr
     """The run that teaches an indexer where its base looks: routers alone, of smaller batches.
 
     The base's parameters stay as they are, so that an indexer's model has been trained no longer
-    than any other's. The text is none that the base or what goes on from it reads.
+    than any other's. It reads what follows all that the base and what goes on from it do.
     """
     config = with_router(base, fraction=1.0, distil=1.0, **ROUTERS[router])
     plan = tuned(base, config, start_from)
@@ -305,7 +305,8 @@ def _teacher(router: str) -> str:
     fields = ROUTERS[name]
     if fields["kind"] != "indexer" and start != "distilled":
         return ""
-    return "distil" if "pooling" not in fields else "distil-weighed"
+    alike = (t for t, r in TEACHERS.items() if ROUTERS[r].get("pooling") == fields.get("pooling"))
+    return next(alike)
 
 
 def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -381,7 +382,7 @@ def output_errors(
       config: of a run that distils.
       params: its parameters.
       tokens: [B,T] int32, held out.
-      compared: the routers, of its pooling or of none.
+      compared: the routers, of its pooling.
     """
     blocks, length = config.model.blocks, config.data.length
     routers = {

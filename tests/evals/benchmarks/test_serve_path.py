@@ -162,7 +162,7 @@ def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     assert "KV GiB, routed | KV GiB, composed (best 2 blocks) |" in block
     assert "composed, learned keys (best 2 blocks), 0 % sparse" in block
     assert "composed: the other layers see the same and the 2 blocks of 8 keys of nearest" in block
-    assert "nearest mean key, or where it is learned a weighted mean, for each tile" in block
+    assert "nearest mean key (or weighted mean, where it is learned), for each tile" in block
     said = capsys.readouterr().out
     assert "prefill 1×64 routed, 0 % sparse:" in said
     assert "decode 1×64 composed (best 2 blocks), 0 % sparse:" in said

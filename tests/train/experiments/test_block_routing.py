@@ -73,13 +73,13 @@ def parameters(config):
 
 
 def test_every_run_is_planned_once_with_several_seeds_where_it_counts():
-    plan = list(runs(text="corpus", strongest=("tree", "gates+distilled")))
+    plan = list(runs(text="corpus", strongest=("tree", "gates+distilled", "weighed")))
     names = [run.name for run in plan]
     assert len(set(names)) == len(names)
     assert all(run.config.seed == run.seed for run in plan)
-    main = ("tree", "gates+distilled", *BASELINES)
+    main = ("tree", "gates+distilled", "weighed", *BASELINES)
     for task, seed in itertools.product(TASKS, range(SEEDS)):
-        for variant in ("base", "full", "distil"):
+        for variant in ("base", "full", *TEACHERS):
             assert f"{task}_{variant}_s{seed}" in names
         assert {f"{task}_{v}-{p}_s{seed}" for v in main for p in (12, 25)} <= {*names}
     routers = (*ROUTERS, *(f"{router}+distilled" for router in DISTILLED))
