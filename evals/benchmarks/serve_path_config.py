@@ -19,7 +19,8 @@ routed: layers in a pattern. composed: the same, its dense layers searching for 
 of their keys. learned: by means with weights that are learned. kernels: all layers dense. dense:
 cuDNN's attention.
 """
-PATTERNED: tuple[Who, ...] = ("routed", "composed", "learned")  # some layers sparse, the others not
+SEARCHING: tuple[Who, ...] = ("composed", "learned")
+PATTERNED: tuple[Who, ...] = ("routed", *SEARCHING)  # some layers sparse, the others not
 Shape = Literal["llama-3.1-8b", "qwen3-4b", "tiny"]
 
 _SHAPES = {
@@ -168,7 +169,7 @@ class ServePathConfig:
         model = self.decoder
         if who == "routed":
             return model
-        if who in PATTERNED:
+        if who in SEARCHING:
             taught = 2 if who == "learned" else 0  # in training; here, that there are weights
             sparse = dataclasses.replace(
                 model.sparse, retrieval="topk", answers="topk", taught=taught

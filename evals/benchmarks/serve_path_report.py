@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from routing_jax.evals.benchmarks.running import missing_word
-from routing_jax.evals.benchmarks.serve_path_config import PATTERNED
+from routing_jax.evals.benchmarks.serve_path_config import PATTERNED, SEARCHING
 from routing_jax.evals.provenance import dated_versions, named_device
 
 Row = dict[str, Any]
@@ -206,7 +206,7 @@ def describe(row: Row) -> str:
 
 
 def _composition(result: Mapping[str, Any]) -> str:
-    searching = {row["who"] for row in result["rows"]} & {*PATTERNED[1:]}  # but for 'routed'
+    searching = {row["who"] for row in result["rows"]} & {*SEARCHING}
     if not searching:
         return ""
     learned = " (or weighted mean, where it is learned)" if "learned" in searching else ""

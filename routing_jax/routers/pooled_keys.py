@@ -87,6 +87,6 @@ def pooled_keys(
     sums, sizes = block_sums(parts.keys.reshape(B, T, K * H), valid, block_kv)
     sums = sums.reshape(B, -1, K, H)
     if parts.weights is None:
-        return KeySums(sums), sums / jnp.maximum(sizes, 1)[..., None, None]
+        return KeySums(sums), means_of(sums, sizes[..., None])
     weights, _ = block_sums(parts.weights, valid, block_kv)
     return KeySums(sums, weights), means_of(sums, weights)

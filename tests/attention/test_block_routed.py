@@ -146,8 +146,9 @@ def test_decoding_after_prefill_equals_the_whole_sequence(name):
     assert 0 < float(whole.usage) < 1
 
 
-def test_decoding_alone_fills_the_memory_as_prefill_does():
-    router = ROUTERS["learned, weighed"]
+@pytest.mark.parametrize("name", ["learned", "learned, weighed"])
+def test_decoding_alone_fills_the_memory_as_prefill_does(name):
+    router = ROUTERS[name]
     params, x = make_params(router), inputs()
     _, want, _ = runner(router, "prefill")(params, x, PLACES, None, fresh_cache(router))
     cache = fresh_cache(router)
@@ -233,9 +234,11 @@ def test_of_random_gates_only_how_many_there_are_is_taught():
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(own))
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_distilling_teaches_the_indexer_alone(share):
-    router = dataclasses.replace(ROUTERS["indexer, weighed"], distil=share)
+@pytest.mark.parametrize(
+    ("name", "share"), [("indexer", 1.0), ("indexer", 0.5), ("indexer, weighed", 0.5)]
+)
+def test_distilling_teaches_the_indexer_alone(name, share):
+    router = dataclasses.replace(ROUTERS[name], distil=share)
     params, x = gradients(router, "aux", jax.random.key(0))
     own = params.pop("router")
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(own))

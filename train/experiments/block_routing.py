@@ -4,12 +4,11 @@ A model learns with attention everywhere ('base'), and from it every variant goe
 dense train, then sparse fine-tune, the recipe that is known to work, and a fraction of the time
 of training each from the start. 'full' goes on with attention everywhere. All of them take equally
 many steps and read the same batches, those that follow their base's, on text half as large. An
-indexer is first taught where its base looks ('distil'), which leaves the base's own
-parameters as they are, and then taught on, of a quarter of the tiles, while its model learns to do
-with what it lists. What cannot go on, the model limited to 1,024 tokens, linear attention and
-convolutions, is trained as the base is and compared with it; so, on text, are the routers named
-'+scratch'. Those named '+distilled' have gates, which attention teaches, and begin as the indexer
-does.
+indexer is first taught where its base looks ('distil'), which leaves the base's own parameters as
+they are, and then taught on, of a quarter of the tiles, while its model learns to do with what it
+lists. What cannot go on, the model limited to 1,024 tokens, linear attention and convolutions, is
+trained as the base is and compared with it; so, on text, are the routers named '+scratch'. Those
+named '+distilled' have gates, which attention teaches, and begin as the indexer does.
 
 Of the seeds of what is compared, the first chooses (which routers are followed up, which router and
 which fixed pattern is best) and the others say by how much.
@@ -256,11 +255,11 @@ def distilled(base: TrainConfig, start_from: str, router: str = "indexer") -> Tr
     config = with_router(base, fraction=1.0, distil=1.0, **ROUTERS[router])
     plan = tuned(base, config, start_from)
     batch_tokens = base.batch_tokens // _SMALLER
-    last_batch = plan.first_batch + tuning_steps(base)
+    before = plan.first_batch + tuning_steps(base)  # batches of the others' size
     return plan.replace(
         routers_only=True,
         batch_tokens=batch_tokens,
-        first_batch=last_batch * plan.batch_tokens // batch_tokens,
+        first_batch=before * plan.batch_tokens // batch_tokens,
         curriculum__explore=1.0,
         optimizer__learning_rate=base.optimizer.learning_rate,
     )
@@ -305,8 +304,10 @@ def _teacher(router: str) -> str:
     fields = ROUTERS[name]
     if fields["kind"] != "indexer" and start != "distilled":
         return ""
-    alike = (t for t, r in TEACHERS.items() if ROUTERS[r].get("pooling") == fields.get("pooling"))
-    return next(alike)
+    pooling = fields.get("pooling")
+    return next(
+        run for run, taught in TEACHERS.items() if ROUTERS[taught].get("pooling") == pooling
+    )
 
 
 def _variants(strongest: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -374,7 +375,7 @@ def runs(
 
 
 def output_errors(
-    config: TrainConfig, params: Any, tokens: Any, compared: Sequence[str] = _COMPARED
+    config: TrainConfig, params: Any, tokens: Any, compared: Sequence[str]
 ) -> list[Row]:
     """Output error of routers in a distilled model, at several shares of the blocks and lengths.
 
