@@ -81,34 +81,6 @@ def lead(ours: Sequence[float], theirs: Sequence[float], *, more_is_better: bool
     return Lead(by, by / error if error else math.copysign(math.inf, by) if by else 0.0, seeds)
 
 
-def of_one_base(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
-    """The results without those that went on from another base than 'full' of their seed did.
-
-    A base that is made again is another one: rounding differs from run to run, and training makes
-    much of it. `start_loss` in a run's details, the base's own, tells them apart; a run from before
-    that was recorded is kept.
-
-    Args:
-      results: of the experiment.
-
-    Returns:
-      What can be compared, and the names of the others: task, variant and seed.
-    """
-
-    def start(run: Result) -> float | None:
-        return (run.details or {}).get("start_loss")
-
-    full = {(run.task, run.seed): start(run) for run in results if run.variant == "full"}
-    kept, others = [], []
-    for run in results:
-        own, theirs = start(run), full.get((run.task, run.seed))
-        if own is None or theirs is None or own == theirs:
-            kept.append(run)
-        else:
-            others.append(f"{run.task} {run.variant} of seed {run.seed}")
-    return kept, others
-
-
 class _Budget(NamedTuple):
     """What is compared: routers at one budget, trained alike."""
 

@@ -17,6 +17,19 @@ from routing_jax.evals.prompt_tables import (
 from routing_jax.evals.results import Result
 from routing_jax.evals.tables import natural_order, router_of
 
+# How a mark is filled where layers that are not sparse search: not at all, or half if that learns.
+_FILLS = {"": "full", "+composed": "none", "+composed+learned": "left"}
+
+
+def _parts(variant: str) -> tuple[str, str]:
+    """Who decides which layers are sparse, and how the others search.
+
+    >>> _parts("static+composed-75")
+    ('static', '+composed')
+    """
+    who, search, learned = router_of(variant).partition("+composed")
+    return who, search + learned
+
 
 def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | None:
     """Right answers and nats against the share of sparse layers, beside dense attention's.
@@ -39,8 +52,8 @@ def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | No
     ]
     if not shown:
         return None
-    kinds = list(dict.fromkeys(router_of(v) for name in shown for v in groups[name]))
-    figure = new_figure(0.9 + 2.7 * len(shown))
+    deciders = list(dict.fromkeys(_parts(v)[0] for name in shown for v in groups[name]))
+    figure = new_figure(1.1 + 2.7 * len(shown))
     panels = figure.subplots(len(shown), 2, squeeze=False)
     seen: dict[str, Any] = {}
     for (left, right), name in zip(panels, shown):
@@ -48,10 +61,12 @@ def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | No
         asked = counted_tasks(dense)
         for variant in sorted(groups[name], key=natural_order):
             runs = groups[name][variant]
-            i = kinds.index(router_of(variant))
+            who, search = _parts(variant)
+            i = deciders.index(who)
             style: dict[str, Any] = {
                 "color": COLORS[i % len(COLORS)],
                 "marker": MARKERS[i % len(MARKERS)],
+                "fillstyle": _FILLS[search],
                 "linestyle": "none",
                 "capsize": 3,
             }
@@ -66,5 +81,7 @@ def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | No
             axes.axhline(0, color=INK, linewidth=0.8)
             axes.set(xlabel="sparse layers, %", ylabel=f"{label}\nmore than dense")
         left.set_title(name, fontsize=11, loc="left")
-    figure.legend(seen.values(), seen.keys(), loc="outside upper center", ncols=4, frameon=False)
+    names = sorted(seen, key=lambda name: (deciders.index(_parts(name)[0]), name))
+    marks = [seen[name] for name in names]
+    figure.legend(marks, names, loc="outside upper center", ncols=3, frameon=False)
     return save_figure(figure, path)

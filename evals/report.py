@@ -1,7 +1,7 @@
 """From committed results to what people read: plots beside them, and the blocks of a README."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,7 +15,8 @@ from routing_jax.evals.benchmarks import (
     tpu_schedule_report,
 )
 from routing_jax.evals.benchmarks.mixing import table as mixing_table
-from routing_jax.evals.block_findings import error_table, of_one_base, routing_findings
+from routing_jax.evals.block_bases import made_again, on_one_base, other_bases
+from routing_jax.evals.block_findings import error_table, routing_findings
 from routing_jax.evals.block_plots import plot_budgets, plot_errors, plot_positions
 from routing_jax.evals.merged import Group, merged
 from routing_jax.evals.plots import plot_heatmap, plot_history, plot_speed, plot_tradeoff
@@ -23,7 +24,7 @@ from routing_jax.evals.prompt_plot import plot_prompts
 from routing_jax.evals.prompt_tables import flux_table
 from routing_jax.evals.provenance import dated_versions, named_device
 from routing_jax.evals.readme import update_blocks
-from routing_jax.evals.results import Result, load_results
+from routing_jax.evals.results import Result, load_results, read_result
 from routing_jax.evals.scheme_plots import plot_layer_use, plot_quality
 from routing_jax.evals.scheme_tables import moas_table, times_caption, times_table
 from routing_jax.evals.tables import block_routing_table, routed_attention_table
@@ -38,6 +39,8 @@ ATTENTION = "attention"
 BLOCK_ROUTING_SPEED = "block-routing-speed"
 TPU_SCHEDULE = "tpu-schedule"
 SERVE_PATH = "serve-path"
+
+_AGAIN = "again"  # holds results of runs that were made again, from other bases
 
 # Benchmarks whose runs on one device are read as one, and what their rows are compared within.
 _COMPARED: dict[str, Callable[[dict[str, Any]], Group]] = {
@@ -71,7 +74,8 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
     if results := load_results(folder, MOAS):
         blocks[MOAS] = moas_table(results)
     if results := load_results(folder, BLOCK_ROUTING):
-        blocks[BLOCK_ROUTING] = block_routing_text(results)
+        earlier = (folder / BLOCK_ROUTING / _AGAIN).glob("*.json")
+        blocks[BLOCK_ROUTING] = block_routing_text(results, [*map(read_result, sorted(earlier))])
     if results := load_results(folder, FLUX):
         blocks[FLUX] = flux_table(results)
     for name, table, caption in (
@@ -177,7 +181,7 @@ def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
       results: of the experiment.
       folder: where the plots go.
     """
-    results, _ = of_one_base(results)
+    results, _ = on_one_base(results)
     plot_budgets(results, folder / "tradeoff.png")
     for task in sorted({r.task for r in results}):
         mine = [r for r in results if r.task == task]
@@ -185,18 +189,17 @@ def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
         plot_errors(mine, folder / f"errors_{task}.png")
 
 
-def block_routing_text(results: list[Result]) -> str:
+def block_routing_text(results: Sequence[Result], earlier: Sequence[Result] = ()) -> str:
     """The experiment's table, what follows from it, and the output errors.
 
     Args:
       results: of the experiment.
+      earlier: some of its runs, made before from other bases.
     """
-    results, others = of_one_base(results)
-    parts = [block_routing_table(results), routing_findings(results), error_table(results)]
-    if others:
-        why = "Left out, as they went on from another base than full of their seed"
-        parts.append(f"{why}: {', '.join(others)}.")
-    return "\n\n".join(part for part in parts if part)
+    again = made_again(results, earlier)
+    results, others = on_one_base(results)
+    parts = [block_routing_table(results), other_bases(others), routing_findings(results), again]
+    return "\n\n".join(part for part in [*parts, error_table(results)] if part)
 
 
 def report(folder: epath.PathLike, readme: epath.PathLike | None) -> None:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 _EMA_DECAY = 0.9  # of the accuracy that the thresholds read: about ten steps
+_LAG = _EMA_DECAY / (1 - _EMA_DECAY)  # steps by which such a mean is behind what rises steadily
+_FALL = 2.0  # times as fast as it rises, λ falls at most
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class CurriculumConfig:
         rise) or 'back' (λ falls).
       target: stop raising λ while the weighed quantity is at or below this, and lower it while it
         is below nine tenths of it; 0 for no target.
+      foresight: steps by which that is told in advance, from how the quantity changes: routers are
+        slow to answer, and λ would rise too far. It then changes in proportion to how far off the
+        target that is, in full at twice the target. 0 for what is.
     """
 
     peak: float = 0.5
@@ -53,6 +58,7 @@ class CurriculumConfig:
     from_start: bool = False
     reaction: Literal["none", "pause", "back"] = "none"
     target: float = 0.0
+    foresight: int = 0
 
     def __post_init__(self):
         if self.peak < 0:
@@ -75,6 +81,11 @@ class CurriculumConfig:
             raise ValueError(f"curriculum.threshold is {self.threshold}; it must lie in (0, 1].")
         if not 0 <= self.target < 1:
             raise ValueError(f"curriculum.target is {self.target}; it must lie in [0, 1).")
+        if self.foresight < 0 or (self.foresight and not self.target):
+            raise ValueError(
+                f"curriculum.foresight is {self.foresight}; it must be at least 0, and 0 where "
+                "target is."
+            )
         if self.weighs not in ("usage", "cost", "kv_cost"):
             raise ValueError(
                 f"curriculum.weighs is {self.weighs!r}; accepted: 'usage', 'cost', 'kv_cost'."
@@ -109,6 +120,7 @@ class CurriculumState(NamedTuple):
       stage: index into `lengths`; len(lengths) is the task's own length.
       above: steps in a row with smoothed accuracy above the threshold.
       accuracy: smoothed accuracy.
+      weighed: smoothed, what λ multiplies.
     """
 
     step: jax.Array
@@ -117,6 +129,7 @@ class CurriculumState(NamedTuple):
     stage: jax.Array
     above: jax.Array
     accuracy: jax.Array
+    weighed: jax.Array
 
 
 def init_curriculum(config: CurriculumConfig) -> CurriculumState:
@@ -133,6 +146,7 @@ def init_curriculum(config: CurriculumConfig) -> CurriculumState:
         stage=jnp.int32(len(config.lengths) if starts_now else 0),
         above=jnp.int32(0),
         accuracy=jnp.float32(0),
+        weighed=jnp.float32(0),
     )
 
 
@@ -204,7 +218,12 @@ def update_curriculum(
 
     rate = 1.0 / max(1, config.ramp_steps)
     change = jnp.float32(rate)
-    if config.target:
+    mean = _EMA_DECAY * state.weighed + (1 - _EMA_DECAY) * weighed
+    mean = jnp.where(state.step == 0, weighed, mean)
+    if config.target and config.foresight:
+        then = weighed + config.foresight / _LAG * (weighed - mean)
+        change = rate * jnp.clip(then / config.target - 1, -_FALL, 1.0)
+    elif config.target:
         too_low = weighed < 0.9 * config.target
         change = jnp.where(weighed > config.target, rate, jnp.where(too_low, -rate, 0.0))
     if config.reaction != "none":
@@ -220,4 +239,5 @@ def update_curriculum(
         stage=jnp.where(begin, last, jnp.where(next_length, state.stage + 1, state.stage)),
         above=jnp.where(next_length, 0, above),
         accuracy=jnp.where(next_length, 0.0, smoothed),
+        weighed=mean,
     )

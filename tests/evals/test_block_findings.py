@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from routing_jax.evals.block_bases import made_again, on_one_base
 from routing_jax.evals.block_findings import error_table, routing_findings
 from routing_jax.evals.block_plots import plot_budgets, plot_errors, plot_positions
 from routing_jax.evals.report import block_routing_text, plot_block_routing
@@ -43,26 +44,51 @@ LAST = (
 )
 
 
-def test_what_went_on_from_another_base_is_left_out_and_named(make_run, tmp_path):
-    first, again = {"start_loss": 1.0}, {"start_loss": 1.017}
-    kept = [
-        make_run("base", 1.0),
-        make_run("full", 1.0, details=first),
-        make_run("full", 1.5, seed=1, details=again),
-        make_run("indexer-25", 1.02, details=first),
+def test_text_of_another_base_is_read_as_if_from_the_seeds_own(make_run):
+    own, other = {"start_loss": 0.8}, {"start_loss": 0.88, "edges": [0, 4], "bits_per_byte": [3.3]}
+    runs = [
+        make_run("full", 1.0, details=own),
+        make_run("full", 1.5, seed=1, details=other),
         make_run("gates-25", 1.01),  # from before it was told
+        make_run("indexer-25", 1.1 * 1.02, details=other),
+        make_run("indexer-25", 1.6, seed=1, details=other),
+        make_run("full", 0.9, details=own, task="block-needle-4096"),
+        make_run("random-12", 0.3, details=other, task="block-needle-4096"),
     ]
-    other = make_run("gates-12", 1.9, details=again)
-    text = block_routing_text([*kept, other])
-    assert text.endswith(
-        "Left out, as they went on from another base than full of their seed: "
-        "block-lm gates-12 of seed 0."
-    )
-    assert text.startswith(block_routing_text(kept))
-    plot_block_routing([*kept, other], tmp_path)
-    plotted = (tmp_path / "tradeoff.png").read_bytes()
-    plot_block_routing(kept, tmp_path)
-    assert (tmp_path / "tradeoff.png").read_bytes() == plotted
+    scaled, others = on_one_base(runs)
+    assert [run.bits_per_byte for run in scaled[:5]] == pytest.approx([1, 1.5, 1.01, 1.02, 1.6])
+    assert scaled[3].details["bits_per_byte"] == pytest.approx([3.0])
+    assert scaled[3].loss == pytest.approx(runs[3].loss / 1.1)
+    assert scaled[:3] + scaled[4:] == runs[:3] + runs[4:]
+    assert others == [scaled[3], scaled[6]]
+    text = block_routing_text(runs)
+    assert (
+        "From another base than full of their seed: block-lm (bits scaled by the two bases'), "
+        "seed 0: indexer-25; block-needle-4096, seed 0: random-12."
+    ) in text
+    assert " +4.33 % (+6.67 %) " in text  # 2 % over the base of its seed, and 1.6 / 1.5
+    assert "another base" not in block_routing_text(runs[:3])
+
+
+def test_what_was_made_twice_says_how_far_bases_matter(make_run):
+    def text(variant, loss, base):
+        run = make_run(variant, 1.0, details={"start_loss": base})
+        return dataclasses.replace(run, loss=loss)
+
+    now = [text("gates-25", 1.01, 1.0), text("random-25", 1.2, 1.0), text("full", 1.0, 1.0)]
+    before = [text("gates-25", 2.04, 2.0), text("random-25", 2.2, 2.0), text("full", 1.0, 1.0)]
+    needle = {"task": "block-needle-4096"}
+    now.append(make_run("gates-25", 0.5, details={"start_loss": 0.1}, **needle))
+    before.append(make_run("gates-25", 0.7, details={"start_loss": 0.2}, **needle))
+    assert made_again(now, before).split("\n") == [
+        "- block-lm: 2 runs, made again from another base of their seed, cost 5.50 points more or "
+        "less over their base (mean; 1.00 for the 1 below 3%).",
+        "- block-needle-4096: 1 runs, made again from another base of their seed, are 20.0 points "
+        "more or less accurate (mean).",
+    ]
+    planned = dataclasses.replace(now[0], config={"curriculum": {"foresight": 30}})
+    assert made_again([planned], before) == ""
+    assert made_again(now, []) == ""
 
 
 def test_a_lead_counts_from_two_standard_errors_over_both_controls(make_run):

@@ -12,6 +12,14 @@ from routing_jax.evals.results import load_results
 RESULTS = Path(__file__).resolve().parents[2] / "evals/results"
 
 
+LEARNED = "+composed+learned"
+
+
+def look(bar):
+    line = bar.lines[0]
+    return line.get_color(), line.get_marker(), line.get_fillstyle()
+
+
 def told(variant, usage, right, nll):
     example = load_results(RESULTS, "routed-attention")[0]
     tasks = {
@@ -44,11 +52,15 @@ def test_each_way_stands_where_its_sparsity_and_its_difference_to_dense_say(tmp_
 
 
 def test_the_ways_of_routing_are_named_within_the_plot(tmp_path):
-    names = ("dense", "random", "routed", "sparse", "static+routed", "static+tasks", "static")
+    names = ["random", "sparse", "static+routed", "static+tasks", "routed+composed"]
+    names += [f"{who}{how}" for who in ("dense", "routed", "static") for how in ("", LEARNED)]
     ways = [told(name, 0.5, [1.0, 1.0], [1.0, 1.0]) for name in names]
     figure = plot_prompts(ways, tmp_path / "plot.png")
     legend = figure.legends[0]
-    assert len(legend.get_texts()) == 7
+    assert {text.get_text() for text in legend.get_texts()} == set(names)
+    looks = {name: look(bar) for name, bar in zip(sorted(names), figure.axes[0].containers)}
+    assert len(set(looks.values())) == len(names)
+    assert looks["routed"][:2] == looks["routed+composed"][:2]
     box, width = legend.get_window_extent(), figure.bbox.width
     assert 0 <= box.x0 < box.x1 <= width
 

@@ -200,6 +200,28 @@ def test_a_target_is_met_end_to_end_by_a_model_that_yields_to_pressure():
     assert np.all(np.array(seen[200:]) >= 0.9 * 0.25 - 0.02)
 
 
+def usage_of_slow_routers(foresight):
+    """Gates close by and by where λ outweighs what they are worth, the more the fewer are open."""
+    config = CurriculumConfig(
+        learn_steps=0, ramp_steps=150, hold_steps=1000, target=0.25, foresight=foresight
+    )
+    update = jax.jit(lambda s, u: update_curriculum(config, s, jnp.float32(1), u))
+    state, speed, usage, seen = init_curriculum(config), 0.0, 1.0, []
+    for _ in range(600):
+        state = update(state, jnp.float32(usage))
+        speed = 0.97 * speed + 0.03 * (0.1 / usage - float(penalty_weight(config, state)))
+        usage = float(np.clip(usage + 0.05 * speed, 0.01, 1.0))
+        seen.append(usage)
+    return np.array(seen)
+
+
+def test_foresight_keeps_slow_routers_from_passing_their_target():
+    blind, seeing = map(usage_of_slow_routers, (0, 30))
+    assert blind.min() < 0.5 * 0.25 < 0.7 * 0.25 < seeing.min()
+    assert np.ptp(blind[300:]) > 2 * np.ptp(seeing[300:])
+    assert seeing[300:].mean() == pytest.approx(0.25, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -212,6 +234,8 @@ def test_a_target_is_met_end_to_end_by_a_model_that_yields_to_pressure():
         ({"threshold": 0.0}, "threshold is 0.0"),
         ({"threshold": 1.1}, "threshold is 1.1"),
         ({"target": 1.0}, "target is 1.0"),
+        ({"foresight": 9}, "foresight is 9"),
+        ({"foresight": -1, "target": 0.5}, "foresight is -1"),
         ({"weighs": "time"}, "weighs is 'time'"),
         ({"reaction": "panic"}, "reaction is 'panic'"),
         ({"lengths": (16, 16)}, r"lengths is \(16, 16\)"),

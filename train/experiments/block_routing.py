@@ -80,7 +80,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "random-gates": {"kind": "random", "budget": "gates"},
     "window-gates": {"kind": "window", "budget": "gates"},
 }
-STRONGEST = ("gates", "indexer", "gates+distilled")  # by seed 0
+STRONGEST = ("gates", "indexer", "gates+distilled", "weighed")  # by seed 0
 BASELINES = ("random", "sink-window", "window-gates")  # what a learned router must beat
 TASKS = ("block-lm", "block-mqar-2048", "block-needle-4096", "block-multi-needle-4096")
 SEEDS = 3  # where a difference is to be judged: one that chooses, two that compare
@@ -94,6 +94,8 @@ _SMALLER_OF_TEXT = 2  # times, batches of what goes on from a base: each of thei
 _STILL_DISTILLED = 0.25  # of the tiles, while the model learns to do with what an indexer lists
 _COMPARED = ("indexer", "pooled", "random", "sink-window")  # by output error
 _NEARLY = 1.5  # times a budget that the least choice may cost
+# Steps by which λ foresees cost where gates answer it late: by what is, it fell to half the budget.
+_FORESIGHT = {"mass": 30, "random-gates": 30, "indexer-gates": 30}
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def routed(config: TrainConfig, router: str, percent: int) -> TrainConfig:
             curriculum__weighs="cost",
             # λ weighs the mean over layers, most of whose cost is that of the block layers.
             curriculum__target=fraction * mixers.count("block") / len(mixers),
+            curriculum__foresight=_FORESIGHT.get(router, 0),
             curriculum__ramp_steps=plan.hold_steps // 2,
             curriculum__hold_steps=plan.hold_steps - plan.hold_steps // 2,
         )
