@@ -162,7 +162,7 @@ def test_what_is_compared_is_trained_for_as_many_steps(task):
         assert steps[name] == steps["full" if config.start_from else "base"], name
         # An indexer's router has learned before, and nothing else of its model.
         assert config.routers_only == (name in TEACHERS)
-        listens = "indexer" in name or name in ("weighed-12", "weighed-25")
+        listens = "indexer" in name or name.rpartition("-")[0] == "weighed"
         taught = 1.0 if name in TEACHERS else 0.25 if listens else 0.0
         assert config.model.blocks.distil == taught
 
@@ -180,6 +180,8 @@ def test_budgets_and_controls_are_those_of_their_names(task):
             share = 1.0 if task == "block-lm" else 0.5  # of the layers that are routed
             assert config.curriculum.target == pytest.approx(share * percent / 100)
             assert config.curriculum.weighs == "cost"
+            late = router in ("mass", "random-gates", "indexer-gates")
+            assert (config.curriculum.foresight > 0) == late
         else:
             assert blocks.budget == "blocks"
         if router == "clusters":
