@@ -120,7 +120,7 @@ class CurriculumState(NamedTuple):
       stage: index into `lengths`; len(lengths) is the task's own length.
       above: steps in a row with smoothed accuracy above the threshold.
       accuracy: smoothed accuracy.
-      weighed: smoothed, what λ multiplies.
+      weighed: smoothed, what λ multiplies; None where nothing is foreseen by it.
     """
 
     step: jax.Array
@@ -129,7 +129,7 @@ class CurriculumState(NamedTuple):
     stage: jax.Array
     above: jax.Array
     accuracy: jax.Array
-    weighed: jax.Array
+    weighed: jax.Array | None = None
 
 
 def init_curriculum(config: CurriculumConfig) -> CurriculumState:
@@ -146,7 +146,7 @@ def init_curriculum(config: CurriculumConfig) -> CurriculumState:
         stage=jnp.int32(len(config.lengths) if starts_now else 0),
         above=jnp.int32(0),
         accuracy=jnp.float32(0),
-        weighed=jnp.float32(0),
+        weighed=jnp.float32(0) if config.foresight else None,
     )
 
 
@@ -218,9 +218,11 @@ def update_curriculum(
 
     rate = 1.0 / max(1, config.ramp_steps)
     change = jnp.float32(rate)
-    mean = _EMA_DECAY * state.weighed + (1 - _EMA_DECAY) * weighed
-    mean = jnp.where(state.step == 0, weighed, mean)
-    if config.target and config.foresight:
+    mean = None
+    if config.foresight:
+        assert state.weighed is not None  # of `init_curriculum` with this config
+        mean = _EMA_DECAY * state.weighed + (1 - _EMA_DECAY) * weighed
+        mean = jnp.where(state.step == 0, weighed, mean)
         then = weighed + config.foresight / _LAG * (weighed - mean)
         change = rate * jnp.clip(then / config.target - 1, -_FALL, 1.0)
     elif config.target:
