@@ -320,7 +320,8 @@ class LayerRouted(nn.Module):
         block = jnp.arange(pooled.shape[1], dtype=jnp.int32)[None, None]
         own = places[:, :, None] // cfg.block_kv
         open_ = (block >= cfg.sink_blocks) & (block <= own - cfg.window_blocks)
-        return block_divergence(mean_key_scores(queries, pooled), target, open_[:, None])
+        scores = mean_key_scores(queries, pooled)
+        return block_divergence(scores, target, open_[:, None], by_share=True)
 
     def _visits(self, table, dense, positions, answers):
         """[B,K,M], blocks that each row visits, tokens that search each for itself by their own.

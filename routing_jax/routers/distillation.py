@@ -136,13 +136,17 @@ def some_tiles(num_tiles: int, share: float, rng: jax.Array | None) -> jax.Array
     return (first + jnp.asarray(apart, jnp.int32)) % num_tiles
 
 
-def block_divergence(scores: jax.Array, target: jax.Array, open_: jax.Array) -> jax.Array:
+def block_divergence(
+    scores: jax.Array, target: jax.Array, open_: jax.Array, *, by_share: bool = False
+) -> jax.Array:
     """KL(target ‖ softmax(scores)) over the blocks that compete, in nats, mean over rows.
 
     Args:
       scores: [B,K,M,J] float32, the router's.
       target: [B,K,M,J] float32, not negative; normalised here over the open blocks.
       open_: bool, broadcast against them: blocks that compete. A row without any counts nothing.
+      by_share: a row counts as much as its target has on such blocks, instead of as any other:
+        most rows look elsewhere, and what little they have there would teach nothing.
 
     >>> scores, target = jnp.zeros((1, 1, 1, 2)), jnp.array([[[[1.0, 0.0]]]])
     >>> round(float(block_divergence(scores, target, jnp.ones((1, 1, 1, 2), bool))), 4)  # log 2
@@ -157,4 +161,6 @@ def block_divergence(scores: jax.Array, target: jax.Array, open_: jax.Array) -> 
     logits = jnp.where(open_, scores, jnp.where(some[..., None], -jnp.inf, 0.0))
     log_probs = jnp.where(open_, jax.nn.log_softmax(logits, axis=-1), 0.0)
     terms = jax.scipy.special.xlogy(target, target) - target * log_probs
-    return jnp.where(some, terms.sum(axis=-1), 0.0).sum() / jnp.maximum(some.sum(), 1)
+    counts = jnp.where(some, total[..., 0] if by_share else 1.0, 0.0)
+    # Rows that all count nothing are no 0 ÷ 0.
+    return (counts * terms.sum(axis=-1)).sum() / jnp.maximum(counts.sum(), 1e-30)

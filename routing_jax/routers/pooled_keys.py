@@ -1,9 +1,10 @@
 """One key for a whole block: the mean of its keys, or a mean with weights that are learned.
 
 A mean of 128 keys says little of the one that a query looks for. Here each kv head learns a
-direction d, and a key k weighs exp(√H k·d): keys that are looked for stand out, those of filler
-fade. What is kept of a block are sums, so a token that is decoded adds its own. Like the learned
-poolings of NSA and SeerAttention (arXiv 2502.11089, 2410.13276), in H numbers a head.
+direction d, and a key k weighs exp(H k·d): keys that are looked for stand out, those of filler
+fade. H is there for d to come far at the learning rate of a router's matrices. What is kept of a
+block are sums, so a token that is decoded adds its own. Like the learned poolings of NSA and
+SeerAttention (arXiv 2502.11089, 2410.13276), in H numbers a head.
 """
 
 from typing import NamedTuple
@@ -57,7 +58,7 @@ def weighed(keys: jax.Array, direction: jax.Array | None = None) -> KeySums:
     keys = keys.astype(jnp.float32)
     if direction is None:
         return KeySums(keys)
-    weights = weights_along(keys, direction * keys.shape[-1] ** 0.5)
+    weights = weights_along(keys, direction * keys.shape[-1])
     return KeySums(keys * weights[..., None], weights)
 
 

@@ -314,7 +314,7 @@ def test_training_turns_the_search_to_where_attention_looks():
     assert before > untaught + 1e-3
     found, slope = start, jax.jit(jax.grad(lambda s: run(s, X, taught)[0]))
     for _ in range(30):
-        found -= slope(found) * 3
+        found -= slope(found) * 0.75
     after, _ = run(found, X, taught)
     assert after - untaught < 0.9 * (before - untaught)
 

@@ -104,7 +104,7 @@ def test_pages_that_nobody_holds_are_never_found():
 
 def test_sums_are_those_of_the_tokens_since_a_page_began():
     _, k, _ = arrays()
-    direction = jax.random.normal(jax.random.key(2), (K, H))
+    direction = jax.random.normal(jax.random.key(2), (K, H)) / H
     # Of those who held the pages before.
     sums = KeySums(jnp.full((5, K, H), 9.0), jnp.full((5, K), 9.0))
     add = jax.jit(add_to_sums)
@@ -112,7 +112,7 @@ def test_sums_are_those_of_the_tokens_since_a_page_began():
         pages = jnp.array([t // BLOCK % 3, 5])
         sums = add(sums, pages, jnp.array([t % BLOCK, 1]), weighed(k[0, [t, t]], direction))
     keys = np.asarray(k[0]).reshape(BLOCKS, BLOCK, K, H)
-    weights = np.exp((keys * np.asarray(direction)).sum(-1) * H**0.5)
+    weights = np.exp((keys * np.asarray(direction)).sum(-1) * H)
     for ours, want in zip(sums, ((keys * weights[..., None]).sum(1), weights.sum(1))):
         np.testing.assert_allclose(ours[:3], want[-3:], rtol=1e-5, atol=1e-5)
         assert (ours[3:] == 9).all()

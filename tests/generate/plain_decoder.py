@@ -35,7 +35,7 @@ def visible(q, k, dense, sparse, prompt, search):
         blocks = {*range(min(cfg.sink // size, own + 1)), *range(max(0, own + 1 - near), own + 1)}
         if rule == "topk":
             query = q[chooser].reshape(K, -1, q.shape[-1])[head].mean(0)
-            weights = np.exp((k[:, head] @ search[head]) * np.sqrt(k.shape[-1]))
+            weights = np.exp(k.shape[-1] * (k[:, head] @ search[head]))
             parts = [slice(j * size, j * size + size) for j in range(own)]
             means = [np.average(k[part, head], axis=0, weights=weights[part]) for part in parts]
             best = sorted(range(own), key=lambda j: -(means[j] @ query))

@@ -181,7 +181,7 @@ def test_sums_of_pages_are_those_of_the_keys_they_hold(taught):
             keys, weights = memory.keys[pages], np.ones(1)
             if taught:
                 direction = np.asarray(layer_params(params, layer)["mixer"]["router"]["search"])
-                weights = np.exp(2 * (keys * direction).sum(axis=-1))
+                weights = np.exp(4 * (keys * direction).sum(axis=-1))
                 want = weights.sum(axis=1)
                 np.testing.assert_allclose(memory.sums.weights[pages], want, rtol=1e-4, atol=1e-4)
             want = (keys * weights[..., None]).sum(axis=1)

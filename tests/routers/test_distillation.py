@@ -1,5 +1,7 @@
 """The dense map by blocks against a plain softmax, and the divergence against its formula."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,21 +90,27 @@ def test_no_array_is_as_large_as_the_whole_map():
     assert max(array_sizes(jaxpr)) == 32 * 512
 
 
-def test_divergence_is_that_of_the_open_blocks_and_has_a_finite_gradient():
+@pytest.mark.parametrize("by_share", [False, True])
+def test_divergence_is_that_of_the_open_blocks_and_has_a_finite_gradient(by_share):
     rng = np.random.default_rng(1)
     scores = rng.normal(size=(1, 2, 4, 5)).astype(np.float32)
     target = rng.random((1, 2, 4, 5)).astype(np.float32)
     open_ = np.arange(5)[None, None, None] < np.arange(4)[None, None, :, None]  # row 0: none
-    value, gradient = jax.value_and_grad(block_divergence)(scores, target, open_)
-    rows = []
+    divergence = partial(block_divergence, by_share=by_share)
+    value, gradient = jax.value_and_grad(divergence)(scores, target, open_)
+    rows, shares = [], []
     for k, m in np.ndindex(2, 4):
         if m:
             p = target[0, k, m, :m].astype(float)
+            shares.append(p.sum() if by_share else 1.0)
             p /= p.sum()
             log_r = scores[0, k, m, :m] - np.log(np.exp(scores[0, k, m, :m].astype(float)).sum())
             rows.append((p * (np.log(p) - log_r)).sum())
-    assert float(value) == pytest.approx(np.mean(rows), rel=1e-5)
+    assert float(value) == pytest.approx(np.average(rows, weights=shares), rel=1e-5)
     assert np.all(np.isfinite(gradient))
     assert np.all(gradient[~np.broadcast_to(open_, gradient.shape)] == 0)
     matched = jnp.log(target)
-    assert float(block_divergence(matched, target, open_)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(matched, target, open_)) == pytest.approx(0, abs=1e-6)
+    nothing, none = jax.value_and_grad(divergence)(scores, 0 * target, open_)
+    assert float(nothing) == 0
+    assert not np.any(none)
