@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from routing_jax.evals.results import Result
 from routing_jax.evals.tables import natural_order
 
-_NEAR = 0.03  # loss over its base's below which a run of text is one of the good
+_NEAR = 0.03  # loss above the base's, as a share of it, up to which text is told apart
 
 
 def _start(run: Result) -> float | None:
@@ -22,8 +22,9 @@ def _start(run: Result) -> float | None:
 def on_one_base(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
     """The results, those of text as if they had gone on from the base of their seed's 'full'.
 
-    What a router costs over its own base hardly depends on that base (`made_again`), so that bits
-    per byte are scaled by the two bases' losses. Accuracy is taken as it is.
+    What a good router costs over its own base hardly depends on that base (`made_again`), so bits
+    per byte are scaled by the two bases' losses. Accuracy is taken as it is. Where 'full' does not
+    say what it went on from, that is the base among the results.
 
     Args:
       results: of the experiment.
@@ -31,20 +32,23 @@ def on_one_base(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
     Returns:
       All results, and among them those that went on from another base.
     """
-    full = {(run.task, run.seed): _start(run) for run in results if run.variant == "full"}
+    starts = {(run.task, run.seed): run.loss for run in results if run.variant == "base"}
+    for run in results:
+        own = _start(run)
+        if run.variant == "full" and own is not None:
+            starts[run.task, run.seed] = own
     scaled, others = [], []
     for run in results:
-        own, theirs = _start(run), full.get((run.task, run.seed))
-        if own and theirs and own != theirs:
-            run = _scaled(run, theirs / own)
+        own, theirs = _start(run), starts.get((run.task, run.seed))
+        if own is not None and theirs is not None and own != theirs:
+            run = run if run.bits_per_byte is None else _scaled(run, theirs / own)
             others.append(run)
         scaled.append(run)
     return scaled, others
 
 
 def _scaled(run: Result, by: float) -> Result:
-    if run.bits_per_byte is None:
-        return run
+    assert run.bits_per_byte is not None  # of text alone
     details = dict(run.details or {})
     if "bits_per_byte" in details:
         details["bits_per_byte"] = [bits * by for bits in details["bits_per_byte"]]
@@ -57,50 +61,54 @@ def other_bases(others: Sequence[Result]) -> str:
     """A sentence that names the results of another base; '' where there are none."""
     named: dict[tuple[str, int], list[str]] = {}
     for run in sorted(others, key=lambda run: (natural_order(run.task), run.seed, run.variant)):
-        text = " (bits scaled by the two bases')" * (run.bits_per_byte is not None)
+        text = " (bits scaled by the ratio of the bases' losses)" if run.bits_per_byte else ""
         named.setdefault((f"{run.task}{text}", run.seed), []).append(run.variant)
     told = [f"{task}, seed {seed}: {', '.join(of)}" for (task, seed), of in named.items()]
-    return f"From another base than full of their seed: {'; '.join(told)}." if told else ""
+    return f"From another base than the rest of their seed: {'; '.join(told)}." if told else ""
 
 
 def _foresight(run: Result) -> int:
     return run.config.get("curriculum", {}).get("foresight", 0)
 
 
-def made_again(results: Sequence[Result], earlier: Sequence[Result]) -> str:
+def made_again(results: Sequence[Result], again: Sequence[Result]) -> str:
     """A Markdown list: by how much runs differ that were made twice, from two bases of one seed.
 
-    Of text, loss over the base's counts; of all else, accuracy.
+    Of text, loss over the base's counts; of all else, accuracy. What distils is left out, as it
+    changes nothing in its base, and so is what was made with another `curriculum.foresight`.
 
     Args:
       results: of the experiment.
-      earlier: the same runs made from other bases.
+      again: some of its runs, made a second time from other bases.
     """
-    now = {(run.task, run.variant, run.seed): run for run in results}
-    found: dict[str, list[tuple[float, float]]] = {}  # by task: twice the figure
-    for before in earlier:
-        run = now.get((before.task, before.variant, before.seed))
-        if run is None or _foresight(run) != _foresight(before):
+    first = {(run.task, run.variant, run.seed): run for run in results}
+    pairs: dict[tuple[str, bool], list[tuple[float, float]]] = {}  # both figures, by task and text
+    for second in again:
+        run = first.get((second.task, second.variant, second.seed))
+        if run is None or run.variant.startswith("distil") or _foresight(run) != _foresight(second):
             continue
-        own, theirs = _start(run), _start(before)
-        if not own or not theirs or own == theirs or run.variant.startswith("distil"):
+        starts = _start(run), _start(second)
+        if None in starts or starts[0] == starts[1]:
             continue
-        if run.bits_per_byte is None:
-            pair = run.accuracy, before.accuracy
-        else:
-            pair = run.loss / own - 1, before.loss / theirs - 1
-        found.setdefault(run.task + "*" * (run.bits_per_byte is not None), []).append(pair)
+        text = run.bits_per_byte is not None
+        figures = tuple(
+            one.loss / start - 1 if text and start else one.accuracy
+            for one, start in zip((run, second), starts)
+        )
+        pairs.setdefault((run.task, text), []).append((figures[0], figures[1]))
     said = []
-    for task in sorted(found, key=natural_order):
-        pairs = found[task]
-        told = f"{task.rstrip('*')}: {len(pairs)} runs, made again from another base of their seed"
-        if task.endswith("*"):
-            near = [pair for pair in pairs if max(pair) < _NEAR]
-            told += f", cost {_apart(pairs):.2f} points more or less over their base (mean"
-            told += f"; {_apart(near):.2f} for the {len(near)} below {_NEAR:.0%})" if near else ")"
+    for task, text in sorted(pairs, key=lambda key: natural_order(key[0])):
+        found = pairs[task, text]
+        runs = "one run" if len(found) == 1 else f"{len(found)} runs"
+        line = f"{task}: {runs}, made twice from two bases of a seed, differ by "
+        if not text:
+            line += f"{_apart(found):.1f} points of accuracy (mean)"
         else:
-            told += f", are {_apart(pairs):.1f} points more or less accurate (mean)"
-        said.append(f"- {told}.")
+            line += f"{_apart(found):.2f} points of what they cost over their base (mean"
+            if near := [pair for pair in found if max(pair) <= _NEAR]:
+                line += f"; the {len(near)} within {100 * _NEAR:.0f} % of it by {_apart(near):.2f}"
+            line += ")"
+        said.append(f"- {line}.")
     return "\n".join(said)
 
 

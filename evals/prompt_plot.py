@@ -17,7 +17,7 @@ from routing_jax.evals.prompt_tables import (
 from routing_jax.evals.results import Result
 from routing_jax.evals.tables import natural_order, router_of
 
-# How a mark is filled where layers that are not sparse search: not at all, or half if that learns.
+# How a mark is filled where layers that are not sparse search: not, or half if that is learned.
 _FILLS = {"": "full", "+composed": "none", "+composed+learned": "left"}
 
 

@@ -40,7 +40,7 @@ BLOCK_ROUTING_SPEED = "block-routing-speed"
 TPU_SCHEDULE = "tpu-schedule"
 SERVE_PATH = "serve-path"
 
-_AGAIN = "again"  # holds results of runs that were made again, from other bases
+_AGAIN = "again"  # holds a second making of some runs, from other bases
 
 # Benchmarks whose runs on one device are read as one, and what their rows are compared within.
 _COMPARED: dict[str, Callable[[dict[str, Any]], Group]] = {
@@ -74,8 +74,7 @@ def readme_blocks(folder: epath.PathLike) -> dict[str, str]:
     if results := load_results(folder, MOAS):
         blocks[MOAS] = moas_table(results)
     if results := load_results(folder, BLOCK_ROUTING):
-        earlier = (folder / BLOCK_ROUTING / _AGAIN).glob("*.json")
-        blocks[BLOCK_ROUTING] = block_routing_text(results, [*map(read_result, sorted(earlier))])
+        blocks[BLOCK_ROUTING] = block_routing_text(results, made_twice(folder))
     if results := load_results(folder, FLUX):
         blocks[FLUX] = flux_table(results)
     for name, table, caption in (
@@ -189,16 +188,25 @@ def plot_block_routing(results: list[Result], folder: epath.Path) -> None:
         plot_errors(mine, folder / f"errors_{task}.png")
 
 
-def block_routing_text(results: Sequence[Result], earlier: Sequence[Result] = ()) -> str:
+def made_twice(folder: epath.PathLike) -> list[Result]:
+    """A second making of some runs of block routing, from other bases; see `made_again`.
+
+    Args:
+      folder: the results.
+    """
+    return [*map(read_result, sorted((epath.Path(folder) / BLOCK_ROUTING / _AGAIN).glob("*.json")))]
+
+
+def block_routing_text(results: Sequence[Result], again: Sequence[Result] = ()) -> str:
     """The experiment's table, what follows from it, and the output errors.
 
     Args:
       results: of the experiment.
-      earlier: some of its runs, made before from other bases.
+      again: a second making of some of its runs, from other bases.
     """
-    again = made_again(results, earlier)
+    twice = made_again(results, again)
     results, others = on_one_base(results)
-    parts = [block_routing_table(results), other_bases(others), routing_findings(results), again]
+    parts = [block_routing_table(results), other_bases(others), routing_findings(results), twice]
     return "\n\n".join(part for part in [*parts, error_table(results)] if part)
 
 

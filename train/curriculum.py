@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-_EMA_DECAY = 0.9  # of the accuracy that the thresholds read: about ten steps
+_EMA_DECAY = 0.9  # of what is smoothed: about ten steps
 _LAG = _EMA_DECAY / (1 - _EMA_DECAY)  # steps by which such a mean is behind what rises steadily
 _FALL = 2.0  # times as fast as it rises, λ falls at most
 
@@ -40,9 +40,10 @@ class CurriculumConfig:
         rise) or 'back' (λ falls).
       target: stop raising λ while the weighed quantity is at or below this, and lower it while it
         is below nine tenths of it; 0 for no target.
-      foresight: steps by which that is told in advance, from how the quantity changes: routers are
-        slow to answer, and λ would rise too far. It then changes in proportion to how far off the
-        target that is, in full at twice the target. 0 for what is.
+      foresight: how many steps ahead the weighed quantity is extrapolated from its recent change,
+        for routers that answer λ late. λ then changes in proportion to how far off the target that
+        is, in full at twice the target, and falls twice as fast at most. 0: its present value
+        counts, as above.
     """
 
     peak: float = 0.5

@@ -63,11 +63,23 @@ def test_text_of_another_base_is_read_as_if_from_the_seeds_own(make_run):
     assert others == [scaled[3], scaled[6]]
     text = block_routing_text(runs)
     assert (
-        "From another base than full of their seed: block-lm (bits scaled by the two bases'), "
-        "seed 0: indexer-25; block-needle-4096, seed 0: random-12."
+        "From another base than the rest of their seed: block-lm (bits scaled by the ratio of the "
+        "bases' losses), seed 0: indexer-25; block-needle-4096, seed 0: random-12."
     ) in text
     assert " +4.33 % (+6.67 %) " in text  # 2 % over the base of its seed, and 1.6 / 1.5
     assert "another base" not in block_routing_text(runs[:3])
+
+
+def test_a_base_among_the_results_counts_where_full_says_nothing(make_run):
+    needle = {"task": "block-needle-4096"}
+    base = dataclasses.replace(make_run("base", 1.0, **needle), loss=1e-4)
+    runs = [
+        base,
+        make_run("full", 1.0, **needle),
+        make_run("gates-25", 0.5, details={"start_loss": 0.0}, **needle),
+        make_run("gates-12", 0.4, details={"start_loss": 1e-4}, **needle),
+    ]
+    assert on_one_base(runs) == (runs, [runs[2]])
 
 
 def test_what_was_made_twice_says_how_far_bases_matter(make_run):
@@ -81,10 +93,10 @@ def test_what_was_made_twice_says_how_far_bases_matter(make_run):
     now.append(make_run("gates-25", 0.5, details={"start_loss": 0.1}, **needle))
     before.append(make_run("gates-25", 0.7, details={"start_loss": 0.2}, **needle))
     assert made_again(now, before).split("\n") == [
-        "- block-lm: 2 runs, made again from another base of their seed, cost 5.50 points more or "
-        "less over their base (mean; 1.00 for the 1 below 3%).",
-        "- block-needle-4096: 1 runs, made again from another base of their seed, are 20.0 points "
-        "more or less accurate (mean).",
+        "- block-lm: 2 runs, made twice from two bases of a seed, differ by 5.50 points of what "
+        "they cost over their base (mean; the 1 within 3 % of it by 1.00).",
+        "- block-needle-4096: one run, made twice from two bases of a seed, differ by 20.0 points of "
+        "accuracy (mean).",
     ]
     planned = dataclasses.replace(now[0], config={"curriculum": {"foresight": 30}})
     assert made_again([planned], before) == ""

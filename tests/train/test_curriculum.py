@@ -215,6 +215,15 @@ def usage_of_slow_routers(foresight):
     return np.array(seen)
 
 
+def test_without_foresight_the_state_has_what_earlier_checkpoints_have():
+    assert len(jax.tree.leaves(init_curriculum(CurriculumConfig(target=0.5)))) == 6
+    foreseeing = CurriculumConfig(target=0.5, foresight=9, learn_steps=0, ramp_steps=10)
+    state = init_curriculum(foreseeing)
+    assert len(jax.tree.leaves(state)) == 7
+    first = update_curriculum(foreseeing, state, jnp.float32(1), jnp.float32(0.6))
+    assert float(first.ramp) == pytest.approx(0.1 * (0.6 / 0.5 - 1))  # nothing changed before
+
+
 def test_foresight_keeps_slow_routers_from_passing_their_target():
     blind, seeing = map(usage_of_slow_routers, (0, 30))
     assert blind.min() < 0.5 * 0.25 < 0.7 * 0.25 < seeing.min()
