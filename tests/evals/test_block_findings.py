@@ -95,8 +95,8 @@ def test_what_was_made_twice_says_how_far_bases_matter(make_run):
     assert made_again(now, before).split("\n") == [
         "- block-lm: 2 runs, made twice from two bases of a seed, differ by 5.50 points of what "
         "they cost over their base (mean; the 1 within 3 % of it by 1.00).",
-        "- block-needle-4096: one run, made twice from two bases of a seed, differ by 20.0 points of "
-        "accuracy (mean).",
+        "- block-needle-4096: one run, made twice from two bases of a seed, differ by 20.0 points "
+        "of accuracy (mean).",
     ]
     planned = dataclasses.replace(now[0], config={"curriculum": {"foresight": 30}})
     assert made_again([planned], before) == ""
