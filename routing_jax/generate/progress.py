@@ -33,8 +33,8 @@ class PrefillBar:
         if self._bar is None:
             return
         if done < layers:
-            self._bar.start()
             self._bar.update(self._task, completed=done, total=layers)
+            self._bar.start()
         else:
             self._bar.stop()
 

@@ -15,3 +15,5 @@ def test_a_terminal_gets_a_bar_and_a_file_nothing(monkeypatch, capsys):
         said = capsys.readouterr()
         assert said.out == ""
         assert ("reading the prompt" in said.err) == terminal
+        assert ("0/3" in said.err) == terminal  # from its first frame on
+        assert "0/100" not in said.err

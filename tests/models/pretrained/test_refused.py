@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from routing_jax.models.pretrained import load_pretrained
 
@@ -170,3 +170,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for name in ("absent.safetensors", "../model.safetensors"):
         index.write_text(json.dumps({"weight_map": {UP: name}}))
         assert f"names {name!r}, which is no file of its folder" in refusal_inside(tmp_path)
+
+
+def test_files_that_an_index_does_not_describe_are_refused(tmp_path):
+    write_folder(tmp_path, CONFIG, TENSORS, shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": places | {"more": places[UP]}}))
+    assert f"{places[UP]} holds no more, which " in refusal_inside(tmp_path)
+    index.write_text(json.dumps({"weight_map": places}))
+    (other,) = set(places.values()) - {places[UP]}
+    both = load_file(tmp_path / other) | {UP: TENSORS[UP]}
+    save_file(both, tmp_path / other)
+    assert f"holds {UP}, which another file of its folder holds too" in refusal_inside(tmp_path)
