@@ -87,15 +87,14 @@ def made_again(results: Sequence[Result], again: Sequence[Result]) -> str:
         run = first.get((second.task, second.variant, second.seed))
         if run is None or run.variant.startswith("distil") or _foresight(run) != _foresight(second):
             continue
-        starts = _start(run), _start(second)
-        if None in starts or starts[0] == starts[1]:
+        own, theirs = _start(run), _start(second)
+        if own is None or theirs is None or own == theirs:
             continue
         text = run.bits_per_byte is not None
-        figures = tuple(
-            one.loss / start - 1 if text and start else one.accuracy
-            for one, start in zip((run, second), starts)
-        )
-        pairs.setdefault((run.task, text), []).append((figures[0], figures[1]))
+        pair = run.accuracy, second.accuracy
+        if text:
+            pair = run.loss / own - 1, second.loss / theirs - 1
+        pairs.setdefault((run.task, text), []).append(pair)
     said = []
     for task, text in sorted(pairs, key=lambda key: natural_order(key[0])):
         found = pairs[task, text]

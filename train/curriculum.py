@@ -84,8 +84,8 @@ class CurriculumConfig:
             raise ValueError(f"curriculum.target is {self.target}; it must lie in [0, 1).")
         if self.foresight < 0 or (self.foresight and not self.target):
             raise ValueError(
-                f"curriculum.foresight is {self.foresight}; it must be at least 0, and 0 where "
-                "target is."
+                f"curriculum.foresight is {self.foresight}; it must be at least 0, and 0 without a "
+                "target."
             )
         if self.weighs not in ("usage", "cost", "kv_cost"):
             raise ValueError(
@@ -130,7 +130,7 @@ class CurriculumState(NamedTuple):
     stage: jax.Array
     above: jax.Array
     accuracy: jax.Array
-    weighed: jax.Array | None = None
+    weighed: jax.Array | None
 
 
 def init_curriculum(config: CurriculumConfig) -> CurriculumState:
@@ -186,6 +186,10 @@ def finished(config: CurriculumConfig, state: CurriculumState) -> jax.Array:
     return (state.ramp_start >= 0) & (state.step - state.ramp_start >= steps)
 
 
+def _smoothed(before: jax.Array, value: jax.Array) -> jax.Array:
+    return _EMA_DECAY * before + (1 - _EMA_DECAY) * value
+
+
 def update_curriculum(
     config: CurriculumConfig, state: CurriculumState, accuracy: jax.Array, weighed: jax.Array
 ) -> CurriculumState:
@@ -205,7 +209,7 @@ def update_curriculum(
     >>> int(state.ramp_start), float(state.ramp)
     (1, 0.5)
     """
-    smoothed = _EMA_DECAY * state.accuracy + (1 - _EMA_DECAY) * accuracy
+    smoothed = _smoothed(state.accuracy, accuracy)
     good = smoothed >= config.threshold - 1e-5  # a float32 average of ones stays just below 1
     above = jnp.where(good, state.above + 1, 0)
     learning = state.ramp_start < 0
@@ -222,8 +226,7 @@ def update_curriculum(
     mean = None
     if config.foresight:
         assert state.weighed is not None  # of `init_curriculum` with this config
-        mean = _EMA_DECAY * state.weighed + (1 - _EMA_DECAY) * weighed
-        mean = jnp.where(state.step == 0, weighed, mean)
+        mean = jnp.where(state.step == 0, weighed, _smoothed(state.weighed, weighed))
         then = weighed + config.foresight / _LAG * (weighed - mean)
         change = rate * jnp.clip(then / config.target - 1, -_FALL, 1.0)
     elif config.target:

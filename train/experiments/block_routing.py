@@ -80,12 +80,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "random-gates": {"kind": "random", "budget": "gates"},
     "window-gates": {"kind": "window", "budget": "gates"},
 }
-STRONGEST = (
-    "gates",
-    "indexer",
-    "gates+distilled",
-    "weighed",
-)  # by seed 0; the last for several needles
+# By seed 0; the last for several needles.
+STRONGEST = ("gates", "indexer", "gates+distilled", "weighed")
 BASELINES = ("random", "sink-window", "window-gates")  # what a learned router must beat
 TASKS = ("block-lm", "block-mqar-2048", "block-needle-4096", "block-multi-needle-4096")
 SEEDS = 3  # where a difference is to be judged: one that chooses, two that compare

@@ -29,16 +29,14 @@ def open_folder(folder: Path) -> Checkpoint:
     """
     config = _config(folder / "config.json")
     tensors: dict[str, Tensor] = {}
-    places = _places(folder)
-    for path in weight_files(folder):
+    for path, placed in _placed(folder).items():
         found = _tensors(path)
         if twice := sorted(found.keys() & tensors.keys()):
             raise ValueError(
                 f"{path} holds {twice[0]}, which another file of its folder holds too."
             )
-        for name, file in places.items():
-            if file == path.name and name not in found:
-                raise ValueError(f"{path} holds no {name}, which {folder / INDEX} places there.")
+        if absent := sorted(placed - found.keys()):
+            raise ValueError(f"{path} holds no {absent[0]}, which {folder / INDEX} places there.")
         tensors |= found
     return Checkpoint(folder, config, "hf", tensors)
 
@@ -54,26 +52,25 @@ def weight_files(folder: Path) -> list[Path]:
     Traceback (most recent call last):
     ValueError: ...model-... holds neither model.safetensors nor model.safetensors.index.json.
     """
-    if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
-            raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.")
-        return [folder / WEIGHTS]
-    names = sorted(set(_places(folder).values()))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX} names {name!r}, which is no file of its folder.")
-    return [folder / name for name in names]
+    return list(_placed(folder))
 
 
-def _places(folder: Path) -> dict[str, str]:
-    """The file of each tensor by the folder's index; nothing without one."""
+def _placed(folder: Path) -> dict[Path, set[str]]:
+    """The files of `weight_files`, each with the tensors that the folder's index places there."""
     index = folder / INDEX
     if not index.is_file():
-        return {}
+        if not (folder / WEIGHTS).is_file():
+            raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.")
+        return {folder / WEIGHTS: set()}
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no 'weight_map', which says where each tensor lies.")
-    return {name: str(file) for name, file in places.items()}
+    placed: dict[Path, set[str]] = {}
+    for file in sorted({str(file) for file in places.values()}):
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ValueError(f"{index} names {file!r}, which is no file of its folder.")
+        placed[folder / file] = {name for name, place in places.items() if str(place) == file}
+    return placed
 
 
 def read_json(path: Path) -> dict[str, Any]:
