@@ -44,6 +44,10 @@ class CurriculumConfig:
         for routers that answer λ late. λ then changes in proportion to how far off the target that
         is, in full at twice the target, and falls twice as fast at most. 0: its present value
         counts, as above.
+      course: steps in which the target comes down, in equal ratios, from what is spent when λ
+        begins to rise; 0: it holds at once.
+      reward: how far λ may fall below 0, as a share of its peak, so that what is spent is paid for
+        where it is less than the target: then a target is held from both sides.
     """
 
     peak: float = 0.5
@@ -60,6 +64,8 @@ class CurriculumConfig:
     reaction: Literal["none", "pause", "back"] = "none"
     target: float = 0.0
     foresight: int = 0
+    course: int = 0
+    reward: float = 0.0
 
     def __post_init__(self):
         if self.peak < 0:
@@ -82,11 +88,12 @@ class CurriculumConfig:
             raise ValueError(f"curriculum.threshold is {self.threshold}; it must lie in (0, 1].")
         if not 0 <= self.target < 1:
             raise ValueError(f"curriculum.target is {self.target}; it must lie in [0, 1).")
-        if self.foresight < 0 or (self.foresight and not self.target):
-            raise ValueError(
-                f"curriculum.foresight is {self.foresight}; it must be at least 0, and 0 without a "
-                "target."
-            )
+        for name in ("foresight", "course", "reward"):
+            value = getattr(self, name)
+            if value < 0 or (value and not self.target):
+                raise ValueError(
+                    f"curriculum.{name} is {value}; it must be at least 0, and 0 without a target."
+                )
         if self.weighs not in ("usage", "cost", "kv_cost"):
             raise ValueError(
                 f"curriculum.weighs is {self.weighs!r}; accepted: 'usage', 'cost', 'kv_cost'."
@@ -117,11 +124,12 @@ class CurriculumState(NamedTuple):
     Attributes:
       step: steps taken.
       ramp_start: the step at which phase 2 began, or −1 in phase 1.
-      ramp: progress of λ from 0 to its peak, in [0, 1].
+      ramp: progress of λ from 0 to its peak, in [−reward, 1].
       stage: index into `lengths`; len(lengths) is the task's own length.
       above: steps in a row with smoothed accuracy above the threshold.
       accuracy: smoothed accuracy.
       weighed: smoothed, what λ multiplies; None where nothing is foreseen by it.
+      asked: the target, or what is above it while it comes down; None where it does not.
     """
 
     step: jax.Array
@@ -131,6 +139,7 @@ class CurriculumState(NamedTuple):
     above: jax.Array
     accuracy: jax.Array
     weighed: jax.Array | None
+    asked: jax.Array | None
 
 
 def init_curriculum(config: CurriculumConfig) -> CurriculumState:
@@ -148,6 +157,7 @@ def init_curriculum(config: CurriculumConfig) -> CurriculumState:
         above=jnp.int32(0),
         accuracy=jnp.float32(0),
         weighed=jnp.float32(0) if config.foresight else None,
+        asked=jnp.float32(0) if config.course else None,
     )
 
 
@@ -166,7 +176,9 @@ def auxiliary_weight(config: CurriculumConfig, state: CurriculumState) -> jax.Ar
     >>> round(float(auxiliary_weight(CurriculumConfig(), init_curriculum(CurriculumConfig()))), 3)
     0.1
     """
-    return jnp.float32(config.explore) * ((1.0 - state.ramp) if config.explore_fades else 1.0)
+    return jnp.float32(config.explore) * (
+        (1.0 - jnp.maximum(state.ramp, 0.0)) if config.explore_fades else 1.0
+    )
 
 
 def decay_progress(config: CurriculumConfig, state: CurriculumState) -> jax.Array:
@@ -223,19 +235,25 @@ def update_curriculum(
 
     rate = 1.0 / max(1, config.ramp_steps)
     change = jnp.float32(rate)
-    mean = None
+    target, asked, mean = jnp.float32(config.target), None, None
+    if config.course:
+        assert state.asked is not None  # of `init_curriculum` with this config
+        left = jnp.maximum(1, config.course - (state.step - state.ramp_start))
+        last_asked = jnp.maximum(state.asked, target)
+        down = last_asked * (target / last_asked) ** (1 / left)
+        target = asked = jnp.where(learning | (state.step == 0), weighed, down)
     if config.foresight:
         assert state.weighed is not None  # of `init_curriculum` with this config
         mean = jnp.where(state.step == 0, weighed, _smoothed(state.weighed, weighed))
         then = weighed + config.foresight / _LAG * (weighed - mean)
-        change = rate * jnp.clip(then / config.target - 1, -_FALL, 1.0)
+        change = rate * jnp.clip(then / target - 1, -_FALL, 1.0)
     elif config.target:
-        too_low = weighed < 0.9 * config.target
-        change = jnp.where(weighed > config.target, rate, jnp.where(too_low, -rate, 0.0))
+        too_low = weighed < 0.9 * target
+        change = jnp.where(weighed > target, rate, jnp.where(too_low, -rate, 0.0))
     if config.reaction != "none":
         change = jnp.where(good, change, jnp.minimum(change, -rate * (config.reaction == "back")))
     running = begin | ~learning
-    ramp = jnp.where(running, jnp.clip(state.ramp + change, 0.0, 1.0), state.ramp)
+    ramp = jnp.where(running, jnp.clip(state.ramp + change, -config.reward, 1.0), state.ramp)
 
     return CurriculumState(
         step=step,
@@ -246,4 +264,5 @@ def update_curriculum(
         above=jnp.where(next_length, 0, above),
         accuracy=jnp.where(next_length, 0.0, smoothed),
         weighed=mean,
+        asked=asked,
     )

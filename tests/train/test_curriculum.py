@@ -231,6 +231,45 @@ def test_foresight_keeps_slow_routers_from_passing_their_target():
     assert seeing[300:].mean() == pytest.approx(0.25, rel=0.05)
 
 
+def test_a_course_brings_the_target_down_in_equal_ratios_from_what_is_spent():
+    config = CurriculumConfig(learn_steps=5, ramp_steps=20, target=0.125, course=10, reward=1)
+    states, _ = run(config, [0.0] * 25, [0.5] * 25)
+    asked = states.asked[5:]  # from the step at which λ may begin to rise
+    np.testing.assert_allclose(asked[:11], 0.5 * 0.25 ** (np.arange(11) / 10), rtol=1e-4)
+    np.testing.assert_allclose(asked[11:], 0.125, rtol=1e-4)
+    # Who follows the course is asked for nothing; who is late pays, and who is early is paid.
+    step = config.peak / config.ramp_steps
+    for factor, want in ((0.95, 0), (1.1, step), (0.8, -step)):
+        weighed = states.asked[1:16] * np.where(np.arange(15) < 5, 1, factor)
+        change = np.diff(run(config, [0.0] * 15, weighed)[1])
+        np.testing.assert_allclose(change[5:], want, atol=1e-6)
+
+
+def test_a_course_asks_no_one_to_spend_more():
+    config = CurriculumConfig(learn_steps=0, ramp_steps=20, target=0.25, course=10)
+    states, weight = run(config, [0.0] * 12, [0.25] * 12)
+    np.testing.assert_allclose(states.asked[1:], 0.25, rtol=1e-5)
+    np.testing.assert_allclose(weight, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.5])
+def test_with_a_reward_what_had_closed_is_paid_to_open(reward):
+    """Routers that lose nothing by being closed stay closed until λ is below 0."""
+    config = CurriculumConfig(
+        learn_steps=0, ramp_steps=20, target=0.25, foresight=20, reward=reward, explore=0.3
+    )
+    update = jax.jit(lambda s, u: update_curriculum(config, s, jnp.float32(1), u))
+    state, usage, seen = init_curriculum(config), 0.05, []
+    for _ in range(400):
+        state = update(state, jnp.float32(usage))
+        usage = float(np.clip(usage - 0.05 * float(penalty_weight(config, state)), 0.01, 1))
+        assert float(state.ramp) >= -reward
+        assert float(auxiliary_weight(config, state)) < 0.301
+        seen.append(usage)
+    assert (np.abs(np.array(seen[-50:]) - 0.25) < 0.06).all() == (reward > 0)
+    assert (seen[-1] == pytest.approx(0.05)) == (reward == 0)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -245,6 +284,8 @@ def test_foresight_keeps_slow_routers_from_passing_their_target():
         ({"target": 1.0}, "target is 1.0"),
         ({"foresight": 9}, "foresight is 9"),
         ({"foresight": -1, "target": 0.5}, "foresight is -1"),
+        ({"course": 9}, "course is 9"),
+        ({"reward": -0.5, "target": 0.5}, "reward is -0.5"),
         ({"weighs": "time"}, "weighs is 'time'"),
         ({"reaction": "panic"}, "reaction is 'panic'"),
         ({"lengths": (16, 16)}, r"lengths is \(16, 16\)"),
