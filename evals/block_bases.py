@@ -67,15 +67,17 @@ def other_bases(others: Sequence[Result]) -> str:
     return f"From another base than the rest of their seed: {'; '.join(told)}." if told else ""
 
 
-def _foresight(run: Result) -> int:
-    return run.config.get("curriculum", {}).get("foresight", 0)
+def _pace(run: Result) -> tuple[float, ...]:
+    """How its λ came to its target."""
+    curriculum = run.config.get("curriculum", {})
+    return tuple(curriculum.get(name, 0) for name in ("foresight", "course", "reward"))
 
 
 def made_again(results: Sequence[Result], again: Sequence[Result]) -> str:
     """A Markdown list: by how much runs differ that were made twice, from two bases of one seed.
 
     Of text, loss over the base's counts; of all else, accuracy. What distils is left out, as it
-    changes nothing in its base, and so is what was made with another `curriculum.foresight`.
+    changes nothing in its base, and so is what came to its budget by another rule.
 
     Args:
       results: of the experiment.
@@ -85,7 +87,7 @@ def made_again(results: Sequence[Result], again: Sequence[Result]) -> str:
     pairs: dict[tuple[str, bool], list[tuple[float, float]]] = {}  # both figures, by task and text
     for second in again:
         run = first.get((second.task, second.variant, second.seed))
-        if run is None or run.variant.startswith("distil") or _foresight(run) != _foresight(second):
+        if run is None or run.variant.startswith("distil") or _pace(run) != _pace(second):
             continue
         own, theirs = _start(run), _start(second)
         if own is None or theirs is None or own == theirs:

@@ -102,6 +102,15 @@ def test_every_run_is_planned_once_with_several_seeds_where_it_counts():
     assert max(compared) < min(map(names.index, others))
 
 
+def test_what_is_strong_for_several_needles_alone_is_followed_up_there_alone():
+    names = {run.name for run in runs()}
+    for task, seed in itertools.product(TASKS, range(SEEDS)):
+        several = task == "block-multi-needle-4096"
+        for variant in ("weighed-25", "weighed-12", "distil-weighed"):
+            assert (f"{task}_{variant}_s{seed}" in names) == (several or seed == 0)
+        assert (f"{task}_weighed-50_s0" in names) == several
+
+
 def sequences_read(config):
     """The first sequence of the data that a run reads, and the first that it does not."""
     rows = config.batch_size(config.data.length)
@@ -181,7 +190,10 @@ def test_budgets_and_controls_are_those_of_their_names(task):
             assert config.curriculum.target == pytest.approx(share * percent / 100)
             assert config.curriculum.weighs == "cost"
             late = router in ("mass", "random-gates", "indexer-gates")
-            assert (config.curriculum.foresight > 0) == late
+            several = task == "block-multi-needle-4096"
+            assert (config.curriculum.foresight > 0) == (late or several)
+            steered = config.curriculum.course > 0, config.curriculum.reward > 0
+            assert steered == (several, several)
         else:
             assert blocks.budget == "blocks"
         if router == "clusters":
