@@ -123,8 +123,8 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
 def plot_positions(results: Sequence[Result], path: epath.PathLike) -> Figure | None:
     """Bits per byte above attention everywhere, in percent, by position; a line a variant.
 
-    Drawn for controls and for routers at a quarter of the blocks, means over the seeds that they
-    share with the dense model trained alike; None, and no file, where there are none.
+    Drawn for what attends: controls, and routers at a quarter of the blocks. Means over the seeds
+    that they share with the dense model trained alike; None, and no file, where there are none.
 
     Args:
       results: of one task.
@@ -134,7 +134,7 @@ def plot_positions(results: Sequence[Result], path: epath.PathLike) -> Figure | 
     edges: list[int] = []
     for run in results:
         details = run.details or {}
-        if "bits_per_byte" in details:
+        if "bits_per_byte" in details and run.usage > 0:  # without attention, too far off
             edges = list(details["edges"])
             parts.setdefault(run.variant, {})[run.seed] = details["bits_per_byte"]
     shown = {v for v in parts if router_of(v) == v or v.endswith(f"-{_PERCENT}")} - {*_DENSE}
@@ -148,7 +148,7 @@ def plot_positions(results: Sequence[Result], path: epath.PathLike) -> Figure | 
             lines[variant] = 100 * (mine / theirs - 1)
     if not lines:
         return None
-    figure = new_figure(4.2)
+    figure = new_figure(max(4.2, 0.5 + 0.21 * len(lines)))  # room for the legend
     axes = figure.add_subplot()
     for variant, above in lines.items():
         axes.plot(edges, above, label=variant, **_style(router_of(variant)))

@@ -287,12 +287,14 @@ def test_plots_show_what_there_is(make_run, tmp_path):
         make_run("pooled-25", 9.9, 1, details=full | {"bits_per_byte": [9.0, 9.0]}),
         make_run("pooled-12", 1.1, details=near),
         make_run("distil", 1.0, details=full | {"attention_error": ERRORS}),
+        dataclasses.replace(make_run("conv", 9.9, details=near), usage=0.0),
     ]
     axes = plot_positions(results, tmp_path / "positions.png").axes[0]
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert lines["pooled-25"] == pytest.approx([0, 10])  # of the seed that full has too
     assert lines["window-1k"] == pytest.approx([0, 0])  # beside base
     assert "pooled-12" not in lines
+    assert "conv" not in lines  # does not attend
     panels = plot_errors(results, tmp_path / "errors.png").axes
     assert [axes.get_title() for axes in panels] == ["1,024 tokens", "2,048 tokens"]
     assert plot_positions(results[:1], tmp_path / "none.png") is None
