@@ -67,7 +67,7 @@ def other_bases(others: Sequence[Result]) -> str:
     return f"From another base than the rest of their seed: {'; '.join(told)}." if told else ""
 
 
-def _pace(run: Result) -> tuple[float, ...]:
+def _rule(run: Result) -> tuple[float, ...]:
     """How its λ came to its target."""
     curriculum = run.config.get("curriculum", {})
     return tuple(curriculum.get(name, 0) for name in ("foresight", "course", "reward"))
@@ -87,7 +87,7 @@ def made_again(results: Sequence[Result], again: Sequence[Result]) -> str:
     pairs: dict[tuple[str, bool], list[tuple[float, float]]] = {}  # both figures, by task and text
     for second in again:
         run = first.get((second.task, second.variant, second.seed))
-        if run is None or run.variant.startswith("distil") or _pace(run) != _pace(second):
+        if run is None or run.variant.startswith("distil") or _rule(run) != _rule(second):
             continue
         own, theirs = _start(run), _start(second)
         if own is None or theirs is None or own == theirs:

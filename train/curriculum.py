@@ -8,6 +8,7 @@ number of steps). Phase 2: λ ramps linearly to its peak. Phase 3: λ holds, and
 decays; then training is done.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,11 @@ import jax.numpy as jnp
 _EMA_DECAY = 0.9  # of what is smoothed: about ten steps
 _LAG = _EMA_DECAY / (1 - _EMA_DECAY)  # steps by which such a mean is behind what rises steadily
 _FALL = 2.0  # times as fast as it rises, λ falls at most
+_ACCEPTED = {
+    "foresight": "it must be at least 0, and 0 without a target",
+    "course": "it must lie in [0, ramp_steps + hold_steps], and be 0 without a target",
+    "reward": "it must lie in [0, 1], and be 0 without a target or with a reaction",
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,9 @@ class CurriculumConfig:
         is, in full at twice the target, and falls twice as fast at most. 0: its present value
         counts, as above.
       course: steps in which the target comes down, in equal ratios, from what is spent when λ
-        begins to rise; 0: it holds at once.
-      reward: how far λ may fall below 0, as a share of its peak, so that what is spent is paid for
-        where it is less than the target: then a target is held from both sides.
+        begins to rise; 0: it is the same from the first step.
+      reward: how far λ may fall below 0, as a share of its peak. Where less is spent than the
+        target, spending is rewarded then, so that the target is held from both sides.
     """
 
     peak: float = 0.5
@@ -88,12 +94,14 @@ class CurriculumConfig:
             raise ValueError(f"curriculum.threshold is {self.threshold}; it must lie in (0, 1].")
         if not 0 <= self.target < 1:
             raise ValueError(f"curriculum.target is {self.target}; it must lie in [0, 1).")
-        for name in ("foresight", "course", "reward"):
+        for name, most in (
+            ("foresight", math.inf),
+            ("course", self.ramp_steps + self.hold_steps),
+            ("reward", 1.0 if self.reaction == "none" else 0.0),
+        ):
             value = getattr(self, name)
-            if value < 0 or (value and not self.target):
-                raise ValueError(
-                    f"curriculum.{name} is {value}; it must be at least 0, and 0 without a target."
-                )
+            if not 0 <= value <= most or (value and not self.target):
+                raise ValueError(f"curriculum.{name} is {value}; {_ACCEPTED[name]}.")
         if self.weighs not in ("usage", "cost", "kv_cost"):
             raise ValueError(
                 f"curriculum.weighs is {self.weighs!r}; accepted: 'usage', 'cost', 'kv_cost'."
@@ -238,10 +246,11 @@ def update_curriculum(
     target, asked, mean = jnp.float32(config.target), None, None
     if config.course:
         assert state.asked is not None  # of `init_curriculum` with this config
-        left = jnp.maximum(1, config.course - (state.step - state.ramp_start))
-        last_asked = jnp.maximum(state.asked, target)
-        down = last_asked * (target / last_asked) ** (1 / left)
-        target = asked = jnp.where(learning | (state.step == 0), weighed, down)
+        since = state.step - state.ramp_start - (config.learn_steps == 0)
+        left = jnp.maximum(1, config.course - since)
+        down = state.asked * (target / jnp.maximum(state.asked, target)) ** (1 / left)
+        begins = learning | (state.step == 0)
+        target = asked = jnp.where(begins, jnp.maximum(weighed, target), down)
     if config.foresight:
         assert state.weighed is not None  # of `init_curriculum` with this config
         mean = jnp.where(state.step == 0, weighed, _smoothed(state.weighed, weighed))

@@ -231,23 +231,31 @@ def test_foresight_keeps_slow_routers_from_passing_their_target():
     assert seeing[300:].mean() == pytest.approx(0.25, rel=0.05)
 
 
-def test_a_course_brings_the_target_down_in_equal_ratios_from_what_is_spent():
-    config = CurriculumConfig(learn_steps=5, ramp_steps=20, target=0.125, course=10, reward=1)
+@pytest.mark.parametrize("learn_steps", [0, 5])
+def test_a_course_brings_the_target_down_in_equal_ratios_from_what_is_spent(learn_steps):
+    fields = {"ramp_steps": 20, "target": 0.125, "course": 10, "reward": 1}
+    config = CurriculumConfig(learn_steps=learn_steps, **fields)
+    first = max(1, learn_steps)  # the state after the step in which what is spent was read
     states, _ = run(config, [0.0] * 25, [0.5] * 25)
-    asked = states.asked[5:]  # from the step at which λ may begin to rise
+    asked = states.asked[first:]
     np.testing.assert_allclose(asked[:11], 0.5 * 0.25 ** (np.arange(11) / 10), rtol=1e-4)
     np.testing.assert_allclose(asked[11:], 0.125, rtol=1e-4)
     # Who follows the course is asked for nothing; who is late pays, and who is early is paid.
     step = config.peak / config.ramp_steps
     for factor, want in ((0.95, 0), (1.1, step), (0.8, -step)):
-        weighed = states.asked[1:16] * np.where(np.arange(15) < 5, 1, factor)
+        weighed = states.asked[1:16] * np.where(np.arange(15) < first, 1, factor)
         change = np.diff(run(config, [0.0] * 15, weighed)[1])
-        np.testing.assert_allclose(change[5:], want, atol=1e-6)
+        np.testing.assert_allclose(change[first:], want, atol=1e-6)
 
 
-def test_a_course_asks_no_one_to_spend_more():
-    config = CurriculumConfig(learn_steps=0, ramp_steps=20, target=0.25, course=10)
-    states, weight = run(config, [0.0] * 12, [0.25] * 12)
+@pytest.mark.parametrize("foresight", [0, 9])
+@pytest.mark.parametrize("spent", [0.0, 0.25])
+def test_a_course_asks_for_the_target_at_least(spent, foresight):
+    """Also where nothing is spent when it begins, which is no number to come down from."""
+    config = CurriculumConfig(
+        learn_steps=2, ramp_steps=20, target=0.25, course=10, foresight=foresight
+    )
+    states, weight = run(config, [0.0] * 12, [spent] * 12)
     np.testing.assert_allclose(states.asked[1:], 0.25, rtol=1e-5)
     np.testing.assert_allclose(weight, 0, atol=1e-7)
 
@@ -285,7 +293,10 @@ def test_with_a_reward_what_had_closed_is_paid_to_open(reward):
         ({"foresight": 9}, "foresight is 9"),
         ({"foresight": -1, "target": 0.5}, "foresight is -1"),
         ({"course": 9}, "course is 9"),
+        ({"course": 9, "target": 0.5, "ramp_steps": 4, "hold_steps": 4}, "course is 9"),
         ({"reward": -0.5, "target": 0.5}, "reward is -0.5"),
+        ({"reward": float("nan"), "target": 0.5}, "reward is nan"),
+        ({"reward": 0.5, "target": 0.5, "reaction": "back"}, "reward is 0.5"),
         ({"weighs": "time"}, "weighs is 'time'"),
         ({"reaction": "panic"}, "reaction is 'panic'"),
         ({"lengths": (16, 16)}, r"lengths is \(16, 16\)"),
