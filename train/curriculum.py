@@ -18,11 +18,6 @@ import jax.numpy as jnp
 _EMA_DECAY = 0.9  # of what is smoothed: about ten steps
 _LAG = _EMA_DECAY / (1 - _EMA_DECAY)  # steps by which such a mean is behind what rises steadily
 _FALL = 2.0  # times as fast as it rises, λ falls at most
-_ACCEPTED = {
-    "foresight": "it must be at least 0, and 0 without a target",
-    "course": "it must lie in [0, ramp_steps + hold_steps], and be 0 without a target",
-    "reward": "it must lie in [0, 1], and be 0 without a target or with a reaction",
-}
 
 
 @dataclass(frozen=True)
@@ -94,14 +89,15 @@ class CurriculumConfig:
             raise ValueError(f"curriculum.threshold is {self.threshold}; it must lie in (0, 1].")
         if not 0 <= self.target < 1:
             raise ValueError(f"curriculum.target is {self.target}; it must lie in [0, 1).")
-        for name, most in (
-            ("foresight", math.inf),
-            ("course", self.ramp_steps + self.hold_steps),
-            ("reward", 1.0 if self.reaction == "none" else 0.0),
+        steered, still = self.ramp_steps + self.hold_steps, self.reaction == "none"
+        for name, most, accepted in (
+            ("foresight", math.inf, "be at least 0, and 0 without a target"),
+            ("course", steered, "lie in [0, ramp_steps + hold_steps], and be 0 without a target"),
+            ("reward", 1.0 * still, "lie in [0, 1], and be 0 without a target or with a reaction"),
         ):
             value = getattr(self, name)
             if not 0 <= value <= most or (value and not self.target):
-                raise ValueError(f"curriculum.{name} is {value}; {_ACCEPTED[name]}.")
+                raise ValueError(f"curriculum.{name} is {value}; it must {accepted}.")
         if self.weighs not in ("usage", "cost", "kv_cost"):
             raise ValueError(
                 f"curriculum.weighs is {self.weighs!r}; accepted: 'usage', 'cost', 'kv_cost'."
