@@ -262,7 +262,7 @@ def block_mqar(length: int) -> TrainConfig:
             hold_steps=1200,
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3),
-        batch_tokens=8 * length,
+        batch_tokens=min(8 * length, 2**15),
         eval_sequences=512,
     )
 

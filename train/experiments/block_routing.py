@@ -18,7 +18,7 @@ estimated 8 GiB of the GPU, all others about 2); `--list` names the runs, `--onl
 `--max-minutes N` cut it to fit; finished runs are skipped and interrupted ones resumed.
 `--only 'block-lm_(base|window-1k)_s0'` first: where attention everywhere does not beat the same
 model limited to 1,024 tokens by 2 % bits per byte, a text cannot test routing.
-Hardware and time: 355 runs, an estimated 90 minutes of one H200 with a dozen jobs; seed 0 is more
+Hardware and time: 375 runs, an estimated 110 minutes of one H200 with a dozen jobs; seed 0 is more
 than half of all. Jobs side by side compile meanwhile. A base that is made again is another one: of
 text, what went on from another than its seed's `full` is scaled by the two bases' losses, and it is
 named in any case. Who turns autotuning off (XLA_FLAGS) should turn off XLA's own products of
@@ -87,6 +87,9 @@ STRONGEST = ("gates", "indexer", "gates+distilled")
 STRONG_FOR_SEVERAL = ("weighed",)
 BASELINES = ("random", "sink-window", "window-gates")  # what a learned router must beat
 TASKS = ("block-lm", "block-mqar-2048", "block-needle-4096", "block-multi-needle-4096")
+# Recall again, of more tokens: the router that finds most of it, and what it must beat, by seed 0.
+LONGER = ("block-mqar-4096", "block-mqar-8192")
+_OF_LONGER = ("gates", *BASELINES)
 SEEDS = 3  # where a difference is to be judged: one that chooses, two that compare
 FROM_THE_START = ("gates", "random")  # routers that are also trained without a base
 # Routers that also begin as the indexer that was distilled, of their own pooling.
@@ -358,6 +361,11 @@ def _variants(main: Sequence[str]) -> Iterator[tuple[str, int]]:
     yield from ((f"{router}+scratch-25", 0) for router in FROM_THE_START)
 
 
+def _longer_variants() -> set[tuple[str, int]]:
+    routed = (f"{router}-{percent}" for router in _OF_LONGER for percent in (25, 12))
+    return {(name, 0) for name in ("base", "full", *routed)}
+
+
 def _tests_something(base: TrainConfig, variant: str) -> bool:
     """Whether a task has a choice to offer at a variant's budget, and any use for the variant."""
     router, _, percent = variant.rpartition("-")
@@ -378,7 +386,7 @@ def runs(
 
     Where a budget pays for no block besides a row's own and the sinks, no router can do it and none
     is run: at 5 %, everywhere but on text. Only on text, too, is anything routed trained from the
-    start.
+    start. Longer recall has few runs, whatever `strongest` is.
 
     Args:
       text: corpus of the language-model runs.
@@ -387,12 +395,14 @@ def runs(
     """
     everywhere = set(_variants((*strongest, *BASELINES)))
     several = dict.fromkeys(_variants((*strongest, *STRONG_FOR_SEVERAL, *BASELINES)))
+    longer = _longer_variants()
     for variant, seed in several:
-        for task in TASKS:
+        for task in (*TASKS, *LONGER):
             base = get_preset(task)
             if isinstance(base.data, TextConfig):
                 base = base.replace(data__source=text)
             planned = several if _several_needles(base) else everywhere
+            planned = longer if task in LONGER else planned
             if (variant, seed) not in planned or not _tests_something(base, variant):
                 continue
 

@@ -22,6 +22,7 @@ from routing_jax.train.experiments import block_routing
 from routing_jax.train.experiments.block_routing import (
     BASELINES,
     DISTILLED,
+    LONGER,
     ROUTERS,
     SEEDS,
     TASKS,
@@ -70,6 +71,17 @@ RESULT = Result(
 
 def parameters(config):
     return count_params(jax.eval_shape(lambda: init_params(config.model, jax.random.key(0))))
+
+
+def test_longer_recall_has_the_runs_of_gates_and_their_controls():
+    plan = [run for run in runs(strongest=("tree",)) if run.task in LONGER]
+    variants = {f"{r}-{p}" for r in ("gates", *BASELINES) for p in (12, 25)} | {"base", "full"}
+    for task in LONGER:
+        assert {run.variant for run in plan if run.task == task} == variants
+    assert {run.seed for run in plan} == {0}
+    longest = next(run.config for run in plan if run.name == "block-mqar-8192_gates-12_s0")
+    assert longest.data.length == 8192
+    assert longest.start_from.endswith("block-mqar-8192_base_s0")
 
 
 def test_every_run_is_planned_once_with_several_seeds_where_it_counts():
