@@ -63,13 +63,16 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
     A mark is a budget: the mean over its seeds, their standard deviation as a bar; of bits per byte
     what is more than attention everywhere, trained alike of the same seed, has. The dashed line is
     attention everywhere. Controls without any attention cost next to nothing and are left out.
-    None, and no file, where no task has attention everywhere.
+    A task without a mark has no panel; None, and no file, where none has attention everywhere and
+    something beside it.
 
     Args:
       results: of the experiment.
       path: where the plot goes.
     """
-    tasks = sorted({r.task for r in results if r.variant in ("full", "base")}, key=natural_order)
+    marked = {r.task for r in results if r.variant not in _DENSE and r.usage > 0}
+    dense_tasks = {r.task for r in results if r.variant in ("full", "base")}
+    tasks = sorted(marked & dense_tasks, key=natural_order)
     if not tasks:
         return None
     figure, panels = new_panels(len(tasks), 2, 3.0, 1.2)

@@ -265,6 +265,7 @@ def test_budgets_of_a_router_are_marks_of_one_line(make_run, tmp_path):
         make_run("full", 2.0, 1),
         make_run("gates-25", 9.9, 2, cost=0.2),
         dataclasses.replace(make_run("conv", 3.0, cost=0.01), usage=0.0),
+        make_run("full", 1.0, task="block-mqar-8192"),  # with nothing beside it, no panel
     ]
     (axes,) = plot_budgets(results, tmp_path / "budgets.png").axes
     line, dense = (np.transpose(line.get_data()).tolist() for line in axes.get_lines())
