@@ -57,6 +57,11 @@ def _order(router: str) -> tuple[int, str]:
     return len(_LEARNED) + (not name.startswith("random")), router
 
 
+def _is_marked(run: Result) -> bool:
+    """Whether a run attends, and not everywhere."""
+    return run.variant not in _DENSE and run.usage > 0
+
+
 def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | None:
     """Quality against cost beside attention everywhere: a panel a task, a line a router.
 
@@ -70,7 +75,7 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
       results: of the experiment.
       path: where the plot goes.
     """
-    marked = {r.task for r in results if r.variant not in _DENSE and r.usage > 0}
+    marked = {r.task for r in results if _is_marked(r)}
     dense_tasks = {r.task for r in results if r.variant in ("full", "base")}
     tasks = sorted(marked & dense_tasks, key=natural_order)
     if not tasks:
@@ -85,7 +90,7 @@ def plot_budgets(results: Sequence[Result], path: epath.PathLike) -> Figure | No
         text = all(run.bits_per_byte is not None for of in runs.values() for run in of)
         field = "bits_per_byte" if text else "accuracy"
         routers: dict[str, list[tuple]] = {
-            router_of(v): [] for v in runs if v not in _DENSE and runs[v][0].usage > 0
+            router_of(v): [] for v, of in runs.items() if _is_marked(of[0])
         }
         dense = runs.get("full") or runs["base"]
         for variant, of in runs.items():

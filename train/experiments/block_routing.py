@@ -35,7 +35,7 @@ Linear attention finds one needle, and 91 % of four (README).
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -401,8 +401,9 @@ def runs(
             base = get_preset(task)
             if isinstance(base.data, TextConfig):
                 base = base.replace(data__source=text)
-            planned = several if _several_needles(base) else everywhere
-            planned = longer if task in LONGER else planned
+            planned: Container[tuple[str, int]] = longer
+            if task not in LONGER:
+                planned = several if _several_needles(base) else everywhere
             if (variant, seed) not in planned or not _tests_something(base, variant):
                 continue
 
