@@ -245,11 +245,16 @@ def block_mqar(length: int) -> TrainConfig:
             marked=False,
         ),
         # A row is decided by its tile's first query: content is found by tiles of one query, for
-        # which there is no Hopper kernel. Narrower projections keep what routes every query below
-        # 4 % of attention's work.
+        # which there is no Hopper kernel, and gathering takes longer than every pair. Narrower
+        # projections keep what routes every query below 4 % of attention's work.
         model=_BLOCK_MODEL.replace(
             blocks=BlockRouterConfig(
-                kind="learned", block_q=1, block_kv=32, width=24, fraction=0.25
+                kind="learned",
+                block_q=1,
+                block_kv=32,
+                width=24,
+                fraction=0.25,
+                implementation="masked",
             )
         ),
         # A length is a program to compile: few of them, close together where matching is learned.

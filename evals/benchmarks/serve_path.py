@@ -270,11 +270,11 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
     Returns:
       A JSON-ready dict: device, driver, versions, date, attention (the dense backend), config,
       seconds taken, and rows. A row holds part, who, length, batch, sparse_share, blocks (that a
-      search finds; None where no layer searches), least (milliseconds that the device would take at
-      least; None where that is not known), milliseconds and spread (interquartile range) of a
-      prefill, of a step of decoding or of a layer's router, samples, how many were taken, and
-      kv_bytes, of keys and values held, and of what pages are found by; a row that failed holds
-      `error`, and None for the rest. device_bytes is by how much the device's memory in use grew
+      search finds) and means (by which; both None where no layer searches), least (milliseconds
+      that the device would take at least; None where that is not known), milliseconds and spread
+      (interquartile range) of a prefill, of a step of decoding or of a layer's router, samples,
+      how many were taken, and kv_bytes, of keys and values held, and of what pages are found by; a
+      row that failed holds `error`, and None for the rest. device_bytes is by how much the device's memory in use grew
       for a row of decoding; None where it does not say. peak_bytes is the most that the device has
       held since the process began, weights included; None where an earlier row's was as much or
       the device does not say.
@@ -292,7 +292,8 @@ def _rows(config: ServePathConfig, *, floors: bool) -> Iterator[Row]:
     _compile_decoding(config, params, clock)
     for part, size, who in _cases(config):
         row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
-        row["blocks"] = config.blocks if config.model_of(who).sparse.searches else None
+        searches = config.model_of(who).sparse.searches
+        row |= {n: getattr(config, n) if searches else None for n in ("blocks", "means")}
         row["least"] = least_milliseconds(config, part, size, who) if floors else None
         before = _memory("peak_bytes_in_use")
         try:

@@ -49,7 +49,7 @@ def _random(shapes: Any, seed: int, compute: str) -> Any:
 
 def random_model(config: ServePathConfig) -> Params:
     """Weights of the model in its compute dtype, those of its routers in float32."""
-    shapes = jax.eval_shape(lambda: init_params(config.model_of("learned"), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(config.model_of("routed"), jax.random.key(0)))
     return _random(shapes, config.seed, config.decoder.dtype)
 
 
@@ -118,7 +118,8 @@ def searched_bytes(model: DecoderConfig) -> int:
     """Bytes that a page is found by: sums of keys, and of their weights where they have any."""
     if model.sparse.answers != "topk":
         return 0
-    return 4 * model.num_kv_heads * (model.head_dim + (model.sparse.taught > 0))
+    vector = model.head_dim + (model.sparse.taught > 0)
+    return 4 * model.sparse.means * model.num_kv_heads * vector
 
 
 def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:

@@ -12,15 +12,13 @@ from routing_jax.models import DecoderConfig, with_layer_routing
 from routing_jax.routers import LayerRouterConfig, SparseMode, SparseModeConfig
 
 Part = Literal["router", "prefill", "decode"]
-Who = Literal["routed", "composed", "learned", "kernels", "dense"]
+Who = Literal["routed", "composed", "kernels", "dense"]
 """Who is measured.
 
-routed: layers in a pattern. composed: the same, its dense layers searching for blocks by the mean
-of their keys. learned: by means with weights that are learned. kernels: all layers dense. dense:
-cuDNN's attention.
+routed: layers in a pattern. composed: the same, its dense layers searching for blocks by mean keys.
+kernels: all layers dense. dense: cuDNN's attention.
 """
-SEARCHING: tuple[Who, ...] = ("composed", "learned")
-PATTERNED: tuple[Who, ...] = ("routed", *SEARCHING)  # some layers sparse, the others not
+PATTERNED: tuple[Who, ...] = ("routed", "composed")  # some layers sparse, the others not
 Shape = Literal["llama-3.1-8b", "qwen3-4b", "tiny"]
 
 _SHAPES = {
@@ -69,16 +67,17 @@ class ServePathConfig:
       model: whose shape: llama-3.1-8b, qwen3-4b, or tiny for a CPU.
       parts: what is measured of each length, in this order.
       who: what is measured beside each other: 'routed', 'composed' (whose layers that are not
-        sparse search for blocks, in prefill and for each token), 'learned' (which search by keys
-        that are pooled with weights), 'dense' (cuDNN's attention on a GPU, XLA's elsewhere) and,
-        after all rows of these, 'kernels' (this library's, all layers dense).
+        sparse search for blocks, in prefill and for each token), 'dense' (cuDNN's attention on a
+        GPU, XLA's elsewhere) and, after all rows of these, 'kernels' (this library's, all layers
+        dense).
       lengths: tokens of the prompts, and of the sequences that are decoded, in this order.
       prefill_batches: prompts that are read together.
       decode_batches: sequences that are decoded together; what does not fit is reported so.
       sparse_shares: of the layers, in a fixed pattern; the routers are computed all the same.
       mode: what sparse layers do, as in `SparseModeConfig`.
-      blocks: how many each search finds, besides sink and window: those of 'composed' and
-        'learned', and of sparse layers in mode topk.
+      blocks: how many each search finds, besides sink and window: those of 'composed', and of
+        sparse layers in mode topk.
+      means: mean keys by which a block is found, as in `SparseModeConfig`.
       sink: first tokens that sparse layers see.
       window: tokens before a query that sparse layers see.
       block: keys a block, and tokens a page.
@@ -100,7 +99,8 @@ class ServePathConfig:
     decode_batches: tuple[int, ...] = (1, 3, 12)
     sparse_shares: tuple[float, ...] = (0.75,)
     mode: SparseMode = "streaming"
-    blocks: int = 8
+    blocks: int = 16
+    means: int = 8
     sink: int = 128
     window: int = 1024
     block: int = 128
@@ -133,7 +133,7 @@ class ServePathConfig:
         for share in self.sparse_shares:
             if not 0 <= share <= 1:
                 raise ValueError(f"sparse_shares holds {share}; each must lie between 0 and 1.")
-        for name in ("blocks", "chunk", "steps", "repeats"):
+        for name in ("blocks", "means", "chunk", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
@@ -147,6 +147,7 @@ class ServePathConfig:
         sparse = SparseModeConfig(
             mode=self.mode,
             blocks=self.blocks,
+            means=self.means,
             sink=self.sink,
             window=self.window,
             block_q=self.block,
@@ -158,8 +159,7 @@ class ServePathConfig:
     def model_of(self, who: Who) -> DecoderConfig:
         """The model as one of those who are measured has it.
 
-        Parameters are those of 'learned' for all: who has no routers or learns nothing ignores
-        theirs.
+        Parameters are those of 'routed' for all: who has no routers ignores theirs.
 
         >>> ServePathConfig().model_of("dense").layers
         'full*32'
@@ -169,11 +169,8 @@ class ServePathConfig:
         model = self.decoder
         if who == "routed":
             return model
-        if who in SEARCHING:
-            taught = 2 if who == "learned" else 0  # in training; here, that there are weights
-            sparse = dataclasses.replace(
-                model.sparse, retrieval="topk", answers="topk", taught=taught
-            )
+        if who == "composed":
+            sparse = dataclasses.replace(model.sparse, retrieval="topk", answers="topk")
             return model.replace(sparse=sparse)
         sparse = dataclasses.replace(model.sparse, mode="streaming")  # nobody is sparse or searches
         return model.replace(layers=model.layers.replace("layer", "full"), sparse=sparse)

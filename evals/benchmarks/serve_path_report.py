@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from routing_jax.evals.benchmarks.running import missing_word
-from routing_jax.evals.benchmarks.serve_path_config import PATTERNED, SEARCHING
+from routing_jax.evals.benchmarks.serve_path_config import PATTERNED
 from routing_jax.evals.provenance import dated_versions, named_device
 
 Row = dict[str, Any]
@@ -13,7 +13,6 @@ _NAMES = {  # in the order of their columns
     "dense": "dense",
     "routed": "routed",
     "composed": "composed",
-    "learned": "composed, learned keys",
     "kernels": "all dense, our kernels",
 }
 _BESIDE_DENSE = ("routed", "composed")  # of all columns, whose memory and tokens are shown
@@ -31,7 +30,11 @@ def _column(row: Mapping[str, Any]) -> str:
     name = _NAMES[row["who"]]
     if row["who"] not in PATTERNED:
         return name
-    search = f" (best {row['blocks']} blocks)" if row["blocks"] else ""
+    search = ""
+    if row["blocks"]:
+        # Rows without this number are of when a block had one mean.
+        means = row.get("means", 1)
+        search = f" (best {row['blocks']} blocks by {means} mean{'s' * (means > 1)})"
     return f"{name}{search}, {100 * row['sparse_share']:.3g} % sparse"
 
 
@@ -206,14 +209,12 @@ def describe(row: Row) -> str:
 
 
 def _composition(result: Mapping[str, Any]) -> str:
-    searching = {row["who"] for row in result["rows"]} & {*SEARCHING}
-    if not searching:
+    if not any(row["who"] == "composed" for row in result["rows"]):
         return ""
-    learned = " (or weighted mean, where it is learned)" if "learned" in searching else ""
-    found = f"{result['config']['blocks']} blocks of {result['config']['block']} keys"
     return (
-        f"; composed: the other layers see the same and the {found} of nearest mean key{learned}, "
-        "for each tile of the prompt and for each token"
+        "; composed: the other layers see the same and the best blocks of "
+        f"{result['config']['block']} keys, found by means of them, for each tile of the prompt "
+        "and for each token"
     )
 
 

@@ -12,6 +12,7 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionOptions,
     Implementation,
 )
+from routing_jax.kernels.block_sparse.masked import MASKED
 from routing_jax.kernels.block_sparse.mosaic_gpu import MOSAIC_GPU
 from routing_jax.kernels.block_sparse.mosaic_tpu import MOSAIC_TPU
 from routing_jax.kernels.block_sparse.xla import XLA
@@ -29,8 +30,8 @@ from routing_jax.kernels.checks import (
 from routing_jax.kernels.choice import choose
 
 # In the order in which they are tried when the caller names none. XLA refuses nothing, so what
-# stands behind it runs only by name: nothing of Mosaic TPU has run on a TPU.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_GPU, XLA, MOSAIC_TPU)
+# stands behind it runs only by name: masking skips nothing, nothing of Mosaic TPU has run on a TPU.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (MOSAIC_GPU, XLA, MASKED, MOSAIC_TPU)
 
 # What a rematerialised layer may keep of attention, by this name: its output and log-sum-exp.
 ATTENTION = "attention"
@@ -79,8 +80,9 @@ def block_sparse_attention(
         run. It does so without a block_bias, for head dims up to 64, and up to 128 with blocks of
         128 keys. On an H100 it saves a few per cent at head dim 64 and with few queries, and costs
         some with long lists (README). All else, here and elsewhere, is repeatable still.
-      implementation: 'mosaic_gpu' (Hopper GPUs), 'xla', 'mosaic_tpu' (TPUs), or None for the first
-        of the first two that supports the call.
+      implementation: 'mosaic_gpu' (Hopper GPUs), 'xla', 'masked' (which computes every pair, for
+        tiles of one or few queries), 'mosaic_tpu' (TPUs), or None for the first of the first two
+        that supports the call.
       return_lse: whether to return the log-sum-exp too.
 
     Returns:

@@ -51,9 +51,10 @@ from routing_jax.routers import (
     binary_entropy,
     block_divergence,
     layer_table,
-    mean_key_scores,
     no_keys,
     pooled_keys,
+    search_scores,
+    searchable_blocks,
     weighed,
 )
 
@@ -79,7 +80,7 @@ class LayerMemory(NamedTuple):
 
     Attributes:
       dense: [B] bool, the sequences that attend fully.
-      sums: of [B,J,K,...], of the keys of each block; None where no token searches them.
+      sums: of [B,J,Z,K,...], of the keys of each part of a block; None where no token searches.
     """
 
     dense: jax.Array
@@ -103,7 +104,8 @@ def empty_layer_memory(
     sums = None
     if sparse.answers == "topk":
         learned = bool(sparse.taught)
-        sums = no_keys((batch, blocks), heads.num_kv_heads, heads.head_dim, learned)
+        shape = batch, blocks, sparse.means
+        sums = no_keys(shape, heads.num_kv_heads, heads.head_dim, learned)
     return LayerMemory(jnp.zeros(batch, bool), sums)
 
 
@@ -250,9 +252,10 @@ class LayerRouted(nn.Module):
         taught = bool(cfg.taught) and mode == "train"
         sums = means = scores = None
         if cfg.searches or taught:
-            sums, pooled = pooled_keys(k, positions >= 0, cfg.block_kv, routing.search)
+            sums, pooled = pooled_keys(k, positions >= 0, cfg.block_kv, cfg.means, routing.search)
             means = jax.lax.stop_gradient(pooled)
-            scores = mean_key_scores(q[:, :: cfg.block_q], means) if cfg.searches else None
+            if cfg.searches:
+                scores = search_scores(cfg, q[:, :: cfg.block_q], means, starts)
 
         def attend(dense, q, k, v):
             y = block_attention_over_batch_and_heads(
@@ -317,11 +320,9 @@ class LayerRouted(nn.Module):
         places = jnp.maximum(places, -1)
         queries = jnp.take_along_axis(q, jnp.maximum(places, 0)[..., None, None], axis=1)
         target = attention_by_blocks(queries, k, places, cfg.block_kv)
-        block = jnp.arange(pooled.shape[1], dtype=jnp.int32)[None, None]
-        own = places[:, :, None] // cfg.block_kv
-        open_ = (block >= cfg.sink_blocks) & (block <= own - cfg.window_blocks)
-        scores = mean_key_scores(queries, pooled)
-        return block_divergence(scores, target, open_[:, None], by_share=True)
+        open_ = searchable_blocks(cfg, places, pooled.shape[1])[:, None]
+        scores = search_scores(cfg, queries, pooled, places)
+        return block_divergence(scores, target, open_, by_share=True)
 
     def _visits(self, table, dense, positions, answers):
         """[B,K,M], blocks that each row visits, tokens that search each for itself by their own.
@@ -341,7 +342,8 @@ class LayerRouted(nn.Module):
         cfg, heads = self.sparse, self.heads
         alone = cfg.searched_after(choice)[:, None] & answers
         seen = jnp.where(alone, positions // cfg.block_kv + 1, 0)
-        return jnp.sum(seen, dtype=jnp.float32) * (heads.num_kv_heads * heads.head_dim)
+        each = cfg.means * heads.num_heads * heads.head_dim
+        return jnp.sum(seen, dtype=jnp.float32) * each
 
     def _work(self, num_tokens: int) -> int:
         """Multiply-adds of the decisions for one sequence: the router's, and those of tiles."""
@@ -350,7 +352,8 @@ class LayerRouted(nn.Module):
         if cfg.searches:
             tiles, blocks = (-(-num_tokens // size) for size in (cfg.block_q, cfg.block_kv))
             pooling = num_tokens * (2 if cfg.taught else 1)  # weighed, and added up
-            work += (pooling + tiles * blocks) * heads.num_kv_heads * heads.head_dim
+            work += pooling * heads.num_kv_heads * heads.head_dim
+            work += tiles * blocks * cfg.means * heads.num_heads * heads.head_dim
         return work
 
     def _step(self, q, k, positions, cache):
@@ -374,11 +377,11 @@ class LayerRouted(nn.Module):
                 params = self.variables["params"].get("router", {})
                 added = weighed(k[:, 0], params["search"] if cfg.taught else None)
                 pool = jax.tree.map(lambda s: s.reshape(B * J, *s.shape[2:]), sums)
-                pool = add_to_sums(pool, target, at % cfg.block_kv, added)
+                pool = add_to_sums(pool, target, at % cfg.block_kv, added, cfg.mean_of)
                 pages = search_pages(pages, table, q[:, 0], pool, length, searches, cfg)
                 sums = jax.tree.map(lambda s: s.reshape(B, J, *s.shape[1:]), pool)
                 work = jnp.sum(jnp.where(searches, visible, 0)) * jnp.float32(
-                    heads.num_kv_heads * heads.head_dim
+                    cfg.means * heads.num_heads * heads.head_dim
                 )
             if cfg.rereads:
                 everywhere = (dense | (not cfg.forgets)) & ~searches

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from routing_jax.attention.per_shard import block_attention_over_batch_and_heads
 from routing_jax.kernels import map_routed
-from routing_jax.routers import SparseModeConfig, layer_table, mean_key_scores
+from routing_jax.routers import SparseModeConfig, layer_table, search_scores
 
 _LEAST_ANSWERS = 8
 _SHARE_OF_ANSWERS = 16
@@ -36,16 +36,16 @@ def search_alone(
       q: [B,T,N,H].
       k: [B,S,K,H].
       v: [B,S,K,H].
-      means: [B,J,K,H] float32, the mean key of each block.
+      means: [B,J,Z,K,H] float32, the mean keys of each block.
       dense: [B] bool, the samples routed to full attention.
       chosen: [B,T] bool, tokens after the prompt; those of samples that do not search keep y.
       lengths: [B] int32, tokens of each prompt.
 
     >>> sparse = SparseModeConfig(retrieval="topk", answers="topk", sink=1, window=1, blocks=1,
-    ...                           block_q=1, block_kv=1)
+    ...                           means=1, block_q=1, block_kv=1)
     >>> x, yes = jnp.ones((1, 4, 1, 8)), jnp.array([True])
     >>> chosen, one = jnp.array([[False, False, False, True]]), jnp.array([1])
-    >>> search_alone(sparse, 0 * x, x, x, x, x, yes, chosen, one)[0, :, 0, 0].tolist()
+    >>> search_alone(sparse, 0 * x, x, x, x, x[:, :, None], yes, chosen, one)[0, :, 0, 0].tolist()
     [0.0, 0.0, 0.0, 1.0]
     """
     B, T, N, H = q.shape
@@ -53,7 +53,7 @@ def search_alone(
 
     def attend(queries: jax.Array, places: jax.Array) -> jax.Array:
         queries = queries.reshape(*places.shape, N, H)
-        scores = mean_key_scores(queries, means)
+        scores = search_scores(sparse, queries, means, places)
         table = layer_table(own_rows, dense, jnp.maximum(places, 0), lengths, scores)
         # Of its own choice: kernels for accelerators do not take tiles of one query.
         out = block_attention_over_batch_and_heads(queries, k, v, table, None, places, None, None)

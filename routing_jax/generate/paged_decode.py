@@ -77,7 +77,7 @@ def read_tokens(
         # or the sums would be copied for those that might come later.
         x, added = jax.lax.optimization_barrier((x, added))
         offset = jnp.broadcast_to(positions % serving.page_size, target.shape)
-        sums = add_to_sums(sums, target, offset, added)
+        sums = add_to_sums(sums, target, offset, added, sparse.mean_of)
     logits = read_out(config, params, x[:, 0])
     return logits, memory._replace(keys=keys, values=values, sums=sums, lengths=lengths)
 

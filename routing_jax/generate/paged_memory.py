@@ -23,7 +23,7 @@ class PagedMemory(NamedTuple):
       whole: [L,B] bool, whether it keeps everything, and attends to it from now on or searches it.
       searches: [L,B] bool, whether its tokens search what it keeps, each by its own query.
       lengths: [B] int32, tokens whose keys are held; 0 where there is no sequence.
-      sums: of [P,K,...], of the keys of each page; None where no layer searches them.
+      sums: of [P,Z,K,...], of the keys of each part of a page; None where no layer searches.
     """
 
     keys: jax.Array
@@ -43,14 +43,15 @@ def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
     (4, 128, 1, 64)
     """
     L, B = len(config.mixers), serving.sequences
-    shape = (serving.pages, serving.page_size, config.num_kv_heads, config.head_dim)
+    held = (serving.pages, serving.page_size, config.num_kv_heads, config.head_dim)
     sums = None
     if config.sparse.answers == "topk":
         learned = bool(config.sparse.taught) and "layer" in config.mixers
-        sums = no_keys((serving.pages,), config.num_kv_heads, config.head_dim, learned)
+        shape = serving.pages, config.sparse.means
+        sums = no_keys(shape, config.num_kv_heads, config.head_dim, learned)
     return PagedMemory(
-        jnp.zeros(shape, config.dtype),
-        jnp.zeros(shape, config.dtype),
+        jnp.zeros(held, config.dtype),
+        jnp.zeros(held, config.dtype),
         new_pool(serving.pages),
         jnp.full((L, B, serving.slots), NO_PAGE, jnp.int32),
         jnp.zeros((L, B), bool),

@@ -32,7 +32,7 @@ from routing_jax.generate.layer import (
 from routing_jax.generate.paged_memory import PagedMemory
 from routing_jax.kernels import block_sparse_attention, dense_attention
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import KeySums, layer_table, mean_key_scores, pooled_keys
+from routing_jax.routers import KeySums, layer_table, pooled_keys, search_scores
 
 ROUTED, SPARSE, DENSE = -1, 0, 1
 """Who decides a layer: its router, or nobody."""
@@ -187,8 +187,8 @@ def _read_layer(
     scores = sums = None
     if sparse.searches:
         direction = search_direction(config, params)
-        sums, means = pooled_keys(k, place < lengths[:, None], page_size, direction)
-        scores = mean_key_scores(q[:, :: sparse.block_q], means)
+        sums, means = pooled_keys(k, place < lengths[:, None], page_size, sparse.means, direction)
+        scores = search_scores(sparse, q[:, :: sparse.block_q], means, starts)
     if sparse.reach < T:
         attended = block_sparse_attention(
             q,

@@ -24,6 +24,7 @@ from routing_jax.routers.block_scores import (
     dot_scores,
     pattern_scores,
 )
+from routing_jax.routers.block_search import log_shares, search_scores, searchable_blocks
 from routing_jax.routers.budget import Multipliers, ascend, budget_loss, init_multipliers
 from routing_jax.routers.coarse_to_fine import beam_scores, beam_search
 from routing_jax.routers.distillation import (
@@ -59,7 +60,6 @@ from routing_jax.routers.sparse_modes import (
     SparseMode,
     SparseModeConfig,
     layer_table,
-    mean_key_scores,
     streaming_table,
 )
 from routing_jax.routers.token import TokenRouter, TokenRouterConfig, TokenRouting, seen_before
@@ -108,7 +108,7 @@ __all__ = [
     "init_multipliers",
     "largest",
     "layer_table",
-    "mean_key_scores",
+    "log_shares",
     "means_of_sums",
     "no_keys",
     "pattern_scores",
@@ -117,6 +117,8 @@ __all__ = [
     "pooled_keys",
     "router_inputs",
     "row_limits",
+    "search_scores",
+    "searchable_blocks",
     "seen_before",
     "select_blocks",
     "select_candidates",

@@ -8,7 +8,7 @@ BlockRouterKind = Literal[
 ]
 BlockBudget = Literal["blocks", "fraction", "mass", "gates"]
 BlockPooling = Literal["mean", "learned"]
-BlockImplementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
+BlockImplementation = Literal["xla", "masked", "mosaic_gpu", "mosaic_tpu"]
 
 FIXED = ("window", "strided", "bigbird")
 _BUDGETS: dict[str, tuple[str, ...]] = {

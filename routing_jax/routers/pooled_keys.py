@@ -1,10 +1,12 @@
-"""One key for a whole block: the mean of its keys, or a mean with weights that are learned.
+"""A few keys for a whole block: means of its parts, plain or with weights that are learned.
 
-A mean of 128 keys says little of the one that a query looks for. Here each kv head learns a
-direction d, and a key k weighs exp(H k·d): keys that are looked for stand out, those of filler
-fade. H is there for d to come far at the learning rate of a router's matrices. What is kept of a
-block are sums, so a token that is decoded adds its own. Like the learned poolings of NSA and
-SeerAttention (arXiv 2502.11089, 2410.13276), in H numbers a head.
+A mean of 128 keys says little of the one that a query looks for; eight means of 16 say most of it.
+What is kept of a block are sums, so a token that is decoded adds its own.
+
+With weights, each kv head learns a direction d, and a key k weighs exp(H k·d): keys that are looked
+for stand out, those of filler fade. H is there for d to come far at the learning rate of a router's
+matrices. Like the learned poolings of NSA and SeerAttention (arXiv 2502.11089, 2410.13276), in H
+numbers a head.
 """
 
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from routing_jax.kernels.padding import pad_axis
 from routing_jax.routers.block_scores import block_sums, means_of, weights_along
 
 
@@ -31,7 +34,7 @@ def no_keys(blocks: tuple[int, ...], kv_heads: int, head_dim: int, learned: bool
     """The sums of blocks that hold nothing yet.
 
     Args:
-      blocks: the sizes in front, such as (B, J).
+      blocks: the sizes in front, such as (B, J, Z) for Z sums of each block.
       kv_heads: K.
       head_dim: H.
       learned: whether keys will have weights.
@@ -63,31 +66,43 @@ def weighed(keys: jax.Array, direction: jax.Array | None = None) -> KeySums:
 
 
 def pooled_keys(
-    keys: jax.Array, valid: jax.Array, block_kv: int, direction: jax.Array | None = None
+    keys: jax.Array,
+    valid: jax.Array,
+    block_kv: int,
+    means: int,
+    direction: jax.Array | None = None,
 ) -> tuple[KeySums, jax.Array]:
-    """The sums of each block, and its one key.
+    """The sums of each block, and the few keys that stand for it.
 
     Args:
       keys: [B,T,K,H]; the direction alone gets a gradient.
       valid: [B,T] bool; other tokens count as nothing.
       block_kv: keys a block.
+      means: Z, parts of a block with a mean each; divides block_kv.
       direction: as `weighed` takes it.
 
     Returns:
-      (KeySums of [B,J,K,...], [B,J,K,H] float32; 0 for a block without tokens).
+      (KeySums of [B,J,Z,K,...], [B,J,Z,K,H] float32; 0 for a part without tokens).
 
-    >>> keys = jnp.arange(4.0).reshape(1, 4, 1, 1)
-    >>> pooled_keys(keys, jnp.ones((1, 4), bool), 2)[1].ravel().tolist()
+    >>> keys, valid = jnp.arange(4.0).reshape(1, 4, 1, 1), jnp.ones((1, 4), bool)
+    >>> pooled_keys(keys, valid, 4, 2)[1].ravel().tolist()
     [0.5, 2.5]
-    >>> heavy = pooled_keys(keys, jnp.ones((1, 4), bool), 2, jnp.full((1, 1), 9.0))[1]
+    >>> heavy = pooled_keys(keys, valid, 4, 2, jnp.full((1, 1), 9.0))[1]
     >>> heavy.ravel().round(2).tolist()
     [1.0, 2.5]
     """
-    B, T, K, H = keys.shape
-    parts = weighed(jax.lax.stop_gradient(keys), direction)
-    sums, sizes = block_sums(parts.keys.reshape(B, T, K * H), valid, block_kv)
-    sums = sums.reshape(B, -1, K, H)
-    if parts.weights is None:
-        return KeySums(sums), means_of(sums, sizes[..., None])
-    weights, _ = block_sums(parts.weights, valid, block_kv)
+    B, T = valid.shape
+    blocks, size = -(-T // block_kv), block_kv // means
+    each = weighed(jax.lax.stop_gradient(keys), direction)
+
+    def add(features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = block_sums(features.reshape(B, T, -1), valid, size)
+        sums, sizes = (pad_axis(x, 1, blocks * means) for x in found)
+        shape = B, blocks, means
+        return sums.reshape(*shape, *features.shape[2:]), sizes.reshape(*shape, 1)
+
+    sums, sizes = add(each.keys)
+    if each.weights is None:
+        return KeySums(sums), means_of(sums, sizes)
+    weights, _ = add(each.weights)
     return KeySums(sums, weights), means_of(sums, weights)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from routing_jax.kernels import BlockTable, table_from_scores, with_dense_rows
 from routing_jax.routers.block_config import BlockImplementation
-from routing_jax.routers.block_scores import dot_scores
 
 SparseMode = Literal["streaming", "triangle", "topk"]
 Retrieval = Literal["full", "topk"]
@@ -30,19 +29,21 @@ class SparseModeConfig:
     Attributes:
       mode: streaming: the first tokens and a window (StreamingLLM, arXiv 2309.17453). triangle:
         the same, and from the prompt's last tokens on everything (TriangleMix, arXiv 2507.21526).
-        topk: triangle, and the blocks whose mean key is nearest to a tile's first query (MoBA's
-        rule, arXiv 2502.13189).
+        topk: triangle, and the blocks that a tile's first query finds by their mean keys
+        (`search_scores`).
       retrieval: what a layer does that is routed to full attention. full: it attends to everything.
         topk: while it reads the prompt, to what sparse layers of mode topk attend to.
       answers: what tokens after the prompt do in a layer that searches, in either place. full: they
-        attend to everything. topk: each attends to sink and window, and to the blocks whose mean
-        key is nearest to its own query.
+        attend to everything. topk: each attends to sink and window, and to the blocks that its
+        own query finds.
       sink: first tokens of the sequence that every query sees.
       window: tokens before a query that it sees; its own block is one of the window's blocks.
       last: for triangle and topk, how many last tokens of the prompt attend everywhere, as what
         follows the prompt does where `answers` does not say otherwise.
       blocks: for topk, in either place, key blocks besides sink and window.
-      taught: queries of each sequence by which layers learn, in training, where the keys of a block
+      means: for topk, in either place, mean keys by which a block is found, of as many parts of it;
+        there it must divide block_kv.
+      taught: queries of each sequence by which layers learn, in training, where the keys of a part
         are to weigh most in its mean key, so that attention's own choice of blocks is found
         (`pooled_keys`); half of them stand at its end. Their divergence is part of the auxiliary
         loss, which `curriculum.explore` weighs. 0 for the plain mean, and nothing to learn. What
@@ -62,7 +63,8 @@ class SparseModeConfig:
     sink: int = 128
     window: int = 1024
     last: int = 128
-    blocks: int = 8
+    blocks: int = 16
+    means: int = 8
     taught: int = 0
     block_q: int = 128
     block_kv: int = 128
@@ -87,7 +89,7 @@ class SparseModeConfig:
                 f"sparse.answers is 'topk', sparse.mode {self.mode!r} and sparse.retrieval "
                 f"{self.retrieval!r}; one of the last two must be topk."
             )
-        for name in ("sink", "window", "last", "blocks", "block_q", "block_kv"):
+        for name in ("sink", "window", "last", "blocks", "means", "block_q", "block_kv"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sparse.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.taught < 0 or self.taught % 2:
@@ -96,6 +98,10 @@ class SparseModeConfig:
             raise ValueError(
                 f"sparse.block_q is {self.block_q}; it must divide sparse.block_kv = "
                 f"{self.block_kv}."
+            )
+        if (self.searches or self.taught) and self.block_kv % self.means:
+            raise ValueError(
+                f"sparse.means is {self.means}; it must divide sparse.block_kv = {self.block_kv}."
             )
         if self.implementation not in (*get_args(BlockImplementation), None):
             raise ValueError(
@@ -120,6 +126,15 @@ class SparseModeConfig:
         8
         """
         return -(-self.window // self.block_kv)
+
+    @property
+    def mean_of(self) -> int:
+        """Keys of each mean by which blocks are found.
+
+        >>> SparseModeConfig().mean_of
+        16
+        """
+        return self.block_kv // self.means
 
     @property
     def reach(self) -> int:
@@ -210,24 +225,6 @@ def streaming_table(config: SparseModeConfig, starts: jax.Array) -> BlockTable:
     return BlockTable(counts, blocks, config.block_q, config.block_kv)
 
 
-def mean_key_scores(queries: jax.Array, means: jax.Array) -> jax.Array:
-    """How near each tile is to each key block: its heads' mean query times the block's mean key.
-
-    Args:
-      queries: [B,M,N,H], the first query of each tile; they get no gradient.
-      means: [B,J,K,H], the mean key of each block.
-
-    Returns:
-      [B,K,M,J] float32.
-
-    >>> mean_key_scores(jnp.ones((1, 2, 4, 16)), jnp.ones((1, 3, 2, 16)))[0, 0].tolist()
-    [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
-    """
-    queries, means = jax.lax.stop_gradient(queries.astype(jnp.float32)), means.astype(jnp.float32)
-    grouped = queries.reshape(*queries.shape[:2], means.shape[2], -1, queries.shape[3])
-    return dot_scores(grouped.mean(axis=3), means)
-
-
 def layer_table(
     config: SparseModeConfig,
     dense: jax.Array,
@@ -245,7 +242,7 @@ def layer_table(
       dense: [B] bool, the samples routed to full attention.
       starts: [B,M] or [1,M] int32, where each tile's first query stands.
       lengths: [B] int32, tokens of each prompt; what follows is the answer.
-      scores: where `config.searches`, [B,K,M,J] float32 such as `mean_key_scores`; −inf bars a
+      scores: where `config.searches`, [B,K,M,J] float32 such as `search_scores`; −inf bars a
         block.
 
     Returns:

@@ -13,8 +13,8 @@ from routing_jax.routers import (
     KeySums,
     SparseModeConfig,
     layer_table,
-    mean_key_scores,
     pooled_keys,
+    search_scores,
     weighed,
 )
 
@@ -23,7 +23,14 @@ pytestmark = pytest.mark.usefixtures("compile_cache")
 T, N, K, H, BLOCK = 24, 4, 2, 8, 2
 BLOCKS = T // BLOCK
 CONFIG = SparseModeConfig(
-    retrieval="topk", answers="topk", sink=2, window=4, blocks=3, block_q=BLOCK, block_kv=BLOCK
+    retrieval="topk",
+    answers="topk",
+    sink=2,
+    window=4,
+    blocks=3,
+    means=1,
+    block_q=BLOCK,
+    block_kv=BLOCK,
 )
 OWN_ROWS = dataclasses.replace(CONFIG, block_q=1)
 
@@ -33,30 +40,31 @@ def arrays():
     return [jax.random.normal(key, (1, T, n, H)) for key, n in zip(keys, (N, K, K))]
 
 
-def pooled(k, direction=None):
-    return pooled_keys(k, jnp.ones(k.shape[:2], bool), BLOCK, direction)
+def pooled(k, means, direction=None):
+    return pooled_keys(k, jnp.ones(k.shape[:2], bool), BLOCK, means, direction)
 
 
 def means(k):
-    return k.reshape(1, BLOCKS, BLOCK, K, H).mean(2)
+    return k.reshape(1, BLOCKS, 1, BLOCK, K, H).mean(3)
 
 
 def rows(q, k, answer_from):
     """The rows that one pass gives the tokens from there on, all of which search."""
     starts = jnp.arange(T)[None]
-    scores = mean_key_scores(q, means(k))
+    scores = search_scores(CONFIG, q, means(k), starts)
     return layer_table(OWN_ROWS, jnp.array([True]), starts, jnp.array([answer_from]), scores)
 
 
 @pytest.mark.parametrize(
-    ("sink", "window", "learned"), [(2, 2, False), (4, 6, False), (2, 2, True)]
+    ("sink", "window", "count", "learned"),
+    [(2, 2, 1, False), (4, 6, 2, False), (2, 2, 1, True), (2, 2, 2, True)],
 )
-def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, learned):
-    cfg = dataclasses.replace(CONFIG, sink=sink, window=window)
+def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, count, learned):
+    cfg = dataclasses.replace(CONFIG, sink=sink, window=window, means=count)
     q, k, _ = arrays()
     direction = jax.random.normal(jax.random.key(2), (K, H)) if learned else None
-    sums, blocks = pooled(k, direction)
-    scores = mean_key_scores(q, blocks)
+    sums, blocks = pooled(k, count, direction)
+    scores = search_scores(cfg, q, blocks, jnp.arange(T)[None])
     own = dataclasses.replace(cfg, block_q=1)
     table = layer_table(own, jnp.array([True]), jnp.arange(T)[None], jnp.array([0]), scores)
 
@@ -73,11 +81,11 @@ def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, learned):
     near, found = find(everyone)
     assert found.pages.shape[2] == cfg.sink_blocks + cfg.window_blocks + cfg.blocks
     for t, head in np.ndindex(T, K):
-        count = int(found.counts[t, head])
-        blocks = np.asarray(found.blocks[t, head, :count])
+        number = int(found.counts[t, head])
+        blocks = np.asarray(found.blocks[t, head, :number])
         listed = np.asarray(table.indices[0, head, t, : int(table.counts[0, head, t])])
         assert sorted(blocks) == listed.tolist()
-        np.testing.assert_array_equal(found.pages[t, head, :count], BLOCKS - 1 - blocks)
+        np.testing.assert_array_equal(found.pages[t, head, :number], BLOCKS - 1 - blocks)
     assert (found.counts[-1] == found.pages.shape[2]).all()
 
     # Who does not search keeps the list of sink and window, for every head.
@@ -93,7 +101,7 @@ def test_pages_that_nobody_holds_are_never_found():
     lengths, yes = jnp.array([20, 0]), jnp.array([True, True])
     table = jnp.where(jnp.arange(BLOCKS)[None] < 10, jnp.arange(BLOCKS)[None], -1)
     table = jnp.concatenate([table, jnp.full_like(table, -1)])
-    sums = KeySums(jnp.where(jnp.arange(BLOCKS)[:, None, None] < 10, means(k)[0], jnp.nan))
+    sums = KeySums(jnp.where(jnp.arange(BLOCKS)[:, None, None, None] < 10, means(k)[0], jnp.nan))
     near = near_pages(table, lengths, yes, CONFIG)
     found = search_pages(near, table, q[0, :2], sums, lengths, yes, CONFIG)
     assert found.counts.tolist() == [[6, 6], [0, 0]]
@@ -102,18 +110,20 @@ def test_pages_that_nobody_holds_are_never_found():
     np.testing.assert_array_equal(found.pages[0], listed)
 
 
-def test_sums_are_those_of_the_tokens_since_a_page_began():
+@pytest.mark.parametrize("size", [1, BLOCK])
+def test_sums_are_those_of_the_tokens_since_a_page_began(size):
     _, k, _ = arrays()
     direction = jax.random.normal(jax.random.key(2), (K, H)) / H
     # Of those who held the pages before.
-    sums = KeySums(jnp.full((5, K, H), 9.0), jnp.full((5, K), 9.0))
-    add = jax.jit(add_to_sums)
+    parts = BLOCK // size
+    sums = KeySums(jnp.full((5, parts, K, H), 9.0), jnp.full((5, parts, K), 9.0))
+    add = jax.jit(add_to_sums, static_argnums=4)
     for t in range(T):  # a ring of three pages, and nobody in the second row
         pages = jnp.array([t // BLOCK % 3, 5])
-        sums = add(sums, pages, jnp.array([t % BLOCK, 1]), weighed(k[0, [t, t]], direction))
-    keys = np.asarray(k[0]).reshape(BLOCKS, BLOCK, K, H)
+        sums = add(sums, pages, jnp.array([t % BLOCK, 1]), weighed(k[0, [t, t]], direction), size)
+    keys = np.asarray(k[0]).reshape(BLOCKS, parts, size, K, H)
     weights = np.exp((keys * np.asarray(direction)).sum(-1) * H)
-    for ours, want in zip(sums, ((keys * weights[..., None]).sum(1), weights.sum(1))):
+    for ours, want in zip(sums, ((keys * weights[..., None]).sum(2), weights.sum(2))):
         np.testing.assert_allclose(ours[:3], want[-3:], rtol=1e-5, atol=1e-5)
         assert (ours[3:] == 9).all()
 

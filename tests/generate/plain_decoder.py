@@ -34,12 +34,16 @@ def visible(q, k, dense, sparse, prompt, search):
             everywhere, chooser = False, t
         blocks = {*range(min(cfg.sink // size, own + 1)), *range(max(0, own + 1 - near), own + 1)}
         if rule == "topk":
-            query = q[chooser].reshape(K, -1, q.shape[-1])[head].mean(0)
+            queries = q[chooser].reshape(K, -1, q.shape[-1])[head]
             weights = np.exp(k.shape[-1] * (k[:, head] @ search[head]))
-            parts = [slice(j * size, j * size + size) for j in range(own)]
+            each = size // cfg.means
+            parts = [slice(s, s + each) for s in range(0, own * size, each)]
             means = [np.average(k[part, head], axis=0, weights=weights[part]) for part in parts]
-            best = sorted(range(own), key=lambda j: -(means[j] @ query))
-            blocks |= {*[j for j in best if j not in blocks][: cfg.blocks]}
+            logits = np.array([queries @ mean for mean in means]) / q.shape[-1] ** 0.5
+            weights = np.exp(logits).reshape(own, cfg.means, len(queries)).sum(axis=1)
+            far = [j for j in range(own) if j not in blocks]
+            score = {j: (weights[j] / weights[far].sum(axis=0)).sum() for j in far}
+            blocks |= {*sorted(far, key=lambda j: -score[j])[: cfg.blocks]}
         for block in range(own + 1) if everywhere else blocks:
             seen[t, head, block * size : block * size + size] = True
     return seen & np.tri(T, dtype=bool)[:, None]

@@ -94,7 +94,7 @@ def test_prompts_decide_each_for_itself_and_decoding_obeys():
 
 @pytest.mark.parametrize("mode", ["streaming", "triangle", "topk"])
 def test_prompts_are_read_by_the_rule_of_the_sparse_mode(mode):
-    sparse = dataclasses.replace(MODEL.sparse, mode=mode, last=4, blocks=2)
+    sparse = dataclasses.replace(MODEL.sparse, mode=mode, last=4, blocks=2, means=2)
     model, tokens = UNROLLED.replace(sparse=sparse), prompt(30)
     padded = np.zeros((1, SERVING.bucket(1, 30)), np.int32)
     padded[0, :30] = tokens
@@ -115,7 +115,7 @@ def test_prompts_are_read_by_the_rule_of_the_sparse_mode(mode):
 
 
 def test_layers_routed_to_full_may_search_the_prompt_and_then_see_all_of_it():
-    sparse = dataclasses.replace(MODEL.sparse, retrieval="topk", last=4, blocks=1)
+    sparse = dataclasses.replace(MODEL.sparse, **(SEARCHES | {"answers": "full"}))
     model, tokens = MODEL.replace(sparse=sparse), prompt(30)
     made, _ = serve([Request(tokens, 6)], [DENSE] * LAYERS, model)
     searching = UNROLLED.replace(sparse=sparse)
@@ -128,7 +128,7 @@ def test_layers_routed_to_full_may_search_the_prompt_and_then_see_all_of_it():
     assert np.abs(read - everything).max() > 0.02
 
 
-SEARCHES = {"retrieval": "topk", "answers": "topk", "last": 4, "blocks": 1}
+SEARCHES = {"retrieval": "topk", "answers": "topk", "last": 4, "blocks": 1, "means": 2}
 
 
 def searching(model=MODEL, **changes):
@@ -141,6 +141,7 @@ def searching(model=MODEL, **changes):
     [
         ({}, PATTERNS[3]),
         ({"taught": 2}, PATTERNS[3]),
+        pytest.param({"means": 1}, PATTERNS[3], marks=pytest.mark.slow),
         pytest.param({"mode": "topk", "blocks": 2}, PATTERNS[1], marks=pytest.mark.slow),
         pytest.param({"mode": "topk", "retrieval": "full"}, PATTERNS[2], marks=pytest.mark.slow),
         pytest.param({"mode": "triangle"}, PATTERNS[3], marks=pytest.mark.slow),
@@ -178,13 +179,14 @@ def test_sums_of_pages_are_those_of_the_keys_they_hold(taught):
             blocks = np.arange(filled)[0 if whole else max(1, filled - 1) :]
             slots = blocks if whole else 1 + (blocks - 1) % 2
             pages = memory.tables[layer, row][slots]
-            keys, weights = memory.keys[pages], np.ones(1)
+            keys = memory.keys[pages]
+            keys, weights = keys.reshape(-1, 2, 2, *keys.shape[2:]), np.ones(1)
             if taught:
                 direction = np.asarray(layer_params(params, layer)["mixer"]["router"]["search"])
                 weights = np.exp(4 * (keys * direction).sum(axis=-1))
-                want = weights.sum(axis=1)
+                want = weights.sum(axis=2)
                 np.testing.assert_allclose(memory.sums.weights[pages], want, rtol=1e-4, atol=1e-4)
-            want = (keys * weights[..., None]).sum(axis=1)
+            want = (keys * weights[..., None]).sum(axis=2)
             np.testing.assert_allclose(memory.sums.keys[pages], want, rtol=1e-4, atol=1e-4)
             checked += len(pages)
     assert checked > 500

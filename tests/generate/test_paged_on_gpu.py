@@ -98,7 +98,7 @@ def test_lowered_for_hopper_pages_are_written_in_place_and_read_by_kernels(
     )  # fmt: skip
     decode = lower_for_cuda(read_tokens, model, serving, params, each, memory)
     pool = "tensor<{}x{}x{}x{}xbf16>".format(*memory.keys.shape)
-    sums = "tensor<{}x{}x{}xf32>".format(memory.keys.shape[0], *memory.keys.shape[2:])
+    sums = "tensor<{}x8x{}x{}xf32>".format(memory.keys.shape[0], *memory.keys.shape[2:])
     for text in (prefill, decode):
         entry = text[text.index("@main") :].split("\n", 1)[0]
         assert len(re.findall(rf"{pool} {{tf.aliasing_output", entry)) == 2

@@ -67,7 +67,8 @@ def load_routed(
     try:
         parts = (
             LayerRouterConfig(**saved.config["layer_router"]),
-            SparseModeConfig(**saved.config["sparse"]),
+            # A file without them is of when a block had one.
+            SparseModeConfig(**({"means": 1} | saved.config["sparse"])),
         )
     except (KeyError, TypeError) as e:
         raise ValueError(f"{router} was written by another version: {e}.") from e

@@ -100,15 +100,13 @@ def test_short_prompts_are_read_by_one_program_and_held_as_on_the_dense_side():
 
 
 @pytest.mark.parametrize("mode", ["streaming", "triangle"])
-@pytest.mark.parametrize(
-    ("who", "share"), [("routed", 0.0), ("routed", 1.0), ("composed", 0.5), ("learned", 0.5)]
-)
+@pytest.mark.parametrize(("who", "share"), [("routed", 0.0), ("routed", 1.0), ("composed", 0.5)])
 def test_memory_is_what_its_pattern_holds(who, share, mode):
     config, size = dataclasses.replace(CONFIG, mode=mode), Size(2, 64, share)
     blocks, dense = (64 + 6) // 8 + 1, dense_layers(4, share)
     kept = [blocks if one or mode != "streaming" else 2 for one in dense]
     pages, token = 2 * sum(kept), 2 * (2 * 8 * 4)
-    sums = {"routed": 0, "composed": 2 * 8 * 4, "learned": 2 * (8 + 1) * 4}[who]
+    sums = {"routed": 0, "composed": 8 * 2 * 8 * 4}[who]
     memory = filled_memory(config, size, who)
     assert held_bytes(memory) == kv_bytes(config, size, who) == pages * (8 * token + sums)
     assert int(memory.pool.available) == 0
@@ -117,10 +115,9 @@ def test_memory_is_what_its_pattern_holds(who, share, mode):
     np.testing.assert_array_equal(memory.searches, np.broadcast_to(searches, (4, 2)))
 
 
-@pytest.mark.parametrize("who", ["composed", "learned"])
-def test_memory_is_that_of_a_prefill(who):
+def test_memory_is_that_of_a_prefill():
     """Pages, flags and sums lie where prefill puts them, so that decoding does the same work."""
-    size = Size(1, 64, 0.5)
+    size, who = Size(1, 64, 0.5), "composed"
     model, sizes = CONFIG.model_of(who), serving(CONFIG, size)
     length = jnp.full(1, 64, jnp.int32)
     _, read = prefill_prompts(
@@ -138,34 +135,35 @@ def test_memory_is_that_of_a_prefill(who):
 
 def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     out = tmp_path / "serve-path" / "cpu.json"
-    who = ("routed", "composed", "learned", "dense")
-    result = serve_path.main(dataclasses.replace(CONFIG, who=who, blocks=2), out)
+    who = ("routed", "composed", "dense")
+    result = serve_path.main(dataclasses.replace(CONFIG, who=who, blocks=2, means=4), out)
     rows = [
         (row["part"], row["who"], row["batch"], row["sparse_share"], row["blocks"])
         for row in result["rows"]
     ]
     assert rows == [
         ("router", "routed", 1, 0.0, None),
-        *((part, one, 1, 0.0, 2 if one in ("composed", "learned") else None)
+        *((part, one, 1, 0.0, 2 if one == "composed" else None)
           for part in ("prefill", "decode") for one in who),
     ]  # fmt: skip
     assert all(row["milliseconds"] > 0 and "error" not in row for row in result["rows"])
     # A row whose time is spent takes no second sample; the router's has its own measure.
-    assert [row["samples"] for row in result["rows"]] == [2] + 8 * [1]
+    assert [row["samples"] for row in result["rows"]] == [2] + 6 * [1]
     assert all(row["least"] is None for row in result["rows"])  # of a device that it knows
     assert all((row["kv_bytes"] > 0) == (row["part"] != "router") for row in result["rows"])
     assert json.loads(out.read_text())["rows"] == result["rows"]
     block = readme_blocks(tmp_path)["serve-path-cpu-tiny"]
     assert "| 64 | 1 |" in block
     assert "the shape of tiny with random weights" in block
-    assert "| tokens | batch | dense | routed, 0 % sparse | composed (best 2 blocks), 0 %" in block
-    assert "KV GiB, routed | KV GiB, composed (best 2 blocks) |" in block
-    assert "composed, learned keys (best 2 blocks), 0 % sparse" in block
-    assert "composed: the other layers see the same and the 2 blocks of 8 keys of nearest" in block
-    assert "nearest mean key (or weighted mean, where it is learned), for each tile" in block
+    assert (
+        "| tokens | batch | dense | routed, 0 % sparse | composed (best 2 blocks by 4 means), 0 %"
+        in block
+    )
+    assert "KV GiB, routed | KV GiB, composed (best 2 blocks by 4 means) |" in block
+    assert "composed: the other layers see the same and the best blocks of 8 keys, found" in block
     said = capsys.readouterr().out
     assert "prefill 1×64 routed, 0 % sparse:" in said
-    assert "decode 1×64 composed (best 2 blocks), 0 % sparse:" in said
+    assert "decode 1×64 composed (best 2 blocks by 4 means), 0 % sparse:" in said
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_measured(tmp_path, monkeypatch):
