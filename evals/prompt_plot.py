@@ -17,18 +17,18 @@ from routing_jax.evals.prompt_tables import (
 from routing_jax.evals.results import Result
 from routing_jax.evals.tables import natural_order, router_of
 
-# How a mark is filled where layers that are not sparse search: not, or half if that is learned.
-_FILLS = {"": "full", "+composed": "none", "+composed+learned": "left"}
+# How a mark is filled: not, where layers that are not sparse search.
+_FILLS = {"": "full", "+composed": "none"}
 
 
 def _parts(variant: str) -> tuple[str, str]:
-    """Who decides which layers are sparse, and how the others search.
+    """Who decides which layers are sparse, and whether the others search.
 
     >>> _parts("static+composed-75")
     ('static', '+composed')
     """
-    who, search, learned = router_of(variant).partition("+composed")
-    return who, search + learned
+    who, search, _ = router_of(variant).partition("+composed")
+    return who, search
 
 
 def plot_prompts(results: Sequence[Result], path: epath.PathLike) -> Figure | None:

@@ -65,8 +65,7 @@ def with_base(config: TrainConfig) -> TrainConfig:
 
     Raises:
       ValueError: a base without prompts or prompts without a base, prompts so short that no layer
-        would be routed, a search that would be taught without weight, or what `published_model`
-        refuses.
+        would be routed, or what `published_model` refuses.
     """
     if not isinstance(config.data, PromptConfig) or not config.base:
         raise ValueError(
@@ -79,11 +78,6 @@ def with_base(config: TrainConfig) -> TrainConfig:
             f"data.length is {config.data.length}, {config.data.answer} of it the answer; prompts "
             f"of up to {ours.sparse.reach} tokens are attended fully, as sink and window cover "
             "them, so nothing would be routed."
-        )
-    if ours.sparse.taught and not config.curriculum.explore:
-        raise ValueError(
-            f"sparse.taught is {ours.sparse.taught} and curriculum.explore 0, which weighs what is "
-            "taught; it must be above 0."
         )
     model = with_layer_routing(published, ours.layer_router, ours.sparse)
     return config.replace(

@@ -1,7 +1,6 @@
 """A routed model's prefill and decode beside the same model dense with cuDNN's attention.
 
-A composed one beside them is routed alike, and its layers that are not sparse search for blocks, by
-the mean of a block's keys or by one with weights.
+A composed one beside them is routed alike, and its layers that are not sparse search for blocks.
 Layers are routed in a fixed pattern, with the routers' work in the times; weights are random.
 Prefill is the whole path from tokens to logits: host loop, routers, tables, pages; before each
 sample the last one's pages are given back. Prompts that one program reads, the dense side reads

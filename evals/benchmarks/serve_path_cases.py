@@ -24,7 +24,6 @@ from routing_jax.generate.paged_memory import PagedMemory, empty_memory
 from routing_jax.generate.paged_prefill import DENSE, SPARSE, reads_at_once
 from routing_jax.kernels import default_implementation, dense_attention
 from routing_jax.models import DecoderConfig, init_params
-from routing_jax.routers import KeySums
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -115,11 +114,10 @@ def kv_bytes(config: ServePathConfig, size: Size, who: Who) -> int:
 
 
 def searched_bytes(model: DecoderConfig) -> int:
-    """Bytes that a page is found by: sums of keys, and of their weights where they have any."""
+    """Bytes that a page is found by, sums of its keys."""
     if model.sparse.answers != "topk":
         return 0
-    vector = model.head_dim + (model.sparse.taught > 0)
-    return 4 * model.sparse.means * model.num_kv_heads * vector
+    return 4 * model.sparse.means * model.num_kv_heads * model.head_dim
 
 
 def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
@@ -139,8 +137,7 @@ def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
     fill = jax.jit(lambda held: held + page[None], donate_argnums=0)
     sums = memory.sums
     if sums is not None:  # of their own, so that pages all over the pool are found
-        keys = _normal(key, jnp.ones(()), sums.keys.shape, "float32")
-        sums = KeySums(keys, None if sums.weights is None else jnp.ones_like(sums.weights))
+        sums = _normal(key, jnp.ones(()), sums.shape, "float32")
     return PagedMemory(
         fill(memory.keys),
         fill(memory.values),

@@ -43,19 +43,13 @@ from routing_jax.kernels import (
 from routing_jax.kernels.block_table import visible_blocks
 from routing_jax.kernels.padding import pad_axis
 from routing_jax.routers import (
-    KeySums,
     LayerRouter,
     LayerRouterConfig,
     SparseModeConfig,
-    attention_by_blocks,
     binary_entropy,
-    block_divergence,
     layer_table,
-    no_keys,
     pooled_keys,
     search_scores,
-    searchable_blocks,
-    weighed,
 )
 
 
@@ -80,11 +74,11 @@ class LayerMemory(NamedTuple):
 
     Attributes:
       dense: [B] bool, the sequences that attend fully.
-      sums: of [B,J,Z,K,...], of the keys of each part of a block; None where no token searches.
+      sums: [B,J,Z,K,H] float32, of the keys of each part of a block; None where no token searches.
     """
 
     dense: jax.Array
-    sums: KeySums | None = None
+    sums: jax.Array | None = None
 
 
 def empty_layer_memory(
@@ -103,9 +97,7 @@ def empty_layer_memory(
     """
     sums = None
     if sparse.answers == "topk":
-        learned = bool(sparse.taught)
-        shape = batch, blocks, sparse.means
-        sums = no_keys(shape, heads.num_kv_heads, heads.head_dim, learned)
+        sums = jnp.zeros((batch, blocks, sparse.means, heads.num_kv_heads, heads.head_dim))
     return LayerMemory(jnp.zeros(batch, bool), sums)
 
 
@@ -219,8 +211,7 @@ class LayerRouted(nn.Module):
 
         if prompts is None:
             prompts = Prompts(jnp.sum(positions >= 0, axis=1, dtype=jnp.int32))
-        searched = (self.heads.num_kv_heads, self.heads.head_dim) if self.sparse.taught else None
-        routing = LayerRouter(self.router, searched, name="router")(
+        routing = LayerRouter(self.router, name="router")(
             # What a layer does to its input is no way for the layers below to be taught.
             jax.lax.stop_gradient(unturned),
             prompts.lengths,
@@ -235,27 +226,24 @@ class LayerRouted(nn.Module):
             choice, gate = choice | short, jnp.where(short, 1.0, gate)
         routing = routing._replace(routing=routing.routing._replace(choice=choice), gate=gate)
         self.sow("intermediates", "gate", routing.gate)
-        y, sums, report = self._whole(q, k, v, positions, prompts.lengths, routing, rng, mode)
+        y, sums, report = self._whole(q, k, v, positions, prompts.lengths, routing, mode)
         if cache is not None:
             if self.sparse.answers == "full":
                 sums = None
             else:
                 blocks = cache.keys.shape[1] // self.sparse.block_kv
-                sums = jax.tree.map(lambda s: pad_axis(s[:, :blocks], 1, blocks), sums)
+                sums = pad_axis(sums[:, :blocks], 1, blocks)
             cache = cache._replace(memory=LayerMemory(routing.routing.choice, sums))
         return project_out(y, weights), cache, report
 
-    def _whole(self, q, k, v, positions, lengths, routing, rng, mode):
+    def _whole(self, q, k, v, positions, lengths, routing, mode):
         cfg, T = self.sparse, positions.shape[1]
         starts = jnp.arange(0, T, cfg.block_q, dtype=jnp.int32)[None]
         answers = positions >= lengths[:, None]
-        taught = bool(cfg.taught) and mode == "train"
         sums = means = scores = None
-        if cfg.searches or taught:
-            sums, pooled = pooled_keys(k, positions >= 0, cfg.block_kv, cfg.means, routing.search)
-            means = jax.lax.stop_gradient(pooled)
-            if cfg.searches:
-                scores = search_scores(cfg, q[:, :: cfg.block_q], means, starts)
+        if cfg.searches:
+            sums, means = pooled_keys(k, positions >= 0, cfg.block_kv, cfg.means)
+            scores = search_scores(cfg, q[:, :: cfg.block_q], means, starts)
 
         def attend(dense, q, k, v):
             y = block_attention_over_batch_and_heads(
@@ -296,33 +284,14 @@ class LayerRouted(nn.Module):
             self.heads,
             cfg.block_q * cfg.block_kv,
         )
-        aux = -jnp.mean(binary_entropy(routing.routing.logits))
-        if taught:
-            aux += self._missed(q, k, pooled, positions, rng)
         return (
             y,
             sums,
             report._replace(
-                aux=aux,
+                aux=-jnp.mean(binary_entropy(routing.routing.logits)),
                 choice=choice[:, None] & (positions >= 0),
             ),
         )
-
-    def _missed(self, q, k, pooled, positions, rng):
-        """How far a search by pooled keys is from where attention looks, in nats; see `taught`."""
-        cfg, half = self.sparse, self.sparse.taught // 2
-        number = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)[:, None]
-        steps = jnp.arange(half, dtype=jnp.int32)[None]
-        drawn = 0.0 if rng is None else jax.random.uniform(jax.random.fold_in(rng, 1))
-        anywhere = jnp.floor((steps + drawn) / half * number).astype(jnp.int32)
-        at_end = number - 1 - steps * max(1, cfg.last // half)
-        places = jnp.concatenate([jnp.minimum(anywhere, number - 1), at_end], axis=1)
-        places = jnp.maximum(places, -1)
-        queries = jnp.take_along_axis(q, jnp.maximum(places, 0)[..., None, None], axis=1)
-        target = attention_by_blocks(queries, k, places, cfg.block_kv)
-        open_ = searchable_blocks(cfg, places, pooled.shape[1])[:, None]
-        scores = search_scores(cfg, queries, pooled, places)
-        return block_divergence(scores, target, open_, by_share=True)
 
     def _visits(self, table, dense, positions, answers):
         """[B,K,M], blocks that each row visits, tokens that search each for itself by their own.
@@ -351,8 +320,7 @@ class LayerRouted(nn.Module):
         work = self.router.work(heads.num_heads, heads.head_dim)
         if cfg.searches:
             tiles, blocks = (-(-num_tokens // size) for size in (cfg.block_q, cfg.block_kv))
-            pooling = num_tokens * (2 if cfg.taught else 1)  # weighed, and added up
-            work += pooling * heads.num_kv_heads * heads.head_dim
+            work += num_tokens * heads.num_kv_heads * heads.head_dim
             work += tiles * blocks * cfg.means * heads.num_heads * heads.head_dim
         return work
 
@@ -374,12 +342,11 @@ class LayerRouted(nn.Module):
                 at = jnp.maximum(length - 1, 0)
                 target = jnp.arange(B, dtype=jnp.int32) * J + at // cfg.block_kv
                 target = jnp.where((length > 0) & (length <= S), target, B * J)
-                params = self.variables["params"].get("router", {})
-                added = weighed(k[:, 0], params["search"] if cfg.taught else None)
-                pool = jax.tree.map(lambda s: s.reshape(B * J, *s.shape[2:]), sums)
+                pool = sums.reshape(B * J, *sums.shape[2:])
+                added = k[:, 0].astype(jnp.float32)
                 pool = add_to_sums(pool, target, at % cfg.block_kv, added, cfg.mean_of)
                 pages = search_pages(pages, table, q[:, 0], pool, length, searches, cfg)
-                sums = jax.tree.map(lambda s: s.reshape(B, J, *s.shape[1:]), pool)
+                sums = pool.reshape(sums.shape)
                 work = jnp.sum(jnp.where(searches, visible, 0)) * jnp.float32(
                     cfg.means * heads.num_heads * heads.head_dim
                 )

@@ -3,8 +3,7 @@
 Beside the pool stand sums of each page's keys, a few vectors a kv head, one for each part of it: of
 16 tokens each, in float32, an eighth of the bytes of 16-bit keys. Prefill writes the sums and every
 token adds its key, so nothing is read twice; a page competes once it has left the window, when all
-of its tokens are in. So parts of all pages that do are full, and where keys weigh the same a sum
-is as many times its mean; where they don't, the sum of their weights stands beside it.
+of its tokens are in. So parts of all pages that do are full, and a sum is as many times its mean.
 """
 
 import jax
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 from routing_jax.attention.page_pool import slot_of_block
 from routing_jax.kernels import PageList
 from routing_jax.routers import (
-    KeySums,
     SparseModeConfig,
     log_shares,
     searchable_blocks,
@@ -22,31 +20,25 @@ from routing_jax.routers import (
 
 
 def add_to_sums(
-    sums: KeySums, pages: jax.Array, offsets: jax.Array, added: KeySums, mean_of: int
-) -> KeySums:
+    sums: jax.Array, pages: jax.Array, offsets: jax.Array, added: jax.Array, mean_of: int
+) -> jax.Array:
     """The sums of pages, with a key more in some.
 
     Args:
-      sums: of [P,Z,K,...].
+      sums: [P,Z,K,H] float32.
       pages: int32 of any shape, each page once; P or more for none.
       offsets: int32 of that shape, the key's place in its page; with the first key of a part, what
         was there is forgotten.
-      added: of [...,K,...], the keys by their weights (`weighed`).
+      added: [...,K,H] float32, the keys.
       mean_of: keys of each part.
 
-    >>> sums, one = KeySums(2 * jnp.ones((3, 2, 1, 1))), KeySums(jnp.ones((2, 1, 1)))
-    >>> added = add_to_sums(sums, jnp.array([0, 2]), jnp.array([5, 4]), one, 4)
-    >>> added.keys[..., 0, 0].tolist()
+    >>> sums, one = 2 * jnp.ones((3, 2, 1, 1)), jnp.ones((2, 1, 1))
+    >>> add_to_sums(sums, jnp.array([0, 2]), jnp.array([5, 4]), one, 4)[..., 0, 0].tolist()
     [[2.0, 3.0], [2.0, 2.0], [2.0, 1.0]]
     """
-    part = offsets // mean_of
-
-    def add(sums: jax.Array, new: jax.Array) -> jax.Array:
-        old = (offsets % mean_of > 0).reshape(offsets.shape + (1,) * (new.ndim - offsets.ndim))
-        before = jnp.where(old, sums.at[pages, part].get(mode="clip"), 0)
-        return sums.at[pages, part].set(before + new, mode="drop")
-
-    return jax.tree.map(add, sums, added)
+    part, old = offsets // mean_of, offsets % mean_of > 0
+    before = jnp.where(old[..., None, None], sums.at[pages, part].get(mode="clip"), 0)
+    return sums.at[pages, part].set(before + added, mode="drop")
 
 
 def near_pages(
@@ -77,7 +69,7 @@ def search_pages(
     near: PageList,
     table: jax.Array,
     q: jax.Array,
-    sums: KeySums,
+    sums: jax.Array,
     lengths: jax.Array,
     searches: jax.Array,
     sparse: SparseModeConfig,
@@ -91,7 +83,7 @@ def search_pages(
       near: what `near_pages` lists.
       table: [B,C] int32, the page of each block, of the layers that search.
       q: [B,N,H], the newest token's queries; those of a group choose together.
-      sums: of [P,Z,K,...], of all pages' keys.
+      sums: [P,Z,K,H] float32, of all pages' keys.
       lengths: [B] int32, tokens of each sequence, the newest included.
       searches: [B] bool; other sequences keep their lists.
       sparse: sink and window, and how many blocks are to be found.
@@ -100,24 +92,20 @@ def search_pages(
     ...                           block_q=2, block_kv=2)
     >>> table, length, yes = jnp.array([[0, 3, 1, 2]]), jnp.array([8]), jnp.array([True])
     >>> near = near_pages(table, length, yes, sparse)
-    >>> sums, q = KeySums(jnp.array([9.0, 2.0, 9.0, 1.0]).reshape(4, 1, 1, 1)), jnp.ones((1, 1, 1))
+    >>> sums, q = jnp.array([9.0, 2.0, 9.0, 1.0]).reshape(4, 1, 1, 1), jnp.ones((1, 1, 1))
     >>> found = search_pages(near, table, q, sums, length, yes, sparse)
     >>> found.counts.tolist(), found.blocks.tolist(), found.pages.tolist()
     ([[3]], [[[0, 3, 2]]], [[[0, 2, 1]]])
     """
     B, C = table.shape
-    K, H = sums.keys.shape[2:]
-    size = 1 if sums.weights is not None else sparse.mean_of
-    query = q.astype(jnp.float32).reshape(B, K, 1, 1, -1, H) * (H**-0.5 / size)
+    K, H = sums.shape[2:]
+    query = q.astype(jnp.float32).reshape(B, K, 1, 1, -1, H) * (H**-0.5 / sparse.mean_of)
     competes = searchable_blocks(sparse, lengths - 1, C) & searches[:, None]
     # What need not be read is one page's sum, again and again.
     pages = jnp.where(competes, table, 0)[:, None]
     heads = jnp.arange(K, dtype=jnp.int32)[None, :, None]
     # A sum of products, no dot: it compiles into one loop over what is gathered.
-    logits = jnp.sum(sums.keys.at[pages, :, heads].get(mode="clip")[..., None, :] * query, axis=-1)
-    if sums.weights is not None:
-        weights = sums.weights.at[pages, :, heads].get(mode="clip")
-        logits /= jnp.where(weights > 0, weights, 1.0)[..., None]
+    logits = jnp.sum(sums.at[pages, :, heads].get(mode="clip")[..., None, :] * query, axis=-1)
     logits = jnp.moveaxis(jax.nn.logsumexp(logits, axis=3), -1, 0)
     scores = log_shares(logits, competes[:, None])
     # Only these few are sorted out: with sink and window among them, GPUs would sort all.

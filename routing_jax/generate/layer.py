@@ -235,18 +235,6 @@ def _mean_query(weights: AttentionWeights) -> AttentionWeights:
     return weights._replace(**means)
 
 
-def search_direction(config: DecoderConfig, params: Params) -> jax.Array | None:
-    """Where the keys of a block weigh most in a layer, [K,H]; None for their plain mean.
-
-    Args:
-      config: the model.
-      params: the layer's.
-    """
-    if not config.sparse.taught or "router" not in params["mixer"]:
-        return None
-    return params["mixer"]["router"]["search"]
-
-
 def route_prompts(
     config: DecoderConfig, params: Params, x: jax.Array, lengths: jax.Array
 ) -> jax.Array:

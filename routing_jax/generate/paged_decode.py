@@ -22,14 +22,12 @@ from routing_jax.generate.layer import (
     finish,
     project,
     read_out,
-    search_direction,
     through_layers,
 )
 from routing_jax.generate.paged_memory import PagedMemory
 from routing_jax.generate.sampling import Sampling, choose_tokens
 from routing_jax.kernels import PageList, block_sparse_decode, dense_pages, where_pages
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import KeySums, weighed
 
 
 @functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("memory",))
@@ -65,7 +63,7 @@ def read_tokens(
     )
     every = _Pages(target, lists, memory.tables, memory.whole, memory.searches)
 
-    def read(held: tuple, of_layer: tuple) -> tuple[tuple, KeySums | None]:
+    def read(held: tuple, of_layer: tuple) -> tuple[tuple, jax.Array | None]:
         own, pages = of_layer
         return _read_layer(config, serving, own, lengths, pages, memory.sums, *held)
 
@@ -107,11 +105,11 @@ def _read_layer(
     params: Params,
     lengths: jax.Array,
     held: _Pages,
-    sums: KeySums | None,
+    sums: jax.Array | None,
     x: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], KeySums | None]:
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array | None]:
     target, pages, table, whole, searches = held
     positions = jnp.maximum(lengths - 1, 0)
     offset = positions % serving.page_size
@@ -120,7 +118,7 @@ def _read_layer(
     values = values.at[target, offset].set(v[:, 0], mode="drop")
     added = None
     if sums is not None:
-        added = weighed(k[:, 0], search_direction(config, params))
+        added = k[:, 0].astype(jnp.float32)
         pages = search_pages(pages, table, q[:, 0], sums, lengths, searches, config.sparse)
         if config.sparse.rereads:
             everything = dense_pages(table, lengths, serving.page_size)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from routing_jax.attention.page_pool import NO_PAGE, PagePool, new_pool, return_pages
 from routing_jax.generate.config import ServingConfig
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import KeySums, no_keys
 
 
 class PagedMemory(NamedTuple):
@@ -23,7 +22,7 @@ class PagedMemory(NamedTuple):
       whole: [L,B] bool, whether it keeps everything, and attends to it from now on or searches it.
       searches: [L,B] bool, whether its tokens search what it keeps, each by its own query.
       lengths: [B] int32, tokens whose keys are held; 0 where there is no sequence.
-      sums: of [P,Z,K,...], of the keys of each part of a page; None where no layer searches.
+      sums: [P,Z,K,H] float32, of the keys of each part of a page; None where no layer searches.
     """
 
     keys: jax.Array
@@ -33,7 +32,7 @@ class PagedMemory(NamedTuple):
     whole: jax.Array
     searches: jax.Array
     lengths: jax.Array
-    sums: KeySums | None = None
+    sums: jax.Array | None = None
 
 
 def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
@@ -46,9 +45,7 @@ def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
     held = (serving.pages, serving.page_size, config.num_kv_heads, config.head_dim)
     sums = None
     if config.sparse.answers == "topk":
-        learned = bool(config.sparse.taught) and "layer" in config.mixers
-        shape = serving.pages, config.sparse.means
-        sums = no_keys(shape, config.num_kv_heads, config.head_dim, learned)
+        sums = jnp.zeros((held[0], config.sparse.means, *held[2:]))
     return PagedMemory(
         jnp.zeros(held, config.dtype),
         jnp.zeros(held, config.dtype),

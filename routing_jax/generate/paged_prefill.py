@@ -26,18 +26,17 @@ from routing_jax.generate.layer import (
     project_prompts,
     read_out,
     route_prompts,
-    search_direction,
     through_layers,
 )
 from routing_jax.generate.paged_memory import PagedMemory
 from routing_jax.kernels import block_sparse_attention, dense_attention
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import KeySums, layer_table, pooled_keys, search_scores
+from routing_jax.routers import layer_table, pooled_keys, search_scores
 
 ROUTED, SPARSE, DENSE = -1, 0, 1
 """Who decides a layer: its router, or nobody."""
 
-_Held = tuple[jax.Array, jax.Array, KeySums | None]
+_Held = tuple[jax.Array, jax.Array, jax.Array | None]
 """Keys, values and sums of a PagedMemory."""
 
 
@@ -186,8 +185,7 @@ def _read_layer(
     starts = jnp.arange(0, T, sparse.block_q, dtype=jnp.int32)[None]
     scores = sums = None
     if sparse.searches:
-        direction = search_direction(config, params)
-        sums, means = pooled_keys(k, place < lengths[:, None], page_size, sparse.means, direction)
+        sums, means = pooled_keys(k, place < lengths[:, None], page_size, sparse.means)
         scores = search_scores(sparse, q[:, :: sparse.block_q], means, starts)
     if sparse.reach < T:
         attended = block_sparse_attention(
@@ -209,7 +207,7 @@ def _read_layer(
     keys, values, held_sums = held
     if held_sums is not None:
         assert sums is not None  # a memory has sums where the model searches
-        held_sums = jax.tree.map(write, held_sums, sums)
+        held_sums = write(held_sums, sums)
     held = write(keys, k), write(values, v), held_sums
     return finish_prompts(config, params, x, attended, lengths, chunk), held
 

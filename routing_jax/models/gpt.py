@@ -44,8 +44,7 @@ class GeluMLP(nn.Module):
 def draw_weights(params: dict[str, Any], std: float, layers: int, rng: jax.Array) -> dict[str, Any]:
     """Every matrix drawn anew from N(0, std), output projections from N(0, std/√(2L)).
 
-    Radford et al. 2019. Vectors, the norms' scales and the biases, stay as they are, and so does
-    how layers search for blocks, which begins with plain means.
+    Radford et al. 2019. Vectors, the norms' scales and the biases, stay as they are.
 
     Args:
       params: of the unrolled model.
@@ -54,15 +53,15 @@ def draw_weights(params: dict[str, Any], std: float, layers: int, rng: jax.Array
       rng: a PRNG key.
 
     >>> params = {"mlp": {"down": jnp.zeros((64, 64))}, "scale": jnp.ones(3)}
-    >>> drawn = draw_weights(params | {"search": jnp.zeros((1, 2))}, 0.02, 8, jax.random.key(0))
-    >>> round(float(drawn["mlp"]["down"].std()), 3), drawn["scale"].tolist(), drawn["search"].max()
-    (0.005, [1.0, 1.0, 1.0], Array(0., dtype=float32))
+    >>> drawn = draw_weights(params, 0.02, 8, jax.random.key(0))
+    >>> round(float(drawn["mlp"]["down"].std()), 3), drawn["scale"].tolist()
+    (0.005, [1.0, 1.0, 1.0])
     """
     keys = iter(jax.random.split(rng, len(jax.tree.leaves(params))))
 
     def draw(path: tuple, leaf: jax.Array) -> jax.Array:
         key = next(keys)
-        if leaf.ndim < 2 or path[-1].key.endswith("_bias") or path[-1].key == "search":
+        if leaf.ndim < 2 or path[-1].key.endswith("_bias"):
             return leaf
         residual = tuple(k.key for k in path[-2:]) in _RESIDUAL
         spread = std / (2 * layers) ** 0.5 if residual else std

@@ -24,11 +24,15 @@ from routing_jax.routers.block_scores import (
     dot_scores,
     pattern_scores,
 )
-from routing_jax.routers.block_search import log_shares, search_scores, searchable_blocks
+from routing_jax.routers.block_search import (
+    log_shares,
+    pooled_keys,
+    search_scores,
+    searchable_blocks,
+)
 from routing_jax.routers.budget import Multipliers, ascend, budget_loss, init_multipliers
 from routing_jax.routers.coarse_to_fine import beam_scores, beam_search
 from routing_jax.routers.distillation import (
-    attention_by_blocks,
     block_divergence,
     pooled_attention,
     some_tiles,
@@ -51,7 +55,6 @@ from routing_jax.routers.layer import (
     standardised,
 )
 from routing_jax.routers.losses import balance_loss
-from routing_jax.routers.pooled_keys import KeySums, no_keys, pooled_keys, weighed
 from routing_jax.routers.routing import Routing
 from routing_jax.routers.scheme import SchemeRouter, SchemeRouting, SchemesConfig
 from routing_jax.routers.sparse_modes import (
@@ -71,7 +74,6 @@ __all__ = [
     "BlockRouting",
     "Gate",
     "KeyBlocks",
-    "KeySums",
     "LayerRouter",
     "LayerRouterConfig",
     "LayerRouting",
@@ -89,7 +91,6 @@ __all__ = [
     "TokenRouting",
     "ascend",
     "assign_clusters",
-    "attention_by_blocks",
     "balance_loss",
     "beam_scores",
     "beam_search",
@@ -110,7 +111,6 @@ __all__ = [
     "layer_table",
     "log_shares",
     "means_of_sums",
-    "no_keys",
     "pattern_scores",
     "pool_queries",
     "pooled_attention",
@@ -126,6 +126,5 @@ __all__ = [
     "standardised",
     "straight_through",
     "streaming_table",
-    "weighed",
     "with_weights",
 ]

@@ -9,9 +9,42 @@ against each other: sink and window are read in any case.
 import jax
 import jax.numpy as jnp
 
+from routing_jax.kernels.padding import pad_axis
+from routing_jax.routers.block_scores import block_sums, means_of
 from routing_jax.routers.sparse_modes import SparseModeConfig
 
 _NEVER = -1e30  # of blocks that do not compete, whose logarithm would be −inf
+
+
+def pooled_keys(
+    keys: jax.Array, valid: jax.Array, block_kv: int, means: int
+) -> tuple[jax.Array, jax.Array]:
+    """The few keys that stand for a block, means of its parts, and the sums that they are made of.
+
+    A mean of 128 keys says little of the one that a query looks for; eight means of 16 say most of
+    it. Sums are what is kept of a block, so that a token that is decoded adds its own key.
+
+    Args:
+      keys: [B,T,K,H]; they get no gradient.
+      valid: [B,T] bool; other tokens count as nothing.
+      block_kv: keys a block.
+      means: Z, parts of a block with a mean each; divides block_kv.
+
+    Returns:
+      (sums, means), [B,J,Z,K,H] float32 both; 0 for a part without tokens.
+
+    >>> keys, valid = jnp.arange(4.0).reshape(1, 4, 1, 1), jnp.ones((1, 4), bool)
+    >>> [x.ravel().tolist() for x in pooled_keys(keys, valid, 4, 2)]
+    [[1.0, 5.0], [0.5, 2.5]]
+    """
+    B, T, K, H = keys.shape
+    J = -(-T // block_kv)
+    sums, sizes = block_sums(
+        jax.lax.stop_gradient(keys).reshape(B, T, K * H), valid, block_kv // means
+    )
+    found = (pad_axis(x, 1, J * means) for x in (sums, means_of(sums, sizes)))
+    sums, pooled = (x.reshape(B, J, means, K, H) for x in found)
+    return sums, pooled
 
 
 def searchable_blocks(config: SparseModeConfig, places: jax.Array, num_blocks: int) -> jax.Array:

@@ -82,39 +82,6 @@ def pooled_attention(
     return jnp.moveaxis(jax.lax.map(one_tile, inputs, batch_size=together), 0, 2)
 
 
-def attention_by_blocks(q: jax.Array, k: jax.Array, places: jax.Array, block_kv: int) -> jax.Array:
-    """How much each of some queries attends to each block, heads of a kv head together.
-
-    Args:
-      q: [B,M,N,H], the queries.
-      k: [B,S,K,H], all keys.
-      places: [B,M] int32, where the queries stand; −1 for none.
-      block_kv: keys a block.
-
-    Returns:
-      [B,K,M,J] float32; a row sums to 1, or 0 without a query. No gradient flows through it.
-
-    >>> q, k = jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 4, 1, 4))
-    >>> attention_by_blocks(q, k, jnp.array([[3, 1]]), 2)[0, 0].tolist()
-    [[0.5, 0.5], [1.0, 0.0]]
-    """
-    q, k = jax.lax.stop_gradient((q, k))
-    S, K, H = k.shape[1:]
-    at_keys = jnp.arange(S, dtype=jnp.int32)[None, None, None]
-
-    def one_query(args):
-        q, at = args  # [B,N,H], [B]
-        q = q.reshape(q.shape[0], K, -1, H)
-        logits = jnp.einsum("BKGH,BSKH->BKGS", q, k, preferred_element_type=jnp.float32)
-        seen = at_keys <= at[:, None, None, None]
-        shares = jax.nn.softmax(jnp.where(seen, logits * H**-0.5, -1e30)).mean(axis=2)
-        shares = jnp.where((at >= 0)[:, None, None], shares, 0.0)
-        return _by_blocks(shares, block_kv)
-
-    found = jax.lax.map(one_query, (q.swapaxes(0, 1), places.T), batch_size=_QUERIES)
-    return jnp.moveaxis(found, 0, 2)
-
-
 def some_tiles(num_tiles: int, share: float, rng: jax.Array | None) -> jax.Array:
     """A share of the tiles, evenly spaced, the first of them drawn.
 
@@ -136,17 +103,13 @@ def some_tiles(num_tiles: int, share: float, rng: jax.Array | None) -> jax.Array
     return (first + jnp.asarray(apart, jnp.int32)) % num_tiles
 
 
-def block_divergence(
-    scores: jax.Array, target: jax.Array, open_: jax.Array, *, by_share: bool = False
-) -> jax.Array:
+def block_divergence(scores: jax.Array, target: jax.Array, open_: jax.Array) -> jax.Array:
     """KL(target ‖ softmax(scores)) over the blocks that compete, in nats, mean over rows.
 
     Args:
       scores: [B,K,M,J] float32, the router's.
       target: [B,K,M,J] float32, not negative; normalised here over the open blocks.
       open_: bool, broadcast against them: blocks that compete. A row without any counts nothing.
-      by_share: a row counts as much as its target has on such blocks, instead of as any other:
-        most rows look elsewhere, and what little they have there would teach nothing.
 
     >>> scores, target = jnp.zeros((1, 1, 1, 2)), jnp.array([[[[1.0, 0.0]]]])
     >>> round(float(block_divergence(scores, target, jnp.ones((1, 1, 1, 2), bool))), 4)  # log 2
@@ -161,6 +124,4 @@ def block_divergence(
     logits = jnp.where(open_, scores, jnp.where(some[..., None], -jnp.inf, 0.0))
     log_probs = jnp.where(open_, jax.nn.log_softmax(logits, axis=-1), 0.0)
     terms = jax.scipy.special.xlogy(target, target) - target * log_probs
-    counts = jnp.where(some, total[..., 0] if by_share else 1.0, 0.0)
-    # Rows that all count nothing are no 0 ÷ 0.
-    return (counts * terms.sum(axis=-1)).sum() / jnp.maximum(counts.sum(), 1e-30)
+    return jnp.where(some, terms.sum(axis=-1), 0.0).sum() / jnp.maximum(some.sum(), 1)

@@ -59,12 +59,10 @@ class LayerRouting(NamedTuple):
     Attributes:
       routing: Routing with choice [B] bool, True for full attention, probs and logits [B] float32.
       gate: [B] float32, `choice` with the straight-through gradient.
-      search: [K,H] float32, where the keys of a block weigh most (`pooled_keys`), or None.
     """
 
     routing: Routing
     gate: jax.Array
-    search: jax.Array | None = None
 
 
 def pool_queries(queries: jax.Array, lengths: jax.Array, pool: int) -> jax.Array:
@@ -162,12 +160,10 @@ class LayerRouter(nn.Module):
     """Scores a sequence by its pooled queries and gates it.
 
     `__call__(queries [B,T,N,H], lengths [B], rng, temperature) -> LayerRouting`. With `rng` the
-    gate is noisy, as in training; without, it is the threshold of the probabilities. `searched`,
-    (K, H), has it learn besides how layers find blocks.
+    gate is noisy, as in training; without, it is the threshold of the probabilities.
     """
 
     config: LayerRouterConfig
-    searched: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(
@@ -197,7 +193,4 @@ class LayerRouter(nn.Module):
         # Two-way Gumbel-softmax of (sparse, full) is a noisy threshold of their difference.
         logits = scores[:, 1] - scores[:, 0]
         gate = binary_gate(logits, rng, temperature)
-        search = None
-        if self.searched is not None:
-            search = self.param("search", zeros, self.searched)
-        return LayerRouting(Routing(gate.choice, gate.probs, logits), gate.value, search)
+        return LayerRouting(Routing(gate.choice, gate.probs, logits), gate.value)

@@ -43,11 +43,6 @@ class SparseModeConfig:
       blocks: for topk, in either place, key blocks besides sink and window.
       means: for topk, in either place, mean keys by which a block is found, of as many parts of it;
         there it must divide block_kv.
-      taught: queries of each sequence by which layers learn, in training, where the keys of a part
-        are to weigh most in its mean key, so that attention's own choice of blocks is found
-        (`pooled_keys`); half of them stand at its end. Their divergence is part of the auxiliary
-        loss, which `curriculum.explore` weighs. 0 for the plain mean, and nothing to learn. What
-        is learned may be used by another mode of the same model.
       block_q: queries a tile; divides block_kv.
       block_kv: keys a block.
       implementation: of block-sparse attention; None for the best one here.
@@ -65,7 +60,6 @@ class SparseModeConfig:
     last: int = 128
     blocks: int = 16
     means: int = 8
-    taught: int = 0
     block_q: int = 128
     block_kv: int = 128
     implementation: BlockImplementation | None = None
@@ -92,14 +86,12 @@ class SparseModeConfig:
         for name in ("sink", "window", "last", "blocks", "means", "block_q", "block_kv"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sparse.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.taught < 0 or self.taught % 2:
-            raise ValueError(f"sparse.taught is {self.taught}; it must be even and at least 0.")
         if self.block_kv % self.block_q:
             raise ValueError(
                 f"sparse.block_q is {self.block_q}; it must divide sparse.block_kv = "
                 f"{self.block_kv}."
             )
-        if (self.searches or self.taught) and self.block_kv % self.means:
+        if self.searches and self.block_kv % self.means:
             raise ValueError(
                 f"sparse.means is {self.means}; it must divide sparse.block_kv = {self.block_kv}."
             )

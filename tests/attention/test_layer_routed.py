@@ -247,7 +247,6 @@ def test_a_gates_gradient_survives_sixteen_bits():
         {},
         {"retrieval": "topk"},
         {"retrieval": "topk", "answers": "topk"},
-        {"retrieval": "topk", "answers": "topk", "taught": 2},
         pytest.param({"mode": "triangle"}, marks=pytest.mark.slow),
         pytest.param({"mode": "topk", "answers": "topk"}, marks=pytest.mark.slow),
         pytest.param(
@@ -257,8 +256,7 @@ def test_a_gates_gradient_survives_sixteen_bits():
 )
 def test_prefill_decides_and_decoding_obeys(changes):
     config = MODEL.replace(sparse=dataclasses.replace(SPARSE, **changes))
-    untaught = config.replace(sparse=dataclasses.replace(config.sparse, taught=0))
-    params = random(jax.eval_shape(lambda: init_params(untaught, jax.random.key(0))), 10)
+    params = random(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), 10)
     for layer in ("layers_0", "layers_1"):  # what all prompts share says nothing
         router = params[layer]["block_0"]["mixer"]["router"]
         for bias in (
@@ -268,8 +266,6 @@ def test_prefill_decides_and_decoding_obeys(changes):
         ):
             bias[:] = 0
         router["scale"][:] = 1
-        if config.sparse.taught:
-            router["search"] = np.random.default_rng(3).normal(size=(2, 4)).astype(np.float32)
     tokens = np.random.default_rng(2).integers(0, 16, (B, T), dtype=np.int32)
     steps = 3
 
@@ -288,45 +284,6 @@ def test_prefill_decides_and_decoding_obeys(changes):
         np.testing.assert_allclose(logits, want, rtol=2e-4, atol=2e-4)
         logits, cache = step(tokens[rows, LENGTHS + i], cache)
     assert [layer.memory.dense.tolist() for layer in cache.layers] == choice.tolist()
-
-
-def test_training_turns_the_search_to_where_attention_looks():
-    """The divergence falls, has a gradient of the direction alone, and nothing else changes."""
-    taught = dataclasses.replace(SPARSE, taught=16)
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def run(search, x, sparse):
-        router = PARAMS["router"] | ({} if search is None else {"search": search})
-        y, _, report = mixer(sparse).apply(
-            {"params": PARAMS | {"router": router}},
-            x,
-            PLACES,
-            rng=jax.random.key(0),
-            mode="train",
-            prompts=Prompts(jnp.array(LENGTHS)),
-        )
-        return report.aux, y
-
-    start = jnp.zeros((2, 4))
-    untaught, y = run(None, X, SPARSE)
-    before, same = run(start, X, taught)
-    np.testing.assert_array_equal(same, y)
-    assert before > untaught + 1e-3
-    found, slope = start, jax.jit(jax.grad(lambda s: run(s, X, taught)[0]))
-    for _ in range(30):
-        found -= slope(found) * 0.75
-    after, _ = run(found, X, taught)
-    assert after - untaught < 0.9 * (before - untaught)
-
-    def divergence(x):
-        return run(found, x, taught)[0] - run(found, x, SPARSE)[0]
-
-    np.testing.assert_allclose(jax.jit(jax.grad(divergence))(jnp.asarray(X)), 0, atol=1e-6)
-    # Padding teaches nothing, and the last tokens before it do.
-    padded = np.where((POSITIONS >= 0)[..., None], X, 9.0)
-    np.testing.assert_allclose(divergence(padded), divergence(X), rtol=1e-4)
-    last = np.where((LENGTHS[:, None] + 2 == POSITIONS)[..., None], -X, X)
-    assert abs(divergence(last) - divergence(X)) > 1e-5
 
 
 def test_choices_reach_their_layers_with_and_without_scan():

@@ -10,12 +10,10 @@ import pytest
 from routing_jax.attention.page_search import add_to_sums, near_pages, search_pages
 from routing_jax.attention.searched_answers import search_alone
 from routing_jax.routers import (
-    KeySums,
     SparseModeConfig,
     layer_table,
     pooled_keys,
     search_scores,
-    weighed,
 )
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -40,10 +38,6 @@ def arrays():
     return [jax.random.normal(key, (1, T, n, H)) for key, n in zip(keys, (N, K, K))]
 
 
-def pooled(k, means, direction=None):
-    return pooled_keys(k, jnp.ones(k.shape[:2], bool), BLOCK, means, direction)
-
-
 def means(k):
     return k.reshape(1, BLOCKS, 1, BLOCK, K, H).mean(3)
 
@@ -55,15 +49,11 @@ def rows(q, k, answer_from):
     return layer_table(OWN_ROWS, jnp.array([True]), starts, jnp.array([answer_from]), scores)
 
 
-@pytest.mark.parametrize(
-    ("sink", "window", "count", "learned"),
-    [(2, 2, 1, False), (4, 6, 2, False), (2, 2, 1, True), (2, 2, 2, True)],
-)
-def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, count, learned):
+@pytest.mark.parametrize(("sink", "window", "count"), [(2, 2, 1), (4, 6, 2), (2, 2, 2)])
+def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, count):
     cfg = dataclasses.replace(CONFIG, sink=sink, window=window, means=count)
     q, k, _ = arrays()
-    direction = jax.random.normal(jax.random.key(2), (K, H)) if learned else None
-    sums, blocks = pooled(k, count, direction)
+    sums, blocks = pooled_keys(k, jnp.ones(k.shape[:2], bool), BLOCK, count)
     scores = search_scores(cfg, q, blocks, jnp.arange(T)[None])
     own = dataclasses.replace(cfg, block_q=1)
     table = layer_table(own, jnp.array([True]), jnp.arange(T)[None], jnp.array([0]), scores)
@@ -71,7 +61,7 @@ def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, count, learn
     # As if each token were the newest of a sequence of its own, whose pages lie backwards.
     lengths, everyone = jnp.arange(1, T + 1), jnp.ones(T, bool)
     page_table = jnp.tile(BLOCKS - 1 - jnp.arange(BLOCKS)[None], (T, 1))
-    sums = jax.tree.map(lambda s: s[0, ::-1], sums)
+    sums = sums[0, ::-1]
 
     @jax.jit
     def find(searches):
@@ -101,7 +91,7 @@ def test_pages_that_nobody_holds_are_never_found():
     lengths, yes = jnp.array([20, 0]), jnp.array([True, True])
     table = jnp.where(jnp.arange(BLOCKS)[None] < 10, jnp.arange(BLOCKS)[None], -1)
     table = jnp.concatenate([table, jnp.full_like(table, -1)])
-    sums = KeySums(jnp.where(jnp.arange(BLOCKS)[:, None, None, None] < 10, means(k)[0], jnp.nan))
+    sums = jnp.where(jnp.arange(BLOCKS)[:, None, None, None] < 10, means(k)[0], jnp.nan)
     near = near_pages(table, lengths, yes, CONFIG)
     found = search_pages(near, table, q[0, :2], sums, lengths, yes, CONFIG)
     assert found.counts.tolist() == [[6, 6], [0, 0]]
@@ -113,19 +103,15 @@ def test_pages_that_nobody_holds_are_never_found():
 @pytest.mark.parametrize("size", [1, BLOCK])
 def test_sums_are_those_of_the_tokens_since_a_page_began(size):
     _, k, _ = arrays()
-    direction = jax.random.normal(jax.random.key(2), (K, H)) / H
-    # Of those who held the pages before.
     parts = BLOCK // size
-    sums = KeySums(jnp.full((5, parts, K, H), 9.0), jnp.full((5, parts, K), 9.0))
+    sums = jnp.full((5, parts, K, H), 9.0)  # of those who held the pages before
     add = jax.jit(add_to_sums, static_argnums=4)
     for t in range(T):  # a ring of three pages, and nobody in the second row
         pages = jnp.array([t // BLOCK % 3, 5])
-        sums = add(sums, pages, jnp.array([t % BLOCK, 1]), weighed(k[0, [t, t]], direction), size)
-    keys = np.asarray(k[0]).reshape(BLOCKS, parts, size, K, H)
-    weights = np.exp((keys * np.asarray(direction)).sum(-1) * H)
-    for ours, want in zip(sums, ((keys * weights[..., None]).sum(2), weights.sum(2))):
-        np.testing.assert_allclose(ours[:3], want[-3:], rtol=1e-5, atol=1e-5)
-        assert (ours[3:] == 9).all()
+        sums = add(sums, pages, jnp.array([t % BLOCK, 1]), k[0, [t, t]], size)
+    want = np.asarray(k[0]).reshape(BLOCKS, parts, size, K, H).sum(2)
+    np.testing.assert_allclose(sums[:3], want[-3:], rtol=1e-5, atol=1e-5)
+    assert (sums[3:] == 9).all()
 
 
 def test_answers_have_the_gradients_of_attention_by_their_rows():

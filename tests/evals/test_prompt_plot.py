@@ -12,9 +12,6 @@ from routing_jax.evals.results import load_results
 RESULTS = Path(__file__).resolve().parents[2] / "evals/results"
 
 
-LEARNED = "+composed+learned"
-
-
 def look(bar):
     line = bar.lines[0]
     return line.get_color(), line.get_marker(), line.get_fillstyle()
@@ -52,8 +49,8 @@ def test_each_way_stands_where_its_sparsity_and_its_difference_to_dense_say(tmp_
 
 
 def test_the_ways_of_routing_are_named_within_the_plot(tmp_path):
-    names = ["random", "sparse", "static+routed", "static+tasks", "routed+composed"]
-    names += [f"{who}{how}" for who in ("dense", "routed", "static") for how in ("", LEARNED)]
+    names = ["random", "sparse", "static+routed", "static+tasks"]
+    names += [f"{who}{how}" for who in ("dense", "routed", "static") for how in ("", "+composed")]
     ways = [told(name, 0.5, [1.0, 1.0], [1.0, 1.0]) for name in names]
     figure = plot_prompts(ways, tmp_path / "plot.png")
     legend = figure.legends[0]

@@ -17,11 +17,8 @@ def turn(x, theta):
     return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
 
-def visible(q, k, dense, sparse, prompt, search):
-    """[T,K,T]: which keys each query sees, tiles and blocks being pages.
-
-    `search` [K,H] says where keys of a block weigh most.
-    """
+def visible(q, k, dense, sparse, prompt):
+    """[T,K,T]: which keys each query sees, tiles and blocks being pages."""
     T, K = k.shape[:2]
     cfg, size = sparse, sparse.block_kv
     near = cfg.window // size
@@ -35,10 +32,8 @@ def visible(q, k, dense, sparse, prompt, search):
         blocks = {*range(min(cfg.sink // size, own + 1)), *range(max(0, own + 1 - near), own + 1)}
         if rule == "topk":
             queries = q[chooser].reshape(K, -1, q.shape[-1])[head]
-            weights = np.exp(k.shape[-1] * (k[:, head] @ search[head]))
             each = size // cfg.means
-            parts = [slice(s, s + each) for s in range(0, own * size, each)]
-            means = [np.average(k[part, head], axis=0, weights=weights[part]) for part in parts]
+            means = [k[s : s + each, head].mean(axis=0) for s in range(0, own * size, each)]
             logits = np.array([queries @ mean for mean in means]) / q.shape[-1] ** 0.5
             weights = np.exp(logits).reshape(own, cfg.means, len(queries)).sum(axis=1)
             far = [j for j in range(own) if j not in blocks]
@@ -73,8 +68,7 @@ def forward(config, params, tokens, decisions, prompt):
         taken.append(dense)
         q, k = turn(q, config.rope_theta), turn(k, config.rope_theta)
         scores = np.einsum("tnh,snh->nts", q, np.repeat(k, G, axis=1)) / np.sqrt(H)
-        search = m.get("router", {}).get("search", np.zeros(k.shape[1:]))
-        seen = np.repeat(visible(q, k, dense, config.sparse, prompt, search), G, axis=1)
+        seen = np.repeat(visible(q, k, dense, config.sparse, prompt), G, axis=1)
         scores = np.where(seen.swapaxes(0, 1), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)

@@ -140,7 +140,6 @@ def searching(model=MODEL, **changes):
     ("changes", "pattern"),
     [
         ({}, PATTERNS[3]),
-        ({"taught": 2}, PATTERNS[3]),
         pytest.param({"means": 1}, PATTERNS[3], marks=pytest.mark.slow),
         pytest.param({"mode": "topk", "blocks": 2}, PATTERNS[1], marks=pytest.mark.slow),
         pytest.param({"mode": "topk", "retrieval": "full"}, PATTERNS[2], marks=pytest.mark.slow),
@@ -164,11 +163,8 @@ def test_tokens_search_by_their_own_queries_as_one_pass_over_prompt_and_answer(c
     assert made != [expected(request, reading) for request in requests]
 
 
-@pytest.mark.parametrize("taught", [0, 2])
-def test_sums_of_pages_are_those_of_the_keys_they_hold(taught):
-    model = searching(taught=taught)
-    params = make_params(model)
-    engine = Engine(model, params, SERVING, PATTERNS[3])
+def test_sums_of_pages_are_those_of_the_keys_they_hold():
+    engine = Engine(searching(), make_params(MODEL), SERVING, PATTERNS[3])
     for seed in range(5):  # more than there are rows, so that pages change hands
         engine.add(Request(prompt(13 + seed, seed), 18 + seed))
     checked = 0
@@ -180,14 +176,8 @@ def test_sums_of_pages_are_those_of_the_keys_they_hold(taught):
             slots = blocks if whole else 1 + (blocks - 1) % 2
             pages = memory.tables[layer, row][slots]
             keys = memory.keys[pages]
-            keys, weights = keys.reshape(-1, 2, 2, *keys.shape[2:]), np.ones(1)
-            if taught:
-                direction = np.asarray(layer_params(params, layer)["mixer"]["router"]["search"])
-                weights = np.exp(4 * (keys * direction).sum(axis=-1))
-                want = weights.sum(axis=2)
-                np.testing.assert_allclose(memory.sums.weights[pages], want, rtol=1e-4, atol=1e-4)
-            want = (keys * weights[..., None]).sum(axis=2)
-            np.testing.assert_allclose(memory.sums.keys[pages], want, rtol=1e-4, atol=1e-4)
+            want = keys.reshape(-1, 2, 2, *keys.shape[2:]).sum(axis=2)
+            np.testing.assert_allclose(memory.sums[pages], want, rtol=1e-4, atol=1e-4)
             checked += len(pages)
     assert checked > 500
 

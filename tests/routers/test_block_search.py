@@ -1,4 +1,4 @@
-"""Scores of a search: against shares of attention that are written in float64, block by block."""
+"""A search: its mean keys, and its scores against shares of attention written in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,30 @@ def scores(cfg, queries, keys):
     valid = jnp.ones(keys.shape[:2], bool)
     means = pooled_keys(jnp.float32(keys), valid, BLOCK, cfg.means)[1]
     return jax.jit(search_scores, static_argnums=0)(cfg, jnp.float32(queries), means, PLACES)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_blocks_keys_are_the_means_of_its_parts(count):
+    keys = np.float32(KEYS[:, :22])
+    valid = np.arange(22)[None] < np.array([[22], [13]])
+    sums, means = pooled_keys(keys, valid, BLOCK, count)
+    assert sums.shape == means.shape == (B, 3, count, K, H)
+    size = BLOCK // count
+    for b, j, part in np.ndindex(B, 3, count):
+        first = j * BLOCK + part * size
+        here = [t for t in range(first, min(22, first + size)) if valid[b, t]]
+        want = np.float64(keys[b, here]).sum(0)
+        np.testing.assert_allclose(sums[b, j, part], want, rtol=1e-4, atol=1e-5)
+        mean = want / max(1, len(here))
+        np.testing.assert_allclose(means[b, j, part], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_of_sixteen_bit_keys_are_those_of_their_values():
+    keys = jnp.bfloat16(KEYS)
+    sums, means = pooled_keys(keys, jnp.ones(keys.shape[:2], bool), BLOCK, 2)
+    assert sums.dtype == means.dtype == jnp.float32
+    want = np.asarray(keys, np.float64).reshape(B, J, 2, BLOCK // 2, K, H).sum(3)
+    np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("means", [1, 2, 8])
@@ -68,9 +92,10 @@ def test_far_shares_keep_their_order():
     assert np.exp(found[0]) == 0
 
 
-def test_nothing_is_taught_to_queries():
-    def total(queries):
-        means = jnp.float32(KEYS).reshape(B, J, 1, BLOCK, K, H).mean(3)
+def test_nothing_is_taught_to_queries_and_keys():
+    def total(queries, keys):
+        _, means = pooled_keys(keys, jnp.ones(keys.shape[:2], bool), BLOCK, 1)
         return search_scores(config(means=1), queries, means, PLACES)[:, :, 3, 1:7].sum()
 
-    assert (jax.grad(total)(jnp.float32(QUERIES)) == 0).all()
+    slopes = jax.grad(total, (0, 1))(jnp.float32(QUERIES), jnp.float32(KEYS))
+    assert all((slope == 0).all() for slope in slopes)

@@ -1,14 +1,11 @@
 """The dense map by blocks against a plain softmax, and the divergence against its formula."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from routing_jax.routers import (
-    attention_by_blocks,
     block_divergence,
     pooled_attention,
     some_tiles,
@@ -42,24 +39,6 @@ def test_the_map_is_the_most_that_any_of_a_tiles_queries_looks_at_a_block(packed
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_single_queries_attend_to_blocks_as_a_plain_softmax_says():
-    rng = np.random.default_rng(1)
-    q, k = (
-        2 * rng.normal(size=(B, n, heads, H)).astype(np.float32) for n, heads in [(3, N), (T, K)]
-    )
-    places = np.array([[9, 2, 10], [-1, 4, 0]], np.int32)
-    got = jax.jit(lambda q, k: attention_by_blocks(q, k, places, 4))(q, k)
-    want = np.zeros((B, K, 3, 3))
-    for b, m, n in np.ndindex(B, 3, N):
-        weights = np.exp(k[b, : places[b, m] + 1, n // 2].astype(float) @ q[b, m, n] / H**0.5)
-        if len(weights):
-            at = np.arange(len(weights)) // 4
-            np.add.at(want[b, n // 2, m], at, weights / weights.sum() / (N // K))
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
-    slopes = jax.grad(lambda q, k: attention_by_blocks(q, k, places, 4)[0, 0, 0, 0], (0, 1))(q, k)
-    assert all((slope == 0).all() for slope in slopes)
-
-
 def test_the_map_of_some_tiles_is_that_part_of_the_whole_one():
     rng = np.random.default_rng(3)
     q, k = (rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K))
@@ -90,27 +69,24 @@ def test_no_array_is_as_large_as_the_whole_map():
     assert max(array_sizes(jaxpr)) == 32 * 512
 
 
-@pytest.mark.parametrize("by_share", [False, True])
-def test_divergence_is_that_of_the_open_blocks_and_has_a_finite_gradient(by_share):
+def test_divergence_is_that_of_the_open_blocks_and_has_a_finite_gradient():
     rng = np.random.default_rng(1)
     scores = rng.normal(size=(1, 2, 4, 5)).astype(np.float32)
     target = rng.random((1, 2, 4, 5)).astype(np.float32)
     open_ = np.arange(5)[None, None, None] < np.arange(4)[None, None, :, None]  # row 0: none
-    divergence = partial(block_divergence, by_share=by_share)
-    value, gradient = jax.value_and_grad(divergence)(scores, target, open_)
-    rows, shares = [], []
+    value, gradient = jax.value_and_grad(block_divergence)(scores, target, open_)
+    rows = []
     for k, m in np.ndindex(2, 4):
         if m:
             p = target[0, k, m, :m].astype(float)
-            shares.append(p.sum() if by_share else 1.0)
             p /= p.sum()
             log_r = scores[0, k, m, :m] - np.log(np.exp(scores[0, k, m, :m].astype(float)).sum())
             rows.append((p * (np.log(p) - log_r)).sum())
-    assert float(value) == pytest.approx(np.average(rows, weights=shares), rel=1e-5)
+    assert float(value) == pytest.approx(np.mean(rows), rel=1e-5)
     assert np.all(np.isfinite(gradient))
     assert np.all(gradient[~np.broadcast_to(open_, gradient.shape)] == 0)
     matched = jnp.log(target)
-    assert float(divergence(matched, target, open_)) == pytest.approx(0, abs=1e-6)
-    nothing, none = jax.value_and_grad(divergence)(scores, 0 * target, open_)
+    assert float(block_divergence(matched, target, open_)) == pytest.approx(0, abs=1e-6)
+    nothing, none = jax.value_and_grad(block_divergence)(scores, 0 * target, open_)
     assert float(nothing) == 0
     assert not np.any(none)

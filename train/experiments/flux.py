@@ -5,11 +5,9 @@ REGEX` and `--max-minutes N` cut it to fit; finished runs are skipped and interr
 `--elsewhere OTHER`, `--lengths 2048`, `--maths` and `--finetuned OTHER_MODEL` measure the same
 routers, and the same static ranking, on other prompts or in another model (`train finetune` makes
 one). `--composed` measures them, the ranking and no routing at all where layers that are not sparse
-search for blocks, in prompts and after them: by the mean of a block's keys, with the routers that
-were trained without, and by keys that are pooled as training teaches ('+learned'), with routers
-that are trained so. A text of another language: the Debian package
-debian-reference-de holds a megabyte of German, debian-reference.de.txt.gz; those for -fr, -it, -es,
--pt and -ja are alike.
+search for blocks, in prompts and after them, with the routers that were trained without. A text of
+another language: the Debian package debian-reference-de holds a megabyte of German,
+debian-reference.de.txt.gz; those for -fr, -it, -es, -pt and -ja are alike.
 Hardware and time: one H100; SmolLM2-135M at 8192 tokens an estimated hour in all.
 Expect: in mode triangle routers answer as dense attention does with seven layers in eight sparse,
 and the text's perplexity rises by half a per cent. A router that does not beat `static` at equal
@@ -62,9 +60,6 @@ PERCENT = (50, 60, 75, 80, 90)
 _TASKS_PERCENT = (75, 90)
 _SEEDS = (0, 1, 2)
 _SEARCHING = "+composed"  # of variants whose layers that are not sparse search
-_LEARNED = f"{_SEARCHING}+learned"  # and of those that learn how
-_COMPOSED = ("dense{}", "static{}-75")  # controls of both, beside dense attention
-_TAUGHT = 64  # queries of each prompt that teach it
 _CALIBRATION = 24  # prompts of plain text that rank the layers
 
 
@@ -79,8 +74,7 @@ class FluxArgs(ReproduceArgs):
         trained on them, so they may be short.
       lengths: other lengths at which they are.
       maths: measure them on word problems too.
-      composed: measure them where layers that are not sparse search for blocks, and train others
-        that learn to search.
+      composed: measure them where layers that are not sparse search for blocks.
       finetuned: other models in which they are measured, `base` with other weights.
       length: tokens a prompt, answer included.
       trials: held-out prompts of each task.
@@ -192,18 +186,11 @@ def _composed(args: FluxArgs, routed: Iterable[Run]) -> Iterator[Run]:
     if args.retrieval == "topk":
         raise ValueError("composed is true and retrieval 'topk'; give one.")
     task = task_name(args)
-    plain = planned_config(dataclasses.replace(args, retrieval="topk", answers="topk"))
-    for name in _COMPOSED:
-        yield Run(task, name.format(_SEARCHING), 0, plain)
+    config = planned_config(dataclasses.replace(args, retrieval="topk", answers="topk"))
+    for variant in (f"dense{_SEARCHING}", f"static{_SEARCHING}-75"):
+        yield Run(task, variant, 0, config)
     for home in routed:
-        yield Run(task, f"routed{_SEARCHING}", home.seed, _after(args, home, plain))
-
-    sparse = dataclasses.replace(plain.model.sparse, taught=_TAUGHT)
-    learned = plain.replace(model=plain.model.replace(sparse=sparse))
-    taught = [Run(task, f"routed{_LEARNED}", s, learned.replace(seed=s)) for s in _SEEDS]
-    yield from taught
-    for name in _COMPOSED:  # by the keys that the first of them pools
-        yield Run(task, name.format(_LEARNED), 0, _after(args, taught[0], learned))
+        yield Run(task, f"routed{_SEARCHING}", home.seed, _after(args, home, config))
 
 
 def runs(args: FluxArgs) -> Iterator[Run]:
@@ -302,12 +289,11 @@ def control(experiment: str, one: Run, home: TrainConfig) -> Result:
     Args:
       experiment: the folder of the results.
       one: 'dense', 'sparse', 'static-N', 'static+tasks-N' or 'random-N', N per cent of the layers
-        being sparse; '+composed' or '+composed+learned' may follow the name. Where its `start_from`
-        names a run, the keys of blocks are pooled as that one learned.
+        being sparse; '+composed' may follow the name.
       home: where layers are ranked for 'static'.
     """
     layers = len(one.config.model.mixers)
-    name = one.variant.replace(_LEARNED, "").replace(_SEARCHING, "")
+    name = one.variant.replace(_SEARCHING, "")
     kind, _, percent = name.partition("-")
     sparse = {"dense": 0, "sparse": layers}.get(kind, round(layers * int(percent or 0) / 100))
     choose: Chooser = fixed_layers(np.full(layers, kind == "dense"))
@@ -320,8 +306,6 @@ def control(experiment: str, one: Run, home: TrainConfig) -> Result:
         choose = random_layers(layers, sparse, one.seed)
     labels = {"experiment": experiment, "task": one.task, "variant": one.variant}
     score, routers, _ = _scored(_place(one.config))
-    if one.config.start_from:
-        routers = starting_parameters(one.config)
     result = routing_result(one.config, score(routers, choose), labels)
     return dataclasses.replace(result, details=(result.details or {}) | found)
 

@@ -56,8 +56,8 @@ def load_routed(
       **options: as `load_pretrained` takes them.
 
     Raises:
-      ValueError: what `load_router` and `load_pretrained` refuse, and routers with other parameters
-        than those of this version.
+      ValueError: what `load_router` and `load_pretrained` refuse, routers with other parameters
+        than those of this version, and routers that were trained with learned weights of a search.
 
     >>> load_routed("nowhere.safetensors", "a.gguf")
     Traceback (most recent call last):
@@ -65,11 +65,15 @@ def load_routed(
     """
     saved = load_router(router, base)
     try:
-        parts = (
-            LayerRouterConfig(**saved.config["layer_router"]),
-            # A file without them is of when a block had one.
-            SparseModeConfig(**({"means": 1} | saved.config["sparse"])),
-        )
+        # A file without means is of when a block had one.
+        sparse = {"means": 1} | saved.config["sparse"]
+        taught = sparse.pop("taught", 0)  # queries that taught weights of keys, once
+        if taught or any("search" in path for path in flatten_dict(saved.params)):
+            raise ValueError(
+                f"{router} was trained with learned weights of a search, which this version has "
+                "not; train its routers anew."
+            )
+        parts = LayerRouterConfig(**saved.config["layer_router"]), SparseModeConfig(**sparse)
     except (KeyError, TypeError) as e:
         raise ValueError(f"{router} was written by another version: {e}.") from e
     model = load_pretrained(base, **options)

@@ -71,7 +71,7 @@ def test_a_token_reads_what_its_sequences_hold_or_find():
     # The layers that search read five pages, and what the 29 past the window are found by.
     assert past("composed") == 2 * (5 + 3) * page + 2 * 29 * means
     memory = filled_memory(CONFIG, SIZE, "composed")
-    assert means == memory.sums.keys[0].nbytes
+    assert means == memory.sums[0].nbytes
     assert page == memory.keys[0].nbytes + memory.values[0].nbytes
     # Without a search after the prompt, all that sparse layers keep is read.
     keeping = dataclasses.replace(CONFIG, mode="triangle")

@@ -1,12 +1,13 @@
 """Routers saved for a published model and loaded beside it, run as a loop over layers or not."""
 
+import dataclasses
 import itertools
 
 import jax
 import numpy as np
 import pytest
 
-from routing_jax.models import Decoder, stack_layers, with_layer_routing
+from routing_jax.models import Decoder, stack_layers, unstack_layers, with_layer_routing
 from routing_jax.models.pretrained import load_pretrained, load_routed, save_router, save_routers
 from routing_jax.routers import LayerRouterConfig, SparseModeConfig
 
@@ -69,6 +70,30 @@ def test_routers_of_another_version_are_refused(base, tmp_path, part, size):
     said = rf"another version: layers_0/.*/{part} has the shape None; it must be {size}\."
     with pytest.raises(ValueError, match=said):
         load_routed(tmp_path / "r.safetensors", base)
+
+
+def save_with_search(file, base, taught, directions):
+    """As a version saved them that knew learned weights of a search."""
+    config = with_layer_routing(load_pretrained(base).config, ROUTER, SPARSE)
+    old = routers(config)
+    if directions:
+        old["layers"]["block_0"]["mixer"]["router"]["search"] = np.zeros((2, 2, 8), np.float32)
+    sparse = dataclasses.asdict(SPARSE) | {"taught": taught}
+    parts = {"layer_router": dataclasses.asdict(ROUTER), "sparse": sparse}
+    save_router(file, unstack_layers(old, config), base, parts)
+
+
+@pytest.mark.parametrize(("taught", "directions"), [(64, True), (64, False), (0, True)])
+def test_learned_weights_of_a_search_are_refused(base, tmp_path, taught, directions):
+    save_with_search(tmp_path / "r.safetensors", base, taught, directions)
+    said = r"r\.safetensors was trained with learned weights of a search, which this version has n"
+    with pytest.raises(ValueError, match=said):
+        load_routed(tmp_path / "r.safetensors", base)
+
+
+def test_a_file_that_says_that_no_weights_were_learned_loads(base, tmp_path):
+    save_with_search(tmp_path / "r.safetensors", base, 0, False)
+    assert load_routed(tmp_path / "r.safetensors", base).config.sparse == SPARSE
 
 
 @pytest.mark.parametrize(
