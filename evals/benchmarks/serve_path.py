@@ -274,9 +274,9 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
       (interquartile range) of a prefill, of a step of decoding or of a layer's router, samples,
       how many were taken, and kv_bytes, of keys and values held, and of what pages are found by; a
       row that failed holds `error`, and None for the rest. device_bytes is by how much the
-      device's memory in use grew for a row of decoding; None where it does not say. peak_bytes is the most that the device has
-      held since the process began, weights included; None where an earlier row's was as much or
-      the device does not say.
+      device's memory in use grew for a row of decoding; None where it does not say. peak_bytes is
+      the most that the device has held since the process began, weights included; None where an
+      earlier row's was as much or the device does not say.
     """
     result = {
         **environment(),
