@@ -6,11 +6,11 @@ from typing import Any
 Row = dict[str, Any]
 Group = tuple[Any, ...]
 
-# What runs may differ in: what was measured, when, for how long and how often.
+# What runs may differ in: what was measured, when, for how long and how often, and what rows say.
 _OWN = frozenset({"rows", "date", "seconds", "xla_flags", "config", "runs"})
 _ASKED = frozenset(
     {"parts", "passes", "who", "lengths", "prefill_batches", "decode_batches", "fractions"}
-    | {"repeats", "seconds", "row_seconds", "compile_threads"}
+    | {"repeats", "seconds", "row_seconds", "compile_threads", "blocks", "means"}
 )
 
 

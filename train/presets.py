@@ -232,8 +232,9 @@ def block_mqar(length: int) -> TrainConfig:
     Command: `routing-jax train block-mqar-2048 --workdir runs/block-mqar-2048`.
     Hardware and time: one H100, an estimated 3 minutes at length 2048.
     Expect: 99.9 % of recall with attention everywhere. `reproduce block-routing` measures routers
-    behind it: gates with a price find as much at a fifth of the cost (three seeds), this router
-    59 % at a quarter (README, one seed). Trained from the start, as here, it is not measured.
+    behind it: gates with a price find as much at a fifth of the cost (three seeds), of 4,096 and
+    8,192 tokens at an eighth (one), this router 59 % at a quarter (README, one seed). Trained from
+    the start, as here, it is not measured.
     """
     return TrainConfig(
         # As many keys again are noise; more would make a plateau of their own.
