@@ -28,8 +28,8 @@ folder is lost.
 Expect: attention everywhere solves recall and needles. Gates find 99 % in MQAR at an eighth of its
 cost, of 2,048 to 8,192 tokens, 90 % of four needles at a quarter and have 0.7 % more bits per byte
 of text at a ninth, an indexer finds one needle, and within a quarter nobody the right one of four
-as attention does. Gates that begin as an indexer with learned pooling are near the best in all of them (seed 0).
-Linear attention finds one needle, and 91 % of four (README).
+as attention does. Gates that begin as an indexer with learned pooling are near the best in all of
+them (seed 0). Linear attention finds one needle, and 91 % of four (README).
 """
 
 import dataclasses
