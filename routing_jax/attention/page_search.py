@@ -76,8 +76,8 @@ def search_pages(
 ) -> PageList:
     """Some sequences' lists with the pages that their newest queries find, for each kv head.
 
-    Gathers Z·K·H float32 of each page that has left the window, 32 MiB of 1,024 pages with 8 sums
-    for each of 8 heads of 128, and reads them again in a product: 34 µs at 3 TB/s.
+    Reads Z·K·H float32 of each page that has left the window: 32 MiB of 1,024 pages with 8 sums
+    for each of 8 heads of 128, or 11 µs at 3 TB/s. Nothing as large is written.
 
     Args:
       near: what `near_pages` lists.
@@ -99,15 +99,16 @@ def search_pages(
     """
     B, C = table.shape
     K, H = sums.shape[2:]
-    query = q.astype(jnp.float32).reshape(B, K, -1, H) * (H**-0.5 / sparse.mean_of)
+    query = q.astype(jnp.float32).reshape(B, K, 1, 1, -1, H) * (H**-0.5 / sparse.mean_of)
     competes = searchable_blocks(sparse, lengths - 1, C) & searches[:, None]
     # What need not be read is one page's sum, again and again.
     pages = jnp.where(competes, table, 0)[:, None]
     heads = jnp.arange(K, dtype=jnp.int32)[None, :, None]
-    # Gathered and then multiplied: one loop over both would gather anew for each head of a group.
-    held = sums.at[pages, :, heads].get(mode="clip")
-    logits = jnp.einsum("BKGH,BKCZH->GBKCZ", query, held, precision="highest")
-    scores = log_shares(jax.nn.logsumexp(logits, axis=-1), competes[:, None])
+    # A sum of products, no dot: it compiles into one loop over what is gathered, and a layer that
+    # no sequence searches writes no copy of one page again and again.
+    logits = jnp.sum(sums.at[pages, :, heads].get(mode="clip")[..., None, :] * query, axis=-1)
+    logits = jnp.moveaxis(jax.nn.logsumexp(logits, axis=3), -1, 0)
+    scores = log_shares(logits, competes[:, None])
     # Only these few are sorted out: with sink and window among them, GPUs would sort all.
     most = min(sparse.blocks, C)
     _, blocks = jax.lax.top_k(scores.reshape(B * K, C), most)
