@@ -18,8 +18,9 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionOutputs,
     Implementation,
 )
+from routing_jax.kernels.block_sparse.xla_tiles import cut
 from routing_jax.kernels.block_table import ceil_div
-from routing_jax.kernels.padding import pad_axis
+from routing_jax.kernels.segments import query_segments
 
 _LOGITS = 2**28  # held at once, 1 GiB
 
@@ -30,6 +31,7 @@ class _Part(NamedTuple):
     Attributes:
       q: [B,m,block_q,K,G,H].
       positions: [B,m,block_q] int32, −1 for none.
+      segments: [B,m,block_q] or None.
       counts: [B or 1,K or 1,m] int32, as a table has them.
       indices: [B or 1,K or 1,m,C] int32.
       bias: [B or 1,K or 1,m,C] float32.
@@ -37,9 +39,36 @@ class _Part(NamedTuple):
 
     q: jax.Array
     positions: jax.Array
+    segments: jax.Array | None
     counts: jax.Array
     indices: jax.Array
     bias: jax.Array
+
+
+def _parts(inputs: AttentionInputs) -> _Part:
+    """All tiles in parts, so many of which that a part's logits are at most `_LOGITS`."""
+    q, k, _, table, bias, positions, segments = inputs
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    size, most = table.block_q, _LOGITS // (B * N * S * table.block_q)
+    number = max(1, min(table.num_tiles, most))
+
+    def part(tiles: jax.Array, axis: int = 1, fill: int = 0) -> jax.Array:
+        return jnp.moveaxis(cut(tiles, axis, number, fill), axis, 0)
+
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    own = None
+    if segments is not None:
+        positions, own = query_segments(positions, segments)
+    bias = jnp.zeros(table.indices.shape) if bias is None else bias.astype(jnp.float32)
+    return _Part(
+        part(cut(q.reshape(B, T, K, N // K, H), 1, size)),
+        part(cut(positions, 1, size, fill=-1), fill=-1),
+        None if own is None else part(cut(own, 1, size)),
+        part(table.counts, 2),
+        part(table.indices, 2),
+        part(bias, 2),
+    )
 
 
 def _block_bias(part: _Part, num_blocks: int) -> jax.Array:
@@ -56,30 +85,8 @@ def _block_bias(part: _Part, num_blocks: int) -> jax.Array:
 
 def _attend(options: AttentionOptions, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
     q, k, v, table = inputs.q, inputs.k, inputs.v, inputs.table
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    (B, T, N, _), S = q.shape, k.shape[1]
     num_blocks = ceil_div(S, table.block_kv)
-    tiles = max(1, min(table.num_tiles, _LOGITS // (B * N * S * table.block_q)))
-    parts = ceil_div(table.num_tiles, tiles)
-
-    def cut(x: jax.Array, axis: int, size: int) -> jax.Array:
-        """Parts of an axis in front, padded to be equal."""
-        x = pad_axis(x, axis, parts * tiles * size)
-        x = x.reshape(*x.shape[:axis], parts, tiles, *[size] * (size > 1), *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    positions = inputs.q_positions
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    bias = inputs.block_bias
-    bias = jnp.zeros(table.indices.shape) if bias is None else bias.astype(jnp.float32)
-    size = table.block_q
-    all_parts = _Part(
-        cut(q.reshape(B, T, K, N // K, H), 1, size).reshape(parts, B, tiles, size, K, N // K, H),
-        cut(positions + 1, 1, size).reshape(parts, B, tiles, size) - 1,  # padding sees nothing
-        cut(table.counts, 2, 1),
-        cut(table.indices, 2, 1),
-        cut(bias, 2, 1),
-    )
     at_keys = jnp.arange(S, dtype=jnp.int32)[None, None, None]
 
     @jax.checkpoint
@@ -94,11 +101,8 @@ def _attend(options: AttentionOptions, inputs: AttentionInputs) -> tuple[jax.Arr
         logits = jnp.einsum("BmqKGH,BSKH->BKmGqS", part.q, keys, preferred_element_type=jnp.float32)
         logits = logits * options.scale + of_blocks[:, :, :, None, None]
         seen = part.positions[..., None] >= (at_keys if options.causal else 0)
-        if inputs.segment_ids is not None:
-            at = jnp.clip(part.positions, 0, S - 1).reshape(B, -1)
-            own = jnp.take_along_axis(inputs.segment_ids, at, axis=1)
-            own = own.reshape(*part.positions.shape, 1)
-            seen &= (own == inputs.segment_ids[:, None, None]) & (part.positions < S)[..., None]
+        if part.segments is not None and inputs.segment_ids is not None:
+            seen &= part.segments[..., None] == inputs.segment_ids[:, None, None]
         logits = jnp.where(seen[:, None, :, None], logits, -jnp.inf)
         most = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         some = most > -jnp.inf
@@ -110,8 +114,8 @@ def _attend(options: AttentionOptions, inputs: AttentionInputs) -> tuple[jax.Arr
         out = jnp.einsum("BKmGqS,BSKH->BmqKGH", weights, values, preferred_element_type=jnp.float32)
         return out.astype(q.dtype), lse.transpose(0, 2, 4, 1, 3)
 
-    out, lse = (x.swapaxes(0, 1) for x in jax.lax.map(one, all_parts))
-    return out.reshape(B, -1, N, H)[:, :T], lse.reshape(B, -1, N)[:, :T]
+    out, lse = (x.swapaxes(0, 1) for x in jax.lax.map(one, _parts(inputs)))
+    return out.reshape(B, -1, *q.shape[2:])[:, :T], lse.reshape(B, -1, N)[:, :T]
 
 
 def _forward(options: AttentionOptions, inputs: AttentionInputs) -> AttentionOutputs:

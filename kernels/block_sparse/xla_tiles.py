@@ -35,8 +35,12 @@ class Tiles(NamedTuple):
     k_segments: jax.Array | None
 
 
-def _cut(x: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:
-    """Pads an axis to a multiple of `size` and splits it into (pieces, size)."""
+def cut(x: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:
+    """Pads an axis to a multiple of `size` and splits it into (pieces, size).
+
+    >>> cut(jnp.ones((2, 5)), 1, 4, fill=-1)[0].tolist()
+    [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, -1.0, -1.0]]
+    """
     x = pad_axis(x, axis, ceil_div(x.shape[axis], size) * size, fill)
     return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
 
@@ -57,7 +61,7 @@ def query_tiles(x: jax.Array, kv_heads: int, block_q: int) -> jax.Array:
     (18, 2, 8, 4)
     """
     B, _, N, H = x.shape
-    tiles = _cut(x.reshape(B, -1, kv_heads, N // kv_heads, H), 1, block_q)  # B M bq K G H
+    tiles = cut(x.reshape(B, -1, kv_heads, N // kv_heads, H), 1, block_q)  # B M bq K G H
     return tiles.transpose(0, 3, 1, 4, 2, 5).reshape(-1, N // kv_heads, block_q, H)
 
 
@@ -78,7 +82,7 @@ def key_blocks(x: jax.Array, block_kv: int) -> jax.Array:
     >>> key_blocks(jnp.ones((2, 20, 3, 4)), 8).shape
     (18, 8, 4)
     """
-    return _cut(x, 1, block_kv).transpose(0, 3, 1, 2, 4).reshape(-1, block_kv, x.shape[3])
+    return cut(x, 1, block_kv).transpose(0, 3, 1, 2, 4).reshape(-1, block_kv, x.shape[3])
 
 
 def from_key_blocks(blocks: jax.Array, batch: int, kv_heads: int, length: int) -> jax.Array:
@@ -100,13 +104,13 @@ def _tiles(inputs: AttentionInputs) -> Tiles:
     q_segments = k_segments = None
     if segments is not None:
         positions, own = query_segments(positions, segments)
-        q_segments = _cut(own, 1, table.block_q)
-        k_segments = _cut(segments, 1, table.block_kv)
+        q_segments = cut(own, 1, table.block_q)
+        k_segments = cut(segments, 1, table.block_kv)
     return Tiles(
         with_none(query_tiles(q, K, table.block_q)),
         with_none(key_blocks(k, table.block_kv)),
         with_none(key_blocks(v, table.block_kv)),
-        _cut(positions, 1, table.block_q, fill=-1),
+        cut(positions, 1, table.block_q, fill=-1),
         q_segments,
         k_segments,
     )

@@ -308,11 +308,10 @@ class LayerRouted(nn.Module):
 
     def _work_alone(self, choice, positions, answers):
         """Multiply-adds of the searches that tokens after the prompt make, each for itself."""
-        cfg, heads = self.sparse, self.heads
+        cfg = self.sparse
         alone = cfg.searched_after(choice)[:, None] & answers
         seen = jnp.where(alone, positions // cfg.block_kv + 1, 0)
-        each = cfg.means * heads.num_heads * heads.head_dim
-        return jnp.sum(seen, dtype=jnp.float32) * each
+        return jnp.sum(seen, dtype=jnp.float32) * self._weighing()
 
     def _work(self, num_tokens: int) -> int:
         """Multiply-adds of the decisions for one sequence: the router's, and those of tiles."""
@@ -321,8 +320,12 @@ class LayerRouted(nn.Module):
         if cfg.searches:
             tiles, blocks = (-(-num_tokens // size) for size in (cfg.block_q, cfg.block_kv))
             work += num_tokens * heads.num_kv_heads * heads.head_dim
-            work += tiles * blocks * cfg.means * heads.num_heads * heads.head_dim
+            work += tiles * blocks * self._weighing()
         return work
+
+    def _weighing(self) -> int:
+        """Multiply-adds of what one query does to one block of a search."""
+        return self.sparse.means * self.heads.num_heads * self.heads.head_dim
 
     def _step(self, q, k, positions, cache):
         cfg, heads, length = self.sparse, self.heads, positions[:, 0] + 1
@@ -347,9 +350,7 @@ class LayerRouted(nn.Module):
                 pool = add_to_sums(pool, target, at % cfg.block_kv, added, cfg.mean_of)
                 pages = search_pages(pages, table, q[:, 0], pool, length, searches, cfg)
                 sums = pool.reshape(sums.shape)
-                work = jnp.sum(jnp.where(searches, visible, 0)) * jnp.float32(
-                    cfg.means * heads.num_heads * heads.head_dim
-                )
+                work = jnp.sum(jnp.where(searches, visible, 0)) * jnp.float32(self._weighing())
             if cfg.rereads:
                 everywhere = (dense | (not cfg.forgets)) & ~searches
                 everything = dense_pages(table, length, cfg.block_kv)
