@@ -158,7 +158,7 @@ def flux_table(results: Sequence[Result]) -> str:
         "routers were trained; static+tasks: on all tasks of the training; static+routed: all but "
         "those that the trained routers attended fully most often. Random: other layers for each "
         "prompt. Composed: layers that are not sparse search for blocks, in the prompt and after "
-        "it, by means of their keys. "
+        "it, by some channels of their keys. "
         "(too few): dense attention answers "
         f"less than {100 * LEAST_DENSE:.0f} %, so the task does not count. Prompts a task: "
         f"{' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}. "

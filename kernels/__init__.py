@@ -6,6 +6,7 @@ from routing_jax.kernels.attention import (
     default_implementation,
     dense_attention,
 )
+from routing_jax.kernels.block_lse import block_logsumexp
 from routing_jax.kernels.block_patterns import (
     dense_table,
     global_table,
@@ -55,6 +56,7 @@ __all__ = [
     "Selection",
     "TransposedTable",
     "apply_rope",
+    "block_logsumexp",
     "block_sparse_attention",
     "block_sparse_decode",
     "capacity_ladder",

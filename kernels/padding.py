@@ -21,3 +21,19 @@ def pad_axis(x: jax.Array, axis: int, size: int, fill: float = 0) -> jax.Array:
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, pad, constant_values=fill)
+
+
+def cut(x: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:
+    """Pads an axis to a multiple of a size and splits it into pieces of it.
+
+    Args:
+      x: an array.
+      axis: which axis; (pieces, size) stand in its place.
+      size: of a piece.
+      fill: what is added.
+
+    >>> cut(jnp.ones((2, 5)), 1, 4, fill=-1)[0].tolist()
+    [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, -1.0, -1.0]]
+    """
+    x = pad_axis(x, axis, -(-x.shape[axis] // size) * size, fill)
+    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])

@@ -269,7 +269,7 @@ def run(config: ServePathConfig, report: Callable[[dict[str, Any]], None] | None
     Returns:
       A JSON-ready dict: device, driver, versions, date, attention (the dense backend), config,
       seconds taken, and rows. A row holds part, who, length, batch, sparse_share, blocks (that a
-      search finds) and means (by which; both None where no layer searches), least (milliseconds
+      search finds) and channels (by which; both None where no layer searches), least (milliseconds
       that the device would take at least; None where that is not known), milliseconds and spread
       (interquartile range) of a prefill, of a step of decoding or of a layer's router, samples,
       how many were taken, and kv_bytes, of keys and values held, and of what pages are found by; a
@@ -291,8 +291,11 @@ def _rows(config: ServePathConfig, *, floors: bool) -> Iterator[Row]:
     _compile_decoding(config, params, clock)
     for part, size, who in _cases(config):
         row: Row = {"part": part, "who": who, **size._asdict(), "device_bytes": None}
-        searches = config.model_of(who).sparse.searches
-        row |= {n: getattr(config, n) if searches else None for n in ("blocks", "means")}
+        model = config.model_of(who)
+        row |= {"blocks": None, "channels": None}
+        if model.sparse.searches:
+            channels = model.sparse.channels_of(model.head_dim)
+            row |= {"blocks": config.blocks, "channels": channels}
         row["least"] = least_milliseconds(config, part, size, who) if floors else None
         before = _memory("peak_bytes_in_use")
         try:

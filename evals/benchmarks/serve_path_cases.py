@@ -114,10 +114,11 @@ def kv_bytes(config: ServePathConfig, size: Size, who: Who) -> int:
 
 
 def searched_bytes(model: DecoderConfig) -> int:
-    """Bytes that a page is found by, sums of its keys."""
+    """Bytes that a page is found by, some channels of its keys."""
     if model.sparse.answers != "topk":
         return 0
-    return 4 * model.sparse.means * model.num_kv_heads * model.head_dim
+    key = model.num_kv_heads * model.sparse.channels_of(model.head_dim)
+    return model.sparse.block_kv * key * jnp.dtype(model.dtype).itemsize
 
 
 def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
@@ -135,9 +136,9 @@ def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
     key = jax.random.key(config.seed)
     page = jax.random.normal(key, memory.keys.shape[1:], memory.keys.dtype)
     fill = jax.jit(lambda held: held + page[None], donate_argnums=0)
-    sums = memory.sums
-    if sums is not None:  # of their own, so that pages all over the pool are found
-        sums = _normal(key, jnp.ones(()), sums.shape, "float32")
+    narrow = memory.narrow
+    if narrow is not None:  # of their own, so that pages all over the pool are found
+        narrow = _normal(key, jnp.ones(()), narrow.shape, narrow.dtype)
     return PagedMemory(
         fill(memory.keys),
         fill(memory.values),
@@ -146,13 +147,13 @@ def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
         wholes,
         searches,
         jnp.full(size.batch, size.length, jnp.int32),
-        sums,
+        narrow,
     )
 
 
 def held_bytes(memory: PagedMemory) -> int:
     """Bytes of the pages that the tables list, and of what they are found by."""
-    arrays = jax.tree.leaves((memory.keys, memory.values, memory.sums))
+    arrays = jax.tree.leaves((memory.keys, memory.values, memory.narrow))
     page = sum(array.nbytes // array.shape[0] for array in arrays)
     return page * int((memory.tables != NO_PAGE).sum())
 

@@ -77,7 +77,7 @@ class ServePathConfig:
       mode: what sparse layers do, as in `SparseModeConfig`.
       blocks: how many each search finds, besides sink and window: those of 'composed', and of
         sparse layers in mode topk.
-      means: mean keys by which a block is found, as in `SparseModeConfig`.
+      channels: of keys, by which a block is found, as in `SparseModeConfig`.
       sink: first tokens that sparse layers see.
       window: tokens before a query that sparse layers see.
       block: keys a block, and tokens a page.
@@ -100,7 +100,7 @@ class ServePathConfig:
     sparse_shares: tuple[float, ...] = (0.75,)
     mode: SparseMode = "streaming"
     blocks: int = 16
-    means: int = 8
+    channels: int | None = None
     sink: int = 128
     window: int = 1024
     block: int = 128
@@ -133,7 +133,7 @@ class ServePathConfig:
         for share in self.sparse_shares:
             if not 0 <= share <= 1:
                 raise ValueError(f"sparse_shares holds {share}; each must lie between 0 and 1.")
-        for name in ("blocks", "means", "chunk", "steps", "repeats"):
+        for name in ("blocks", "chunk", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
@@ -147,7 +147,7 @@ class ServePathConfig:
         sparse = SparseModeConfig(
             mode=self.mode,
             blocks=self.blocks,
-            means=self.means,
+            channels=self.channels,
             sink=self.sink,
             window=self.window,
             block_q=self.block,

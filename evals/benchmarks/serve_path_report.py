@@ -32,10 +32,20 @@ def _column(row: Mapping[str, Any]) -> str:
         return name
     search = ""
     if row["blocks"]:
-        # Rows without this number are of when a block had one mean.
-        means = row.get("means", 1)
-        search = f" (best {row['blocks']} blocks by {means} mean{'s' * (means > 1)})"
+        search = f" (best {row['blocks']} blocks by {found_by(row)})"
     return f"{name}{search}, {100 * row['sparse_share']:.3g} % sparse"
+
+
+def found_by(row: Mapping[str, Any]) -> str:
+    """What blocks were found by, of a row of a search.
+
+    >>> found_by({"channels": 32}), found_by({"means": 8}), found_by({})
+    ('32 channels', '8 means', '1 mean')
+    """
+    if "channels" in row:
+        return f"{row['channels']} channels"
+    means = row.get("means", 1)  # of when a block was found by means of its keys, one at first
+    return f"{means} mean{'s' * (means > 1)}"
 
 
 def _number(value: float) -> str:
@@ -213,8 +223,8 @@ def _composition(result: Mapping[str, Any]) -> str:
         return ""
     return (
         "; composed: the other layers see the same and the best blocks of "
-        f"{result['config']['block']} keys, found by means of them, for each tile of the prompt "
-        "and for each token"
+        f"{result['config']['block']} keys, found by a few channels of them, for each tile of "
+        "the prompt and for each token"
     )
 
 

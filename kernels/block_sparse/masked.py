@@ -18,8 +18,8 @@ from routing_jax.kernels.block_sparse.implementation import (
     AttentionOutputs,
     Implementation,
 )
-from routing_jax.kernels.block_sparse.xla_tiles import cut
 from routing_jax.kernels.block_table import ceil_div
+from routing_jax.kernels.padding import cut
 from routing_jax.kernels.segments import query_segments
 
 _LOGITS = 2**28  # held at once, 1 GiB

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from routing_jax.kernels.block_sparse.implementation import AttentionInputs, AttentionOptions
 from routing_jax.kernels.block_table import ceil_div, row_lengths
 from routing_jax.kernels.online_softmax import matmul
-from routing_jax.kernels.padding import pad_axis
+from routing_jax.kernels.padding import cut
 from routing_jax.kernels.segments import query_segments
 
 
@@ -33,16 +33,6 @@ class Tiles(NamedTuple):
     positions: jax.Array
     q_segments: jax.Array | None
     k_segments: jax.Array | None
-
-
-def cut(x: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:
-    """Pads an axis to a multiple of `size` and splits it into (pieces, size).
-
-    >>> cut(jnp.ones((2, 5)), 1, 4, fill=-1)[0].tolist()
-    [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, -1.0, -1.0]]
-    """
-    x = pad_axis(x, axis, ceil_div(x.shape[axis], size) * size, fill)
-    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
 
 
 def with_none(x: jax.Array) -> jax.Array:

@@ -13,7 +13,6 @@ from routing_jax.attention.layer_routed import (
     LayerMemory,
     LayerRouted,
     Prompts,
-    empty_layer_memory,
     layer_routed_cost,
 )
 from routing_jax.attention.linear import (
@@ -48,7 +47,6 @@ __all__ = [
     "attention_work",
     "block_routed_cost",
     "empty_block_memory",
-    "empty_layer_memory",
     "empty_linear_memory",
     "layer_routed_cost",
     "linear_attention",

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from routing_jax.attention.block_routed import block_routed_cost
 from routing_jax.attention.cache import LayerCache, write_kv
 from routing_jax.attention.mixer import LayerReport, Mode, check_mode
-from routing_jax.attention.page_search import add_to_sums, near_pages, search_pages
+from routing_jax.attention.page_search import near_pages, search_pages
 from routing_jax.attention.per_shard import block_attention_over_batch_and_heads
 from routing_jax.attention.projections import (
     HeadsConfig,
@@ -48,7 +48,7 @@ from routing_jax.routers import (
     SparseModeConfig,
     binary_entropy,
     layer_table,
-    pooled_keys,
+    search_keys,
     search_scores,
 )
 
@@ -74,31 +74,9 @@ class LayerMemory(NamedTuple):
 
     Attributes:
       dense: [B] bool, the sequences that attend fully.
-      sums: [B,J,Z,K,H] float32, of the keys of each part of a block; None where no token searches.
     """
 
     dense: jax.Array
-    sums: jax.Array | None = None
-
-
-def empty_layer_memory(
-    sparse: SparseModeConfig, heads: HeadsConfig, batch: int, blocks: int
-) -> LayerMemory:
-    """The memory before a prompt.
-
-    Args:
-      sparse: what a sequence's tokens attend to.
-      heads: head counts and sizes.
-      batch: B.
-      blocks: J, of the cache.
-
-    >>> empty_layer_memory(SparseModeConfig(), HeadsConfig(1, 1, 8), 2, 4).dense.tolist()
-    [False, False]
-    """
-    sums = None
-    if sparse.answers == "topk":
-        sums = jnp.zeros((batch, blocks, sparse.means, heads.num_kv_heads, heads.head_dim))
-    return LayerMemory(jnp.zeros(batch, bool), sums)
 
 
 def layer_routed_cost(
@@ -206,7 +184,7 @@ class LayerRouted(nn.Module):
             cache = write_kv(cache, k, v, positions)
         if mode == "decode":
             assert cache is not None  # the decoder refuses this mode without one
-            y, cache, report = self._step(q, k, positions, cache)
+            y, report = self._step(q, positions, cache)
             return project_out(y, weights), cache, report
 
         if prompts is None:
@@ -226,24 +204,19 @@ class LayerRouted(nn.Module):
             choice, gate = choice | short, jnp.where(short, 1.0, gate)
         routing = routing._replace(routing=routing.routing._replace(choice=choice), gate=gate)
         self.sow("intermediates", "gate", routing.gate)
-        y, sums, report = self._whole(q, k, v, positions, prompts.lengths, routing, mode)
+        y, report = self._whole(q, k, v, positions, prompts.lengths, routing, mode)
         if cache is not None:
-            if self.sparse.answers == "full":
-                sums = None
-            else:
-                blocks = cache.keys.shape[1] // self.sparse.block_kv
-                sums = pad_axis(sums[:, :blocks], 1, blocks)
-            cache = cache._replace(memory=LayerMemory(routing.routing.choice, sums))
+            cache = cache._replace(memory=LayerMemory(routing.routing.choice))
         return project_out(y, weights), cache, report
 
     def _whole(self, q, k, v, positions, lengths, routing, mode):
         cfg, T = self.sparse, positions.shape[1]
         starts = jnp.arange(0, T, cfg.block_q, dtype=jnp.int32)[None]
         answers = positions >= lengths[:, None]
-        sums = means = scores = None
+        narrow = scores = None
         if cfg.searches:
-            sums, means = pooled_keys(k, positions >= 0, cfg.block_kv, cfg.means)
-            scores = search_scores(cfg, q[:, :: cfg.block_q], means, starts)
+            narrow, pages = search_keys(cfg, k), contiguous_pages(len(k), -(-T // cfg.block_kv))
+            scores = search_scores(cfg, q[:, :: cfg.block_q], narrow, pages, starts)
 
         def attend(dense, q, k, v):
             y = block_attention_over_batch_and_heads(
@@ -258,8 +231,8 @@ class LayerRouted(nn.Module):
             )
             if cfg.answers == "full":
                 return y
-            assert means is not None  # such answers are searched for
-            return search_alone(cfg, y, q, k, v, means, dense, answers, lengths)
+            assert narrow is not None  # such answers are searched for
+            return search_alone(cfg, y, q, k, v, narrow, dense, answers, lengths)
 
         choice, gate = routing.routing.choice, routing.gate
         if mode == "masked":
@@ -286,7 +259,6 @@ class LayerRouted(nn.Module):
         )
         return (
             y,
-            sums,
             report._replace(
                 aux=-jnp.mean(binary_entropy(routing.routing.logits)),
                 choice=choice[:, None] & (positions >= 0),
@@ -319,37 +291,31 @@ class LayerRouted(nn.Module):
         work = self.router.work(heads.num_heads, heads.head_dim)
         if cfg.searches:
             tiles, blocks = (-(-num_tokens // size) for size in (cfg.block_q, cfg.block_kv))
-            work += num_tokens * heads.num_kv_heads * heads.head_dim
             work += tiles * blocks * self._weighing()
         return work
 
     def _weighing(self) -> int:
         """Multiply-adds of what one query does to one block of a search."""
-        return self.sparse.means * self.heads.num_heads * self.heads.head_dim
+        cfg, heads = self.sparse, self.heads
+        return cfg.block_kv * heads.num_heads * cfg.channels_of(heads.head_dim)
 
-    def _step(self, q, k, positions, cache):
+    def _step(self, q, positions, cache):
         cfg, heads, length = self.sparse, self.heads, positions[:, 0] + 1
-        dense, sums = cache.memory
+        dense = cache.memory.dense
         B, S = cache.keys.shape[:2]
         J = S // cfg.block_kv
         visible = -(-length // cfg.block_kv)
         searches = cfg.searched_after(dense)
         work = jnp.float32(0)
-        if cfg.rereads and not cfg.forgets and sums is None:  # they all do
+        if cfg.rereads and not cfg.forgets and cfg.answers == "full":  # they all do
             y = decode_attention(q, cache.keys, cache.values, length)
             listed = visible[:, None]
         else:
             table = contiguous_pages(B, J)
             pages = near_pages(table, length, jnp.ones_like(dense), cfg)
-            if sums is not None:
-                at = jnp.maximum(length - 1, 0)
-                target = jnp.arange(B, dtype=jnp.int32) * J + at // cfg.block_kv
-                target = jnp.where((length > 0) & (length <= S), target, B * J)
-                pool = sums.reshape(B * J, *sums.shape[2:])
-                added = k[:, 0].astype(jnp.float32)
-                pool = add_to_sums(pool, target, at % cfg.block_kv, added, cfg.mean_of)
-                pages = search_pages(pages, table, q[:, 0], pool, length, searches, cfg)
-                sums = pool.reshape(sums.shape)
+            if cfg.answers == "topk":
+                narrow = search_keys(cfg, cache.keys.astype(q.dtype))
+                pages = search_pages(pages, table, q[:, 0], narrow, length, searches, cfg)
                 work = jnp.sum(jnp.where(searches, visible, 0)) * jnp.float32(self._weighing())
             if cfg.rereads:
                 everywhere = (dense | (not cfg.forgets)) & ~searches
@@ -373,5 +339,4 @@ class LayerRouted(nn.Module):
             heads,
             cfg.block_kv,
         )
-        cache = cache._replace(memory=LayerMemory(dense, sums))
-        return y, cache, report._replace(choice=dense[:, None] & (positions >= 0))
+        return y, report._replace(choice=dense[:, None] & (positions >= 0))

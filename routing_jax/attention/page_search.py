@@ -1,9 +1,8 @@
-"""Decoding by search: a token reads sink, window and the pages that it finds by their mean keys.
+"""Decoding by search: a token reads sink, window and the pages that it finds by a few channels.
 
-Beside the pool stand sums of each page's keys, a few vectors a kv head, one for each part of it: of
-16 tokens each, in float32, an eighth of the bytes of 16-bit keys. Prefill writes the sums and every
-token adds its key, so nothing is read twice; a page competes once it has left the window, when all
-of its tokens are in. So parts of all pages that do are full, and a sum is as many times its mean.
+Beside the pool stands a narrow one with those channels of every key, a quarter of them, in which a
+kv head's keys of a page lie together: an eighth of the bytes of keys and values, read in one piece.
+A page competes once it has left the window, when all of its tokens are in.
 """
 
 import jax
@@ -13,32 +12,10 @@ from routing_jax.attention.page_pool import slot_of_block
 from routing_jax.kernels import PageList
 from routing_jax.routers import (
     SparseModeConfig,
-    log_shares,
+    search_scores,
     searchable_blocks,
     streaming_table,
 )
-
-
-def add_to_sums(
-    sums: jax.Array, pages: jax.Array, offsets: jax.Array, added: jax.Array, mean_of: int
-) -> jax.Array:
-    """The sums of pages, with a key more in some.
-
-    Args:
-      sums: [P,Z,K,H] float32.
-      pages: int32 of any shape, each page once; P or more for none.
-      offsets: int32 of that shape, the key's place in its page; with the first key of a part, what
-        was there is forgotten.
-      added: [...,K,H] float32, the keys.
-      mean_of: keys of each part.
-
-    >>> sums, one = 2 * jnp.ones((3, 2, 1, 1)), jnp.ones((2, 1, 1))
-    >>> add_to_sums(sums, jnp.array([0, 2]), jnp.array([5, 4]), one, 4)[..., 0, 0].tolist()
-    [[2.0, 3.0], [2.0, 2.0], [2.0, 1.0]]
-    """
-    part, old = offsets // mean_of, offsets % mean_of > 0
-    before = jnp.where(old[..., None, None], sums.at[pages, part].get(mode="clip"), 0)
-    return sums.at[pages, part].set(before + added, mode="drop")
 
 
 def near_pages(
@@ -69,51 +46,45 @@ def search_pages(
     near: PageList,
     table: jax.Array,
     q: jax.Array,
-    sums: jax.Array,
+    narrow: jax.Array,
     lengths: jax.Array,
     searches: jax.Array,
     sparse: SparseModeConfig,
 ) -> PageList:
     """Some sequences' lists with the pages that their newest queries find, for each kv head.
 
-    Reads Z·K·H float32 of each page that has left the window: 32 MiB of 1,024 pages with 8 sums
-    for each of 8 heads of 128, or 11 µs at 3 TB/s. Nothing as large is written.
+    Reads R of 2·H channels of each page that has left the window: 64 MiB of 1,024 pages with 32
+    channels for each of 8 heads, or 22 µs at 3 TB/s; of sequences that do not search, nothing.
 
     Args:
       near: what `near_pages` lists.
       table: [B,C] int32, the page of each block, of the layers that search.
       q: [B,N,H], the newest token's queries; those of a group choose together.
-      sums: [P,Z,K,H] float32, of all pages' keys.
+      narrow: [P,K,page_size,R], the channels of all pages' keys that are searched.
       lengths: [B] int32, tokens of each sequence, the newest included.
       searches: [B] bool; other sequences keep their lists.
       sparse: sink and window, and how many blocks are to be found.
 
-    >>> sparse = SparseModeConfig(retrieval="topk", sink=2, window=2, blocks=1, means=1,
-    ...                           block_q=2, block_kv=2)
+    >>> sparse = SparseModeConfig(retrieval="topk", sink=2, window=2, blocks=1, block_q=2,
+    ...                           block_kv=2)
     >>> table, length, yes = jnp.array([[0, 3, 1, 2]]), jnp.array([8]), jnp.array([True])
     >>> near = near_pages(table, length, yes, sparse)
-    >>> sums, q = jnp.array([9.0, 2.0, 9.0, 1.0]).reshape(4, 1, 1, 1), jnp.ones((1, 1, 1))
-    >>> found = search_pages(near, table, q, sums, length, yes, sparse)
+    >>> narrow, q = jnp.array([9.0, 2.0, 9.0, 1.0]).reshape(4, 1, 1, 1), jnp.ones((1, 1, 2))
+    >>> narrow = jnp.broadcast_to(narrow, (4, 1, 2, 2))
+    >>> found = search_pages(near, table, q, narrow, length, yes, sparse)
     >>> found.counts.tolist(), found.blocks.tolist(), found.pages.tolist()
     ([[3]], [[[0, 3, 2]]], [[[0, 2, 1]]])
     """
     B, C = table.shape
-    K, H = sums.shape[2:]
-    query = q.astype(jnp.float32).reshape(B, K, 1, 1, -1, H) * (H**-0.5 / sparse.mean_of)
-    competes = searchable_blocks(sparse, lengths - 1, C) & searches[:, None]
-    # What need not be read is one page's sum, again and again.
-    pages = jnp.where(competes, table, 0)[:, None]
-    heads = jnp.arange(K, dtype=jnp.int32)[None, :, None]
-    # A sum of products, no dot: it compiles into one loop over what is gathered, and a layer that
-    # no sequence searches writes no copy of one page again and again.
-    logits = jnp.sum(sums.at[pages, :, heads].get(mode="clip")[..., None, :] * query, axis=-1)
-    logits = jnp.moveaxis(jax.nn.logsumexp(logits, axis=3), -1, 0)
-    scores = log_shares(logits, competes[:, None])
+    K = narrow.shape[1]
+    places = jnp.where(searches, lengths - 1, -1)[:, None]
+    scores = search_scores(sparse, q[:, None], narrow, table, places)
+    competing = jnp.sum(searchable_blocks(sparse, places[:, 0], C), axis=1, dtype=jnp.int32)
     # Only these few are sorted out: with sink and window among them, GPUs would sort all.
     most = min(sparse.blocks, C)
     _, blocks = jax.lax.top_k(scores.reshape(B * K, C), most)
     blocks = blocks.reshape(B, K, most)
-    found = jnp.minimum(jnp.sum(competes, axis=1, dtype=jnp.int32), most)
+    found = jnp.minimum(competing, most)
     pages = jnp.take_along_axis(table[:, None], blocks, axis=2, mode="clip")
 
     def join(near: jax.Array, found: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.per_shard import block_attention_over_batch_and_heads
-from routing_jax.kernels import map_routed
+from routing_jax.kernels import contiguous_pages, map_routed
 from routing_jax.routers import SparseModeConfig, layer_table, search_scores
 
 _LEAST_ANSWERS = 8
@@ -23,7 +23,7 @@ def search_alone(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    means: jax.Array,
+    narrow: jax.Array,
     dense: jax.Array,
     chosen: jax.Array,
     lengths: jax.Array,
@@ -36,24 +36,26 @@ def search_alone(
       q: [B,T,N,H].
       k: [B,S,K,H].
       v: [B,S,K,H].
-      means: [B,J,Z,K,H] float32, the mean keys of each block.
+      narrow: [B·J,K,block_kv,R], the channels of keys that are searched (`search_keys`).
       dense: [B] bool, the samples routed to full attention.
       chosen: [B,T] bool, tokens after the prompt; those of samples that do not search keep y.
       lengths: [B] int32, tokens of each prompt.
 
     >>> sparse = SparseModeConfig(retrieval="topk", answers="topk", sink=1, window=1, blocks=1,
-    ...                           means=1, block_q=1, block_kv=1)
+    ...                           block_q=1, block_kv=1)
     >>> x, yes = jnp.ones((1, 4, 1, 8)), jnp.array([True])
     >>> chosen, one = jnp.array([[False, False, False, True]]), jnp.array([1])
-    >>> search_alone(sparse, 0 * x, x, x, x, x[:, :, None], yes, chosen, one)[0, :, 0, 0].tolist()
+    >>> narrow = x[0, :, :, None, :2]
+    >>> search_alone(sparse, 0 * x, x, x, x, narrow, yes, chosen, one)[0, :, 0, 0].tolist()
     [0.0, 0.0, 0.0, 1.0]
     """
     B, T, N, H = q.shape
     own_rows = dataclasses.replace(sparse, block_q=1)
+    pages = contiguous_pages(B, len(narrow) // B)
 
     def attend(queries: jax.Array, places: jax.Array) -> jax.Array:
         queries = queries.reshape(*places.shape, N, H)
-        scores = search_scores(sparse, queries, means, places)
+        scores = search_scores(sparse, queries, narrow, pages, places)
         table = layer_table(own_rows, dense, jnp.maximum(places, 0), lengths, scores)
         # Of its own choice: kernels for accelerators do not take tiles of one query.
         out = block_attention_over_batch_and_heads(queries, k, v, table, None, places, None, None)

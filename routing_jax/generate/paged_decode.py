@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.page_pool import NO_PAGE, held_pages, slot_of_block
-from routing_jax.attention.page_search import add_to_sums, near_pages, search_pages
+from routing_jax.attention.page_search import near_pages, search_pages
 from routing_jax.generate.config import ServingConfig
 from routing_jax.generate.layer import (
     Params,
@@ -28,6 +28,7 @@ from routing_jax.generate.paged_memory import PagedMemory
 from routing_jax.generate.sampling import Sampling, choose_tokens
 from routing_jax.kernels import PageList, block_sparse_decode, dense_pages, where_pages
 from routing_jax.models import DecoderConfig
+from routing_jax.routers import slow_channels
 
 
 @functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("memory",))
@@ -57,7 +58,7 @@ def read_tokens(
     slots = slot_of_block((positions // sparse.block_kv)[None], memory.whole, sparse)
     target = jnp.take_along_axis(memory.tables, slots[:, :, None], axis=2)[:, :, 0]
     target = jnp.where(used[None] & (target != NO_PAGE), target, serving.pages)
-    find = held_pages if memory.sums is None else near_pages
+    find = held_pages if memory.narrow is None else near_pages
     lists = jax.vmap(lambda table, whole: find(table, lengths, whole, sparse))(
         memory.tables, memory.whole
     )
@@ -65,19 +66,19 @@ def read_tokens(
 
     def read(held: tuple, of_layer: tuple) -> tuple[tuple, jax.Array | None]:
         own, pages = of_layer
-        return _read_layer(config, serving, own, lengths, pages, memory.sums, *held)
+        return _read_layer(config, serving, own, lengths, pages, memory.narrow, *held)
 
     held = embed_tokens(config, params, tokens[:, None]), memory.keys, memory.values
     (x, keys, values), added = through_layers(params, read, held, every)
-    sums = memory.sums
-    if sums is not None:
+    narrow = memory.narrow
+    if narrow is not None:
         # Once for all layers, as no search reads the newest page. All of them must have been made,
-        # or the sums would be copied for those that might come later.
+        # or the channels would be copied for those that might come later.
         x, added = jax.lax.optimization_barrier((x, added))
         offset = jnp.broadcast_to(positions % serving.page_size, target.shape)
-        sums = add_to_sums(sums, target, offset, added, sparse.mean_of)
+        narrow = narrow.at[target, :, offset].set(added, mode="drop")
     logits = read_out(config, params, x[:, 0])
-    return logits, memory._replace(keys=keys, values=values, sums=sums, lengths=lengths)
+    return logits, memory._replace(keys=keys, values=values, narrow=narrow, lengths=lengths)
 
 
 class _Pages(NamedTuple):
@@ -105,7 +106,7 @@ def _read_layer(
     params: Params,
     lengths: jax.Array,
     held: _Pages,
-    sums: jax.Array | None,
+    narrow: jax.Array | None,
     x: jax.Array,
     keys: jax.Array,
     values: jax.Array,
@@ -117,9 +118,9 @@ def _read_layer(
     keys = keys.at[target, offset].set(k[:, 0], mode="drop")
     values = values.at[target, offset].set(v[:, 0], mode="drop")
     added = None
-    if sums is not None:
-        added = k[:, 0].astype(jnp.float32)
-        pages = search_pages(pages, table, q[:, 0], sums, lengths, searches, config.sparse)
+    if narrow is not None:
+        added = slow_channels(k[:, 0], narrow.shape[-1])
+        pages = search_pages(pages, table, q[:, 0], narrow, lengths, searches, config.sparse)
         if config.sparse.rereads:
             everything = dense_pages(table, lengths, serving.page_size)
             pages = where_pages(whole & ~searches, everything, pages)

@@ -22,7 +22,8 @@ class PagedMemory(NamedTuple):
       whole: [L,B] bool, whether it keeps everything, and attends to it from now on or searches it.
       searches: [L,B] bool, whether its tokens search what it keeps, each by its own query.
       lengths: [B] int32, tokens whose keys are held; 0 where there is no sequence.
-      sums: [P,Z,K,H] float32, of the keys of each part of a page; None where no layer searches.
+      narrow: [P,K,page_size,R], the channels of keys by which pages are found; None where no token
+        searches.
     """
 
     keys: jax.Array
@@ -32,7 +33,7 @@ class PagedMemory(NamedTuple):
     whole: jax.Array
     searches: jax.Array
     lengths: jax.Array
-    sums: jax.Array | None = None
+    narrow: jax.Array | None = None
 
 
 def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
@@ -43,9 +44,10 @@ def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
     """
     L, B = len(config.mixers), serving.sequences
     held = (serving.pages, serving.page_size, config.num_kv_heads, config.head_dim)
-    sums = None
+    narrow = None
     if config.sparse.answers == "topk":
-        sums = jnp.zeros((held[0], config.sparse.means, *held[2:]))
+        channels = config.sparse.channels_of(config.head_dim)
+        narrow = jnp.zeros((held[0], held[2], held[1], channels), config.dtype)
     return PagedMemory(
         jnp.zeros(held, config.dtype),
         jnp.zeros(held, config.dtype),
@@ -54,7 +56,7 @@ def empty_memory(config: DecoderConfig, serving: ServingConfig) -> PagedMemory:
         jnp.zeros((L, B), bool),
         jnp.zeros((L, B), bool),
         jnp.zeros(B, jnp.int32),
-        sums,
+        narrow,
     )
 
 

@@ -29,15 +29,15 @@ from routing_jax.generate.layer import (
     through_layers,
 )
 from routing_jax.generate.paged_memory import PagedMemory
-from routing_jax.kernels import block_sparse_attention, dense_attention
+from routing_jax.kernels import block_sparse_attention, contiguous_pages, dense_attention
 from routing_jax.models import DecoderConfig
-from routing_jax.routers import layer_table, pooled_keys, search_scores
+from routing_jax.routers import layer_table, search_keys, search_scores
 
 ROUTED, SPARSE, DENSE = -1, 0, 1
 """Who decides a layer: its router, or nobody."""
 
 _Held = tuple[jax.Array, jax.Array, jax.Array | None]
-"""Keys, values and sums of a PagedMemory."""
+"""Keys, values and the channels that are searched, of a PagedMemory."""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "serving"), donate_argnames=("x", "memory"))
@@ -78,7 +78,7 @@ def prefill_layer(
     memory, target = _make_room(
         config, serving, layer[None], dense[None], T, lengths, limits, rows, memory
     )
-    held = memory.keys, memory.values, memory.sums
+    held = memory.keys, memory.values, memory.narrow
     x, held = _read_layer(config, serving, params, dense, target[0], lengths, x, held)
     return x, _with_held(memory, held)
 
@@ -123,7 +123,7 @@ def prefill_short(
         # Or layers' values would be written after the last one, and all be kept until then.
         return jax.lax.optimization_barrier(past), None
 
-    past = embed_tokens(config, params, tokens), (memory.keys, memory.values, memory.sums)
+    past = embed_tokens(config, params, tokens), (memory.keys, memory.values, memory.narrow)
     (x, held), _ = through_layers(params, read, past, (dense, target))
     return _end(config, params, x, lengths), _with_held(memory, held)
 
@@ -183,10 +183,11 @@ def _read_layer(
 
     place = jnp.arange(T, dtype=jnp.int32)[None]
     starts = jnp.arange(0, T, sparse.block_q, dtype=jnp.int32)[None]
-    scores = sums = None
+    narrow = scores = None
     if sparse.searches:
-        sums, means = pooled_keys(k, place < lengths[:, None], page_size, sparse.means)
-        scores = search_scores(sparse, q[:, :: sparse.block_q], means, starts)
+        narrow, pages = search_keys(sparse, k), contiguous_pages(B, T // page_size)
+        places = jnp.where(sparse.searched(dense)[:, None], starts, -1)
+        scores = search_scores(sparse, q[:, :: sparse.block_q], narrow, pages, places)
     if sparse.reach < T:
         attended = block_sparse_attention(
             q,
@@ -204,17 +205,17 @@ def _read_layer(
         blocks = new.reshape(-1, *held.shape[1:])
         return held.at[target].set(blocks, mode="drop", unique_indices=True)
 
-    keys, values, held_sums = held
-    if held_sums is not None:
-        assert sums is not None  # a memory has sums where the model searches
-        held_sums = write(held_sums, sums)
-    held = write(keys, k), write(values, v), held_sums
+    keys, values, held_narrow = held
+    if held_narrow is not None:
+        assert narrow is not None  # a memory has such channels where the model searches
+        held_narrow = write(held_narrow, narrow)
+    held = write(keys, k), write(values, v), held_narrow
     return finish_prompts(config, params, x, attended, lengths, chunk), held
 
 
 def _with_held(memory: PagedMemory, held: _Held) -> PagedMemory:
-    keys, values, sums = held
-    return memory._replace(keys=keys, values=values, sums=sums)
+    keys, values, narrow = held
+    return memory._replace(keys=keys, values=values, narrow=narrow)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -13,6 +13,7 @@ from routing_jax.attention import (
     CausalConv,
     FullAttention,
     LayerCache,
+    LayerMemory,
     LayerReport,
     LayerRouted,
     LinearAttention,
@@ -21,7 +22,6 @@ from routing_jax.attention import (
     Prompts,
     RoutedConv,
     empty_block_memory,
-    empty_layer_memory,
     empty_linear_memory,
     rms_norm,
     scheme_heads,
@@ -395,8 +395,7 @@ def init_cache(
             blocks = length // config.blocks.block_kv
             return empty_block_memory(config.blocks, config.heads, batch, blocks, config.width)
         if kind == "layer":
-            blocks = length // config.sparse.block_kv
-            return empty_layer_memory(config.sparse, config.heads, batch, blocks)
+            return LayerMemory(jnp.zeros(batch, bool))
         return empty_linear_memory(config.heads, batch) if kind == "linear" else None
 
     def layer(kind: str) -> LayerCache:

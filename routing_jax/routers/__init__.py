@@ -26,9 +26,10 @@ from routing_jax.routers.block_scores import (
 )
 from routing_jax.routers.block_search import (
     log_shares,
-    pooled_keys,
+    search_keys,
     search_scores,
     searchable_blocks,
+    slow_channels,
 )
 from routing_jax.routers.budget import Multipliers, ascend, budget_loss, init_multipliers
 from routing_jax.routers.coarse_to_fine import beam_scores, beam_search
@@ -114,14 +115,15 @@ __all__ = [
     "pattern_scores",
     "pool_queries",
     "pooled_attention",
-    "pooled_keys",
     "router_inputs",
     "row_limits",
+    "search_keys",
     "search_scores",
     "searchable_blocks",
     "seen_before",
     "select_blocks",
     "select_candidates",
+    "slow_channels",
     "some_tiles",
     "standardised",
     "straight_through",

@@ -29,8 +29,8 @@ class SparseModeConfig:
     Attributes:
       mode: streaming: the first tokens and a window (StreamingLLM, arXiv 2309.17453). triangle:
         the same, and from the prompt's last tokens on everything (TriangleMix, arXiv 2507.21526).
-        topk: triangle, and the blocks that a tile's first query finds by their mean keys
-        (`search_scores`).
+        topk: triangle, and the blocks that a tile's first query finds by a few channels of their
+        keys (`search_scores`).
       retrieval: what a layer does that is routed to full attention. full: it attends to everything.
         topk: while it reads the prompt, to what sparse layers of mode topk attend to.
       answers: what tokens after the prompt do in a layer that searches, in either place. full: they
@@ -41,8 +41,8 @@ class SparseModeConfig:
       last: for triangle and topk, how many last tokens of the prompt attend everywhere, as what
         follows the prompt does where `answers` does not say otherwise.
       blocks: for topk, in either place, key blocks besides sink and window.
-      means: for topk, in either place, mean keys by which a block is found, of as many parts of it;
-        there it must divide block_kv.
+      channels: for topk, in either place, channels of queries and keys by which a block is found,
+        those that RoPE turns slowest; even. None for a quarter of a head's.
       block_q: queries a tile; divides block_kv.
       block_kv: keys a block.
       implementation: of block-sparse attention; None for the best one here.
@@ -59,7 +59,7 @@ class SparseModeConfig:
     window: int = 1024
     last: int = 128
     blocks: int = 16
-    means: int = 8
+    channels: int | None = None
     block_q: int = 128
     block_kv: int = 128
     implementation: BlockImplementation | None = None
@@ -83,7 +83,7 @@ class SparseModeConfig:
                 f"sparse.answers is 'topk', sparse.mode {self.mode!r} and sparse.retrieval "
                 f"{self.retrieval!r}; one of the last two must be topk."
             )
-        for name in ("sink", "window", "last", "blocks", "means", "block_q", "block_kv"):
+        for name in ("sink", "window", "last", "blocks", "block_q", "block_kv"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sparse.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.block_kv % self.block_q:
@@ -91,9 +91,10 @@ class SparseModeConfig:
                 f"sparse.block_q is {self.block_q}; it must divide sparse.block_kv = "
                 f"{self.block_kv}."
             )
-        if self.searches and self.block_kv % self.means:
+        if self.channels is not None and (self.channels < 2 or self.channels % 2):
             raise ValueError(
-                f"sparse.means is {self.means}; it must divide sparse.block_kv = {self.block_kv}."
+                f"sparse.channels is {self.channels}; it must be an even number, at least 2, or "
+                "None."
             )
         if self.implementation not in (*get_args(BlockImplementation), None):
             raise ValueError(
@@ -119,14 +120,25 @@ class SparseModeConfig:
         """
         return -(-self.window // self.block_kv)
 
-    @property
-    def mean_of(self) -> int:
-        """Keys of each mean by which blocks are found.
+    def channels_of(self, head_dim: int) -> int:
+        """Channels by which blocks are found.
 
-        >>> SparseModeConfig().mean_of
-        16
+        Args:
+          head_dim: H.
+
+        Raises:
+          ValueError: a head has fewer.
+
+        >>> SparseModeConfig().channels_of(64), SparseModeConfig(channels=8).channels_of(64)
+        (16, 8)
         """
-        return self.block_kv // self.means
+        if self.channels is None:
+            return max(2, head_dim // 8 * 2)
+        if self.channels > head_dim:
+            raise ValueError(
+                f"sparse.channels is {self.channels}; it must be at most head_dim = {head_dim}."
+            )
+        return self.channels
 
     @property
     def reach(self) -> int:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("compile_cache")
 B, T, D, BLOCK = 3, 48, 8, 8
 HEADS = HeadsConfig(num_heads=4, num_kv_heads=2, head_dim=4)
 ROUTER = LayerRouterConfig(pool=3)
-SPARSE = SparseModeConfig(sink=8, window=16, last=4, blocks=1, means=2, block_q=4, block_kv=BLOCK)
+SPARSE = SparseModeConfig(sink=8, window=16, last=4, blocks=1, block_q=4, block_kv=BLOCK)
 SEARCHING = dataclasses.replace(SPARSE, retrieval="topk", answers="topk")
 LENGTHS = np.array([40, 29, 45])
 SLOW_TRIANGLE = pytest.param("triangle", marks=pytest.mark.slow)
@@ -138,8 +138,8 @@ def test_tokens_that_search_each_for_itself_cost_what_they_find():
         for place in range(length, length + 3) if searches else ():
             blocks = place // BLOCK + 1
             visits += min(blocks, 4) / 4  # a query of a tile's four
-            work += blocks * 2 * 4 * 4  # two means of each, for four heads
-    work += B * (ROUTER.work(4, 4) + T * 2 * 4 + T // 4 * T // BLOCK * 2 * 4 * 4)
+            work += blocks * BLOCK * 2 * 4  # two channels of each key, for four heads
+    work += B * (ROUTER.work(4, 4) + T // 4 * T * 2 * 4)
     expected = visits / seen + work / (seen * 4 * BLOCK * 2 * 4 * 4)
     assert report.cost == pytest.approx(expected, rel=1e-5)
     assert report.kv_cost == pytest.approx(visits / seen / 2, rel=1e-5)

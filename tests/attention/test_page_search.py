@@ -1,4 +1,4 @@
-"""Searching pages: the lists are the rows of a table, and the sums those of what the pages hold."""
+"""Searching pages: the lists are the rows of a table."""
 
 import dataclasses
 
@@ -7,14 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from routing_jax.attention.page_search import add_to_sums, near_pages, search_pages
+from routing_jax.attention.page_search import near_pages, search_pages
 from routing_jax.attention.searched_answers import search_alone
-from routing_jax.routers import (
-    SparseModeConfig,
-    layer_table,
-    pooled_keys,
-    search_scores,
-)
+from routing_jax.kernels import contiguous_pages
+from routing_jax.routers import SparseModeConfig, layer_table, search_keys, search_scores
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -26,7 +22,6 @@ CONFIG = SparseModeConfig(
     sink=2,
     window=4,
     blocks=3,
-    means=1,
     block_q=BLOCK,
     block_kv=BLOCK,
 )
@@ -38,35 +33,36 @@ def arrays():
     return [jax.random.normal(key, (1, T, n, H)) for key, n in zip(keys, (N, K, K))]
 
 
-def means(k):
-    return k.reshape(1, BLOCKS, 1, BLOCK, K, H).mean(3)
+def scores_of(cfg, q, k):
+    """Of every token, as one pass has them."""
+    pages, places = contiguous_pages(1, BLOCKS), jnp.arange(T)[None]
+    return search_scores(cfg, q, search_keys(cfg, k), pages, places)
 
 
 def rows(q, k, answer_from):
     """The rows that one pass gives the tokens from there on, all of which search."""
     starts = jnp.arange(T)[None]
-    scores = search_scores(CONFIG, q, means(k), starts)
+    scores = scores_of(CONFIG, q, k)
     return layer_table(OWN_ROWS, jnp.array([True]), starts, jnp.array([answer_from]), scores)
 
 
-@pytest.mark.parametrize(("sink", "window", "count"), [(2, 2, 1), (4, 6, 2), (2, 2, 2)])
-def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, count):
-    cfg = dataclasses.replace(CONFIG, sink=sink, window=window, means=count)
+@pytest.mark.parametrize(("sink", "window", "channels"), [(2, 2, 2), (4, 6, 4), (2, 2, None)])
+def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, channels):
+    cfg = dataclasses.replace(CONFIG, sink=sink, window=window, channels=channels)
     q, k, _ = arrays()
-    sums, blocks = pooled_keys(k, jnp.ones(k.shape[:2], bool), BLOCK, count)
-    scores = search_scores(cfg, q, blocks, jnp.arange(T)[None])
+    scores = scores_of(cfg, q, k)
     own = dataclasses.replace(cfg, block_q=1)
     table = layer_table(own, jnp.array([True]), jnp.arange(T)[None], jnp.array([0]), scores)
 
     # As if each token were the newest of a sequence of its own, whose pages lie backwards.
     lengths, everyone = jnp.arange(1, T + 1), jnp.ones(T, bool)
     page_table = jnp.tile(BLOCKS - 1 - jnp.arange(BLOCKS)[None], (T, 1))
-    sums = sums[0, ::-1]
+    narrow = search_keys(cfg, k)[::-1]
 
     @jax.jit
     def find(searches):
         near = near_pages(page_table, lengths, everyone, cfg)
-        return near, search_pages(near, page_table, q[0], sums, lengths, searches, cfg)
+        return near, search_pages(near, page_table, q[0], narrow, lengths, searches, cfg)
 
     near, found = find(everyone)
     assert found.pages.shape[2] == cfg.sink_blocks + cfg.window_blocks + cfg.blocks
@@ -86,32 +82,19 @@ def test_a_token_finds_what_its_row_in_one_pass_lists(sink, window, count):
 
 
 def test_pages_that_nobody_holds_are_never_found():
-    """A sum of what is not there may be anything."""
+    """What is not there may be anything."""
     q, k, _ = arrays()
     lengths, yes = jnp.array([20, 0]), jnp.array([True, True])
     table = jnp.where(jnp.arange(BLOCKS)[None] < 10, jnp.arange(BLOCKS)[None], -1)
     table = jnp.concatenate([table, jnp.full_like(table, -1)])
-    sums = jnp.where(jnp.arange(BLOCKS)[:, None, None, None] < 10, means(k)[0], jnp.nan)
+    held = jnp.arange(BLOCKS)[:, None, None, None] < 10
+    narrow = jnp.where(held, search_keys(CONFIG, k), jnp.nan)
     near = near_pages(table, lengths, yes, CONFIG)
-    found = search_pages(near, table, q[0, :2], sums, lengths, yes, CONFIG)
+    found = search_pages(near, table, q[0, :2], narrow, lengths, yes, CONFIG)
     assert found.counts.tolist() == [[6, 6], [0, 0]]
     listed = np.asarray(found.blocks[0])
     assert all(len(set(row)) == 6 and max(row) == 9 for row in listed.tolist())
     np.testing.assert_array_equal(found.pages[0], listed)
-
-
-@pytest.mark.parametrize("size", [1, BLOCK])
-def test_sums_are_those_of_the_tokens_since_a_page_began(size):
-    _, k, _ = arrays()
-    parts = BLOCK // size
-    sums = jnp.full((5, parts, K, H), 9.0)  # of those who held the pages before
-    add = jax.jit(add_to_sums, static_argnums=4)
-    for t in range(T):  # a ring of three pages, and nobody in the second row
-        pages = jnp.array([t // BLOCK % 3, 5])
-        sums = add(sums, pages, jnp.array([t % BLOCK, 1]), k[0, [t, t]], size)
-    want = np.asarray(k[0]).reshape(BLOCKS, parts, size, K, H).sum(2)
-    np.testing.assert_allclose(sums[:3], want[-3:], rtol=1e-5, atol=1e-5)
-    assert (sums[3:] == 9).all()
 
 
 def test_answers_have_the_gradients_of_attention_by_their_rows():
@@ -122,7 +105,15 @@ def test_answers_have_the_gradients_of_attention_by_their_rows():
 
     def searched(q, k, v):
         found = search_alone(
-            CONFIG, jnp.zeros_like(q), q, k, v, means(k), dense, chosen, jnp.array([start])
+            CONFIG,
+            jnp.zeros_like(q),
+            q,
+            k,
+            v,
+            search_keys(CONFIG, k),
+            dense,
+            chosen,
+            jnp.array([start]),
         )
         return jnp.sum(found * weight), found
 

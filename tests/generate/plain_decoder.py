@@ -32,10 +32,10 @@ def visible(q, k, dense, sparse, prompt):
         blocks = {*range(min(cfg.sink // size, own + 1)), *range(max(0, own + 1 - near), own + 1)}
         if rule == "topk":
             queries = q[chooser].reshape(K, -1, q.shape[-1])[head]
-            each = size // cfg.means
-            means = [k[s : s + each, head].mean(axis=0) for s in range(0, own * size, each)]
-            logits = np.array([queries @ mean for mean in means]) / q.shape[-1] ** 0.5
-            weights = np.exp(logits).reshape(own, cfg.means, len(queries)).sum(axis=1)
+            some, half = cfg.channels_of(q.shape[-1]) // 2, q.shape[-1] // 2
+            slow = [*range(half - some, half), *range(2 * half - some, 2 * half)]
+            logits = k[: own * size, head][:, slow] @ queries[:, slow].T / q.shape[-1] ** 0.5
+            weights = np.exp(logits).reshape(own, size, len(queries)).sum(axis=1)
             far = [j for j in range(own) if j not in blocks]
             score = {j: (weights[j] / weights[far].sum(axis=0)).sum() for j in far}
             blocks |= {*sorted(far, key=lambda j: -score[j])[: cfg.blocks]}

@@ -23,7 +23,7 @@ from routing_jax.generate.paged_decode import read_tokens
 from routing_jax.generate.paged_memory import empty_memory
 from routing_jax.generate.paged_prefill import prefill_layer, prefill_prompts, prefill_short
 from routing_jax.models import Decoder
-from routing_jax.routers import LayerRouterConfig, SparseModeConfig
+from routing_jax.routers import LayerRouterConfig, SparseModeConfig, slow_channels
 
 from ..small_model import MIXED, make_params
 from .plain_decoder import forward, greedy
@@ -94,7 +94,7 @@ def test_prompts_decide_each_for_itself_and_decoding_obeys():
 
 @pytest.mark.parametrize("mode", ["streaming", "triangle", "topk"])
 def test_prompts_are_read_by_the_rule_of_the_sparse_mode(mode):
-    sparse = dataclasses.replace(MODEL.sparse, mode=mode, last=4, blocks=2, means=2)
+    sparse = dataclasses.replace(MODEL.sparse, mode=mode, last=4, blocks=2, channels=4)
     model, tokens = UNROLLED.replace(sparse=sparse), prompt(30)
     padded = np.zeros((1, SERVING.bucket(1, 30)), np.int32)
     padded[0, :30] = tokens
@@ -128,7 +128,7 @@ def test_layers_routed_to_full_may_search_the_prompt_and_then_see_all_of_it():
     assert np.abs(read - everything).max() > 0.02
 
 
-SEARCHES = {"retrieval": "topk", "answers": "topk", "last": 4, "blocks": 1, "means": 2}
+SEARCHES = {"retrieval": "topk", "answers": "topk", "last": 4, "blocks": 1, "channels": 4}
 
 
 def searching(model=MODEL, **changes):
@@ -140,7 +140,7 @@ def searching(model=MODEL, **changes):
     ("changes", "pattern"),
     [
         ({}, PATTERNS[3]),
-        pytest.param({"means": 1}, PATTERNS[3], marks=pytest.mark.slow),
+        pytest.param({"channels": None}, PATTERNS[3], marks=pytest.mark.slow),
         pytest.param({"mode": "topk", "blocks": 2}, PATTERNS[1], marks=pytest.mark.slow),
         pytest.param({"mode": "topk", "retrieval": "full"}, PATTERNS[2], marks=pytest.mark.slow),
         pytest.param({"mode": "triangle"}, PATTERNS[3], marks=pytest.mark.slow),
@@ -163,7 +163,7 @@ def test_tokens_search_by_their_own_queries_as_one_pass_over_prompt_and_answer(c
     assert made != [expected(request, reading) for request in requests]
 
 
-def test_sums_of_pages_are_those_of_the_keys_they_hold():
+def test_what_is_searched_of_pages_is_of_the_keys_they_hold():
     engine = Engine(searching(), make_params(MODEL), SERVING, PATTERNS[3])
     for seed in range(5):  # more than there are rows, so that pages change hands
         engine.add(Request(prompt(13 + seed, seed), 18 + seed))
@@ -175,9 +175,8 @@ def test_sums_of_pages_are_those_of_the_keys_they_hold():
             blocks = np.arange(filled)[0 if whole else max(1, filled - 1) :]
             slots = blocks if whole else 1 + (blocks - 1) % 2
             pages = memory.tables[layer, row][slots]
-            keys = memory.keys[pages]
-            want = keys.reshape(-1, 2, 2, *keys.shape[2:]).sum(axis=2)
-            np.testing.assert_allclose(memory.sums[pages], want, rtol=1e-4, atol=1e-4)
+            want = slow_channels(memory.keys[pages], 4).swapaxes(1, 2)
+            np.testing.assert_array_equal(memory.narrow[pages], want)
             checked += len(pages)
     assert checked > 500
 

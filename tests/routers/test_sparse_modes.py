@@ -5,8 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from routing_jax.kernels import block_sparse_attention, sink_window_table
-from routing_jax.routers import SparseModeConfig, layer_table, search_scores, streaming_table
+from routing_jax.kernels import block_sparse_attention, contiguous_pages, sink_window_table
+from routing_jax.routers import (
+    SparseModeConfig,
+    layer_table,
+    search_keys,
+    search_scores,
+    streaming_table,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
@@ -25,8 +31,8 @@ def arrays(seed=0):
         jax.random.normal(key, (3, T, heads, H))
         for key, heads in zip(jax.random.split(jax.random.key(seed), 3), (N, K, K))
     )
-    means = k.reshape(3, T // KV, 2, KV // 2, K, H).mean(3)
-    return q, k, v, search_scores(config(), q[:, ::Q], means, STARTS)
+    pages, keys = contiguous_pages(3, T // KV), search_keys(config(), k)
+    return q, k, v, search_scores(config(), q[:, ::Q], keys, pages, STARTS)
 
 
 def listed(table):
@@ -135,8 +141,8 @@ def test_scores_belong_to_topk_alone():
         ({"answers": "dense"}, "sparse.answers is 'dense'; accepted: full, topk."),
         ({"answers": "topk"}, "sparse.mode 'streaming' and sparse.retrieval 'full'; one of the"),
         ({"window": 0}, "sparse.window is 0; it must be at least 1."),
-        ({"means": 0}, "sparse.means is 0; it must be at least 1."),
-        ({"means": 3, "mode": "topk"}, "sparse.means is 3; it must divide sparse.block_kv = 8."),
+        ({"channels": 3}, "sparse.channels is 3; it must be an even number, at least 2, or None."),
+        ({"channels": 0}, "sparse.channels is 0; it must be an even number, at least 2, or None."),
         ({"block_q": 16}, "sparse.block_q is 16; it must divide sparse.block_kv = 8."),
         ({"implementation": "cudnn"}, "sparse.implementation is 'cudnn'; accepted: xla, "),
     ],

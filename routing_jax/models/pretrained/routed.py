@@ -65,8 +65,8 @@ def load_routed(
     """
     saved = load_router(router, base)
     try:
-        # A file without means is of when a block had one.
-        sparse = {"means": 1} | saved.config["sparse"]
+        sparse = dict(saved.config["sparse"])
+        sparse.pop("means", None)  # of keys, by which blocks were found once; no router knows them
         taught = sparse.pop("taught", 0)  # queries that taught weights of keys, once
         if taught or any("search" in path for path in flatten_dict(saved.params)):
             raise ValueError(

@@ -106,9 +106,9 @@ def test_memory_is_what_its_pattern_holds(who, share, mode):
     blocks, dense = (64 + 6) // 8 + 1, dense_layers(4, share)
     kept = [blocks if one or mode != "streaming" else 2 for one in dense]
     pages, token = 2 * sum(kept), 2 * (2 * 8 * 4)
-    sums = {"routed": 0, "composed": 8 * 2 * 8 * 4}[who]
+    narrow = {"routed": 0, "composed": 8 * 2 * 2 * 4}[who]  # a quarter of eight channels
     memory = filled_memory(config, size, who)
-    assert held_bytes(memory) == kv_bytes(config, size, who) == pages * (8 * token + sums)
+    assert held_bytes(memory) == kv_bytes(config, size, who) == pages * (8 * token + narrow)
     assert int(memory.pool.available) == 0
     assert sorted(memory.tables[memory.tables >= 0].tolist()) == list(range(pages))
     searches = np.array(dense)[:, None] & (who != "routed")
@@ -116,7 +116,7 @@ def test_memory_is_what_its_pattern_holds(who, share, mode):
 
 
 def test_memory_is_that_of_a_prefill():
-    """Pages, flags and sums lie where prefill puts them, so that decoding does the same work."""
+    """Pages and flags lie where prefill puts them, so that decoding does the same work."""
     size, who = Size(1, 64, 0.5), "composed"
     model, sizes = CONFIG.model_of(who), serving(CONFIG, size)
     length = jnp.full(1, 64, jnp.int32)
@@ -136,7 +136,7 @@ def test_memory_is_that_of_a_prefill():
 def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     out = tmp_path / "serve-path" / "cpu.json"
     who = ("routed", "composed", "dense")
-    result = serve_path.main(dataclasses.replace(CONFIG, who=who, blocks=2, means=4), out)
+    result = serve_path.main(dataclasses.replace(CONFIG, who=who, blocks=2, channels=4), out)
     rows = [
         (row["part"], row["who"], row["batch"], row["sparse_share"], row["blocks"])
         for row in result["rows"]
@@ -156,14 +156,14 @@ def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
     assert "| 64 | 1 |" in block
     assert "the shape of tiny with random weights" in block
     assert (
-        "| tokens | batch | dense | routed, 0 % sparse | composed (best 2 blocks by 4 means), 0 %"
+        "| tokens | batch | dense | routed, 0 % sparse | composed (best 2 blocks by 4 channels), "
         in block
     )
-    assert "KV GiB, routed | KV GiB, composed (best 2 blocks by 4 means) |" in block
+    assert "KV GiB, routed | KV GiB, composed (best 2 blocks by 4 channels) |" in block
     assert "composed: the other layers see the same and the best blocks of 8 keys, found" in block
     said = capsys.readouterr().out
     assert "prefill 1×64 routed, 0 % sparse:" in said
-    assert "decode 1×64 composed (best 2 blocks by 4 means), 0 % sparse:" in said
+    assert "decode 1×64 composed (best 2 blocks by 4 channels), 0 % sparse:" in said
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_measured(tmp_path, monkeypatch):

@@ -16,7 +16,15 @@ from routing_jax.models import init_params
 from routing_jax.routers import layer_table
 
 CONFIG = ServePathConfig(
-    model="tiny", sink=8, window=16, block=8, blocks=2, means=4, lengths=(256,), steps=2, repeats=2
+    model="tiny",
+    sink=8,
+    window=16,
+    block=8,
+    blocks=2,
+    channels=4,
+    lengths=(256,),
+    steps=2,
+    repeats=2,
 )
 SIZE = Size(3, 256, 0.5)
 WHO = ("routed", "composed", "kernels", "dense")
@@ -65,13 +73,13 @@ def test_a_token_reads_what_its_sequences_hold_or_find():
         ]
         return both[0] - both[1]
 
-    page, means = 2 * 8 * 2 * 8 * 4, 4 * 2 * 8 * 4
+    page, narrow = 2 * 8 * 2 * 8 * 4, 8 * 2 * 4 * 4
     assert past("dense") == past("kernels") == 4 * 32 * page
     assert past("routed") == 2 * (32 + 3) * page
     # The layers that search read five pages, and what the 29 past the window are found by.
-    assert past("composed") == 2 * (5 + 3) * page + 2 * 29 * means
+    assert past("composed") == 2 * (5 + 3) * page + 2 * 29 * narrow
     memory = filled_memory(CONFIG, SIZE, "composed")
-    assert means == memory.sums[0].nbytes
+    assert narrow == memory.narrow[0].nbytes
     assert page == memory.keys[0].nbytes + memory.values[0].nbytes
     # Without a search after the prompt, all that sparse layers keep is read.
     keeping = dataclasses.replace(CONFIG, mode="triangle")

@@ -73,12 +73,13 @@ def test_routers_of_another_version_are_refused(base, tmp_path, part, size):
 
 
 def save_with_search(file, base, taught, directions):
-    """As a version saved them that knew learned weights of a search."""
+    """As versions saved them that searched by means of keys, and knew learned weights of it."""
     config = with_layer_routing(load_pretrained(base).config, ROUTER, SPARSE)
     old = routers(config)
     if directions:
         old["layers"]["block_0"]["mixer"]["router"]["search"] = np.zeros((2, 2, 8), np.float32)
-    sparse = dataclasses.asdict(SPARSE) | {"taught": taught}
+    sparse = dataclasses.asdict(SPARSE) | {"taught": taught, "means": 8}
+    del sparse["channels"]
     parts = {"layer_router": dataclasses.asdict(ROUTER), "sparse": sparse}
     save_router(file, unstack_layers(old, config), base, parts)
 
@@ -91,7 +92,7 @@ def test_learned_weights_of_a_search_are_refused(base, tmp_path, taught, directi
         load_routed(tmp_path / "r.safetensors", base)
 
 
-def test_a_file_that_says_that_no_weights_were_learned_loads(base, tmp_path):
+def test_a_file_of_a_search_by_means_without_learned_weights_loads(base, tmp_path):
     save_with_search(tmp_path / "r.safetensors", base, 0, False)
     assert load_routed(tmp_path / "r.safetensors", base).config.sparse == SPARSE
 
