@@ -16,6 +16,7 @@ from routing_jax.kernels.block_patterns import (
 )
 from routing_jax.kernels.block_selection import (
     Selection,
+    best_blocks,
     table_from_blocks,
     table_from_scores,
     union_tables,
@@ -56,6 +57,7 @@ __all__ = [
     "Selection",
     "TransposedTable",
     "apply_rope",
+    "best_blocks",
     "block_logsumexp",
     "block_sparse_attention",
     "block_sparse_decode",

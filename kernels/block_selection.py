@@ -109,6 +109,32 @@ def union_tables(first: BlockTable, second: BlockTable) -> BlockTable:
     return dataclasses.replace(union, counts=counts)
 
 
+def best_blocks(scores: jax.Array, count: int) -> jax.Array:
+    """The blocks that score best, best first, of few rows; of equals the first.
+
+    Each block counts those that beat it: J² comparisons in one loop, which for the few rows of a
+    token that is decoded takes a GPU less time than a sort, or XLA's selection of as many.
+
+    Args:
+      scores: [...,J] float32, none of them nan.
+      count: how many, at most J.
+
+    Returns:
+      [...,count] int32.
+
+    >>> best_blocks(jnp.array([[0.5, 2.0, 0.5, 1.0]]), 3).tolist()
+    [[1, 3, 0]]
+    """
+    block = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    one, other = scores[..., :, None], scores[..., None, :]
+    first = (block[None] < block[:, None]).reshape((1,) * (scores.ndim - 1) + (len(block),) * 2)
+    better = (other > one) | ((other == one) & first)
+    rank = jnp.sum(better, axis=-1, dtype=jnp.int32)
+    slots = jnp.arange(count, dtype=jnp.int32).reshape((1,) * (scores.ndim - 1) + (-1, 1))
+    block = block.reshape((1,) * scores.ndim + (-1,))
+    return jnp.sum(jnp.where(rank[..., None, :] == slots, block, 0), axis=-1, dtype=jnp.int32)
+
+
 def table_from_scores(
     scores: jax.Array,
     capacity: int,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from routing_jax.attention.page_pool import slot_of_block
-from routing_jax.kernels import PageList
+from routing_jax.kernels import PageList, best_blocks
 from routing_jax.routers import (
     SparseModeConfig,
     search_scores,
@@ -80,10 +80,8 @@ def search_pages(
     places = jnp.where(searches, lengths - 1, -1)[:, None]
     scores = search_scores(sparse, q[:, None], narrow, table, places)
     competing = jnp.sum(searchable_blocks(sparse, places[:, 0], C), axis=1, dtype=jnp.int32)
-    # Only these few are sorted out: with sink and window among them, GPUs would sort all.
     most = min(sparse.blocks, C)
-    _, blocks = jax.lax.top_k(scores.reshape(B * K, C), most)
-    blocks = blocks.reshape(B, K, most)
+    blocks = best_blocks(scores[:, :, 0], most)
     found = jnp.minimum(competing, most)
     pages = jnp.take_along_axis(table[:, None], blocks, axis=2, mode="clip")
 
