@@ -82,7 +82,7 @@ def _lse_kernel(scale: float, first: int, splits: int, *refs):
             most = logits.max(axis=1)
             powers = jnp.exp2(logits - lax.broadcast_in_dim(most, shape, [0]))
             found = (most + jnp.log2(powers.sum(axis=1))) * (1 / LOG2_E)
-            out[batch, head, own_rows, start + step] = found
+            out[batch, head, start + step, own_rows] = found
 
 
 def run_on_hopper(scale: float, inputs: LseInputs) -> jax.Array:
@@ -119,7 +119,7 @@ def run_on_hopper(scale: float, inputs: LseInputs) -> jax.Array:
 
     found = plgpu.kernel(
         block_logsumexp_kernel,
-        out_type=jax.ShapeDtypeStruct((B, K, tiles * WARPGROUP_ROWS, J), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((B, K, J, tiles * WARPGROUP_ROWS), jnp.float32),
         scratch_types=(
             tiled_smem((WARPGROUP_ROWS, R), q.dtype),
             tiled_smem((stages, S, R), q.dtype),
@@ -131,5 +131,5 @@ def run_on_hopper(scale: float, inputs: LseInputs) -> jax.Array:
         grid_names=("split", "tile", "head", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(rows, keys, pages, limits)
-    found = found[:, :, : M * G].reshape(B, K, M, G, J)
-    return found.swapaxes(1, 2).reshape(B, M, N, J)
+    found = found[..., : M * G].reshape(B, K, J, M, G)
+    return found.transpose(0, 3, 1, 4, 2).reshape(B, M, N, J)
