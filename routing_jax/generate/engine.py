@@ -1,7 +1,9 @@
 """Many prompts through one model: who is decoded together, and whose pages are free again.
 
-A sequence is let in when its prompt would fit the free pages with every layer dense. What its
-layers then decide is known, and the pages they do not need let others in. It holds pages for all
+A sequence is let in when it would fit the free pages with as many layers dense as in any of those
+read lately; the first with every layer dense. What its layers then decide is known, and the pages
+they do not need let others in. One whose layers want more pages than there are has been read in
+vain: it waits again, until it would fit with every layer dense. A sequence holds pages for all
 tokens that it may make, so that no step can run out of them.
 """
 
@@ -115,6 +117,10 @@ class _Sequence:
     request: Request
     unmade: int
     unread: int
+    in_vain: bool = False  # whether it has been read, and did not fit
+
+
+_LATELY = 32  # sequences whose layers tell how many pages the next one may want
 
 
 class Engine:
@@ -178,7 +184,9 @@ class Engine:
         self._unread: list[tuple[jax.Array, Sequence[_Sequence | None]]] = []
         self._free = serving.pages
         self._held = np.zeros(B, np.int64)
+        self._whole: deque[int] = deque(maxlen=_LATELY)
         self._count = 0
+        self._in_vain = 0
 
     @property
     def free_pages(self) -> int:
@@ -189,6 +197,11 @@ class Engine:
     def running(self) -> int:
         """Sequences that are being decoded."""
         return sum(seq is not None for seq in self._rows)
+
+    @property
+    def read_in_vain(self) -> int:
+        """Prompts that were read so far, and read again later, for want of pages."""
+        return self._in_vain
 
     def add(self, request: Request) -> int:
         """Lets a request wait for its turn; returns its number, counted from 0.
@@ -266,6 +279,14 @@ class Engine:
         forgets = self.config.sparse.forgets
         return self._pages(request, [d != SPARSE or not forgets for d in self.decisions])
 
+    def _expected_pages(self, seq: _Sequence) -> int:
+        """What a request may hold, by those read lately: no more than all that it could."""
+        most = self._most_pages(seq.request)
+        if seq.in_vain or not self._whole or len(seq.request.tokens) <= self.config.sparse.reach:
+            return most
+        whole = np.arange(len(self.decisions)) < max(self._whole)
+        return min(most, self._pages(seq.request, whole.tolist()))
+
     def _next_wave(self) -> list[_Sequence]:
         """The first of those who wait, and who can be read with them: a power of two in all."""
         room, free = self._rows.count(None), self._free
@@ -273,7 +294,7 @@ class Engine:
         for seq in self._waiting:
             padded = self.serving.bucket(1, len(seq.request.tokens))
             most = max(1, self.serving.chunk // padded)
-            free -= self._most_pages(seq.request)
+            free -= self._expected_pages(seq)
             if len(wave) == min(room, most) or free < 0:
                 break
             if wave and padded != self.serving.bucket(1, len(wave[0].request.tokens)):
@@ -314,16 +335,34 @@ class Engine:
         first, self._tokens, self._sampling = _seat(
             logits, sampling, jnp.asarray(lengths), rows, self._tokens, self._sampling
         )
-        self._unread.append((first, list(wave)))
         whole = np.asarray(self.memory.whole)[:, rows]  # waits for the prompts
         if progress is not None:
             progress(layers, layers)
-        for seq, row, kept in zip(wave, rows, whole.T):
-            self._rows[row], self._held[row] = seq, self._pages(seq.request, kept)
-            self._free -= self._held[row]
+        pages = [self._pages(request, kept) for request, kept in zip(requests, whole.T)]
+        self._whole.extend(
+            int(kept.sum())
+            for request, kept in zip(requests, whole.T)
+            if len(request.tokens) > self.config.sparse.reach
+        )
+        if sum(pages) > self._free:
+            self._turn_away(wave, rows)
+            return True
+        self._unread.append((first, list(wave)))
+        for seq, row, held in zip(wave, rows, pages):
+            self._rows[row], self._held[row] = seq, held
+            self._free -= held
             seq.unmade -= 1
         self._let_go()  # who wanted one token has it
         return True
+
+    def _turn_away(self, wave: Sequence[_Sequence], rows: np.ndarray) -> None:
+        """Frees the pages of prompts that found too few, and lets them wait in front."""
+        leaving = np.isin(np.arange(len(self._rows)), rows)
+        self.memory = forget(self.memory, jnp.asarray(leaving))
+        for seq in wave:
+            seq.in_vain = True
+        self._waiting.extendleft(reversed(wave))
+        self._in_vain += len(wave)
 
     def _read(self, tokens: jax.Array, owners: Sequence[_Sequence | None]) -> Iterator[Made]:
         for seq, token in zip(owners, np.asarray(tokens).tolist()):

@@ -291,6 +291,43 @@ def test_pages_are_held_by_tables_and_those_freed_let_more_in():
     assert most == {DENSE: 2, SPARSE: 3}
 
 
+def run_checked(requests, serving):
+    """Tokens by request, the most that ran together, and the engine; no page is ever lost."""
+    engine, made, most = Engine(MODEL, make_params(MODEL), serving), {}, 0
+    for request in requests:
+        engine.add(request)
+    for one in engine.run():
+        made.setdefault(one.request, []).append(one.token)
+        most = max(most, engine.running)
+        free = np.asarray(engine.memory.pool.free)[: int(engine.memory.pool.available)]
+        tables = np.asarray(engine.memory.tables)
+        assert sorted([*free, *tables[tables != NO_PAGE]]) == list(range(serving.pages))
+        assert len(free) == engine.free_pages
+    assert engine.free_pages == serving.pages
+    return [made[number] for number in range(len(requests))], most, engine
+
+
+def test_a_sequence_is_let_in_by_what_those_before_it_held():
+    """64 pages: with every layer dense a sequence holds 30, with two layers 23, with one 16."""
+    requests = [Request(prompt(30, seed), 10) for seed in (2, 0, 1, 3, 5)]
+    expected = [plain(request, [ROUTED] * LAYERS) for request in requests]
+    assert [sum(decided) for _, decided in expected] == [2, 1, 1, 1, 1]
+    made, most, engine = run_checked(requests, SERVING)
+    assert made == [tokens for tokens, _ in expected]
+    assert most == 3  # after the first two 25 pages are free: too few for every layer
+    assert engine.read_in_vain == 0
+
+
+def test_a_prompt_that_found_too_few_pages_is_read_again_when_there_are_more():
+    requests = [Request(prompt(30, seed), 10) for seed in (0, 1, 2, 3, 4)]
+    expected = [plain(request, [ROUTED] * LAYERS) for request in requests]
+    assert [sum(decided) for _, decided in expected] == [1, 1, 2, 1, 2]
+    made, most, engine = run_checked(requests, dataclasses.replace(SERVING, pages=48))
+    assert made == [tokens for tokens, _ in expected]
+    assert engine.read_in_vain == 1  # the third, of 23 pages where 16 were free
+    assert most == 2
+
+
 def test_progress_counts_the_layers_of_each_wave_of_prompts():
     engine, seen = Engine(MODEL, make_params(MODEL), SERVING), []
     for n in (7, 8, 30, 20):  # the first two are read together, and all layers at once
