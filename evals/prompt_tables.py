@@ -9,6 +9,7 @@ from scipy.special import stdtrit
 
 from routing_jax.evals.results import Result
 from routing_jax.evals.tables import NOTHING, Column, markdown_table, natural_order, significant
+from routing_jax.routers import SparseModeConfig
 
 LEAST_DENSE = 0.6  # below it dense attention itself does not do a task, which then tells nothing
 
@@ -158,13 +159,29 @@ def flux_table(results: Sequence[Result]) -> str:
         "routers were trained; static+tasks: on all tasks of the training; static+routed: all but "
         "those that the trained routers attended fully most often. Random: other layers for each "
         "prompt. Composed: layers that are not sparse search for blocks, in the prompt and after "
-        "it, by some channels of their keys. "
+        f"it{_searched_by(results)}. "
         "(too few): dense attention answers "
         f"less than {100 * LEAST_DENSE:.0f} %, so the task does not count. Prompts a task: "
         f"{' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}. "
         f"Device: {devices}."
     )
     return "\n\n".join([*tables, caption])
+
+
+def _searched_by(results: Sequence[Result]) -> str:
+    """By what composed layers found blocks, if some did."""
+    found = set()
+    for run in results:
+        model = run.config.get("model", {})
+        sparse = model.get("sparse", {})
+        if "topk" not in (sparse.get("mode"), sparse.get("retrieval")):
+            continue
+        if "means" in sparse:  # of when blocks were found so
+            found.add(f"{sparse['means']} means of their keys")
+        else:
+            known = SparseModeConfig.from_saved(sparse)
+            found.add(f"{known.channels_of(model['head_dim'])} channels of their keys")
+    return f", by {' or '.join(sorted(found))}" if found else ""
 
 
 def _table(name: str, variants: dict[str, list[Result]]) -> str:

@@ -223,8 +223,7 @@ def _composition(result: Mapping[str, Any]) -> str:
         return ""
     return (
         "; composed: the other layers see the same and the best blocks of "
-        f"{result['config']['block']} keys, found by a few channels of them, for each tile of "
-        "the prompt and for each token"
+        f"{result['config']['block']} keys, for each tile of the prompt and for each token"
     )
 
 

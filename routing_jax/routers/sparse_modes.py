@@ -5,8 +5,9 @@ that are routed to full attention are dense, or search for blocks themselves: on
 block-sparse attention serves them all.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import chex
 import jax
@@ -101,6 +102,25 @@ class SparseModeConfig:
                 f"sparse.implementation is {self.implementation!r}; accepted: "
                 f"{', '.join(get_args(BlockImplementation))}, None."
             )
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> "SparseModeConfig":
+        """The config that a file holds, of this version or of one that found blocks otherwise.
+
+        Blocks were once found by means of their keys (`means`), and by weights that were learned
+        from so many queries (`taught`); no router knows by what they are found.
+
+        Args:
+          values: its fields.
+
+        Raises:
+          TypeError: a field that no version without learned weights had.
+
+        >>> SparseModeConfig.from_saved({"blocks": 8, "means": 8, "taught": 0}).blocks
+        8
+        """
+        old = {"means", *(["taught"] if not values.get("taught") else [])}
+        return cls(**{name: value for name, value in values.items() if name not in old})
 
     @property
     def sink_blocks(self) -> int:

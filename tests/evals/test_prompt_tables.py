@@ -51,6 +51,25 @@ def test_the_table_pairs_each_way_of_routing_with_dense():
     assert "|" not in early
 
 
+@pytest.mark.parametrize(
+    ("sparse", "said"),
+    [
+        ({"retrieval": "full", "channels": None}, "after it. (too few)"),
+        ({"retrieval": "topk", "channels": None}, "after it, by 16 channels of their keys. (too"),
+        ({"retrieval": "topk", "channels": 8}, "after it, by 8 channels of their keys. (too"),
+        ({"retrieval": "topk", "means": 4}, "after it, by 4 means of their keys. (too"),
+    ],
+)
+def test_the_caption_says_by_what_blocks_were_found(sparse, said):
+    example = load_results(RESULTS, "routed-attention")[0]
+    model = {"head_dim": 64, "sparse": {"mode": "streaming"} | sparse}
+    dense = told(example, "dense", 0, [1.0], [1.0], 0.0)
+    composed = dataclasses.replace(
+        told(example, "dense+composed", 0, [1.0], [1.0], 0.0), config={"model": model}
+    )
+    assert said in flux_table([dense, composed])
+
+
 def test_likelihoods_are_paired_with_those_of_dense():
     example = load_results(RESULTS, "routed-attention")[0]
 

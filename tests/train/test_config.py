@@ -1,5 +1,6 @@
 """A run's configuration refuses numbers that it can't compute with."""
 
+import json
 import math
 import re
 
@@ -53,3 +54,20 @@ def test_a_number_inside_a_part_of_a_part_is_refused():
     values["model"]["router"]["temperature"] = math.nan
     with pytest.raises(ValueError, match=r"^model\.router\.temperature is nan; it must "):
         config_from_dict(values)
+
+
+def of_a_search_by_means(**sparse):
+    values = json.loads(json.dumps(config_to_dict(TrainConfig())))
+    del values["model"]["sparse"]["channels"]
+    values["model"]["sparse"] |= {"means": 8, "taught": 0} | sparse
+    return values
+
+
+def test_a_config_from_before_a_search_by_channels_is_read_where_nothing_searches():
+    assert config_from_dict(of_a_search_by_means()) == TrainConfig()
+
+
+@pytest.mark.parametrize("sparse", [{"retrieval": "topk"}, {"taught": 64}])
+def test_a_run_that_searched_otherwise_is_refused(sparse):
+    with pytest.raises(ValueError, match="written by another version: .*(means|taught)"):
+        config_from_dict(of_a_search_by_means(**sparse))

@@ -65,15 +65,16 @@ def load_routed(
     """
     saved = load_router(router, base)
     try:
-        sparse = dict(saved.config["sparse"])
-        sparse.pop("means", None)  # of keys, by which blocks were found once; no router knows them
-        taught = sparse.pop("taught", 0)  # queries that taught weights of keys, once
-        if taught or any("search" in path for path in flatten_dict(saved.params)):
+        sparse = saved.config["sparse"]
+        if sparse.get("taught") or any("search" in path for path in flatten_dict(saved.params)):
             raise ValueError(
                 f"{router} was trained with learned weights of a search, which this version has "
                 "not; train its routers anew."
             )
-        parts = LayerRouterConfig(**saved.config["layer_router"]), SparseModeConfig(**sparse)
+        parts = (
+            LayerRouterConfig(**saved.config["layer_router"]),
+            SparseModeConfig.from_saved(sparse),
+        )
     except (KeyError, TypeError) as e:
         raise ValueError(f"{router} was written by another version: {e}.") from e
     model = load_pretrained(base, **options)

@@ -160,7 +160,7 @@ def test_every_row_says_what_it_measured_and_becomes_a_block(tmp_path, capsys):
         in block
     )
     assert "KV GiB, routed | KV GiB, composed (best 2 blocks by 4 channels) |" in block
-    assert "composed: the other layers see the same and the best blocks of 8 keys, found" in block
+    assert "composed: the other layers see the same and the best blocks of 8 keys, for" in block
     said = capsys.readouterr().out
     assert "prefill 1×64 routed, 0 % sparse:" in said
     assert "decode 1×64 composed (best 2 blocks by 4 channels), 0 % sparse:" in said
