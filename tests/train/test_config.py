@@ -69,5 +69,5 @@ def test_a_config_from_before_a_search_by_channels_is_read_where_nothing_searche
 
 @pytest.mark.parametrize("sparse", [{"retrieval": "topk"}, {"taught": 64}])
 def test_a_run_that_searched_otherwise_is_refused(sparse):
-    with pytest.raises(ValueError, match="written by another version: .*(means|taught)"):
+    with pytest.raises(ValueError, match=r"written by another version: .*(means|taught)"):
         config_from_dict(of_a_search_by_means(**sparse))
