@@ -145,6 +145,8 @@ class DecoderConfig:
             )
         if "schemes" in self.mixers:
             self.schemes.kv_heads(self.num_heads)
+        if "layer" in self.mixers and self.sparse.searches:
+            self.sparse.channels_of(self.head_dim)
         if self.rope_theta and self.head_dim % 2:
             raise ValueError(
                 f"model.head_dim is {self.head_dim}; with RoPE (model.rope_theta > 0) it must be "

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing_jax.models import MIXERS, DecoderConfig, parse_layers, repeating_pattern
+from routing_jax.routers import SparseModeConfig
 
 ITEMS = st.lists(st.tuples(st.sampled_from(MIXERS), st.integers(1, 12)), min_size=1, max_size=4)
 
@@ -106,3 +107,11 @@ def test_a_bad_field_is_named_with_its_value(fields, named):
 
 def test_an_odd_head_dim_is_fine_without_rope():
     assert DecoderConfig(head_dim=7, rope_theta=0.0).heads.head_dim == 7
+
+
+def test_a_search_by_more_channels_than_a_head_has_is_refused():
+    said = r"^sparse\.channels is 64; it must be at most head_dim = 32\.$"
+    sparse = SparseModeConfig(mode="topk", channels=64)
+    with pytest.raises(ValueError, match=said):
+        DecoderConfig(layers="layer", head_dim=32, sparse=sparse)
+    assert DecoderConfig(layers="full", head_dim=32, sparse=sparse).sparse == sparse  # unused
