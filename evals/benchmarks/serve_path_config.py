@@ -15,7 +15,7 @@ Part = Literal["router", "prefill", "decode"]
 Who = Literal["routed", "composed", "kernels", "dense"]
 """Who is measured.
 
-routed: layers in a pattern. composed: the same, its dense layers searching for blocks by mean keys.
+routed: layers in a pattern. composed: the same, its dense layers searching for blocks by channels.
 kernels: all layers dense. dense: cuDNN's attention.
 """
 PATTERNED: tuple[Who, ...] = ("routed", "composed")  # some layers sparse, the others not

@@ -27,7 +27,7 @@ UNROLLED = MIXED.replace(
 )
 SCANNED = UNROLLED.replace(scan=True)
 SEARCHING = UNROLLED.replace(
-    sparse=dataclasses.replace(UNROLLED.sparse, retrieval="topk", answers="topk", blocks=1, means=2)
+    sparse=dataclasses.replace(UNROLLED.sparse, retrieval="topk", answers="topk", blocks=1)
 )
 SERVING = ServingConfig(pages=96, sequences=4, length=40, page_size=4, chunk=16)
 pytestmark = pytest.mark.usefixtures("compile_cache")
