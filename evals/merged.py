@@ -10,8 +10,8 @@ Group = tuple[Any, ...]
 _OWN = frozenset({"rows", "date", "seconds", "xla_flags", "config", "runs"})
 _ASKED = frozenset(
     {"parts", "passes", "who", "lengths", "prefill_batches", "decode_batches", "fractions"}
-    | {"repeats", "seconds", "row_seconds", "compile_threads", "blocks", "means"}
-    | {"channels"}
+    | {"repeats", "seconds", "row_seconds", "compile_threads"}
+    | {"blocks", "means", "channels"}
 )
 
 

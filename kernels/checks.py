@@ -83,20 +83,21 @@ def check_same_floats(arrays: Mapping[str, jax.Array]) -> None:
         accepted = (jnp.result_type(array).name,)
 
 
-def check_head_groups(name: str, q: jax.Array, k: jax.Array) -> None:
+def check_head_groups(name: str, q: jax.Array, k: jax.Array, axis: int = -2) -> None:
     """Refuses kv heads that do not divide the query heads.
 
     Args:
       name: what the caller calls k.
       q: [...,N,H].
       k: [...,K,H].
+      axis: where K stands in k, if it stands elsewhere.
 
     Raises:
       ValueError: N is not a multiple of K.
 
     >>> check_head_groups("k", jnp.ones((1, 8, 6, 4)), jnp.ones((1, 8, 2, 4)))
     """
-    if q.shape[-2] % k.shape[-2]:
+    if q.shape[-2] % k.shape[axis]:
         raise ValueError(
             f"q's heads N must be a multiple of {name}'s heads K; q has shape {q.shape}, "
             f"{name} has shape {k.shape}."

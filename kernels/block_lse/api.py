@@ -59,15 +59,14 @@ def block_logsumexp(
     chosen = choose(implementation, IMPLEMENTATIONS, lambda one: one.refusal(inputs))
     found = chosen.run(scale, inputs)
     block = jnp.arange(pages.shape[1], dtype=jnp.int32)[None, None, None]
-    asked = (block >= first) & (block < inputs.ends[:, :, None, None])
+    asked = (block >= inputs.first) & (block < inputs.ends[:, :, None, None])
     return jnp.where(asked, found, -jnp.inf)
 
 
 def _check_inputs(q, keys, pages, ends, first) -> LseInputs:
     sizes = match_shape("q", q, "BMNR", {})
     match_shape("keys", keys, "PKSR", {"R": sizes["R"]})
-    if q.shape[2] % keys.shape[1]:
-        check_head_groups("keys", q, keys.swapaxes(1, 2))
+    check_head_groups("keys", q, keys, axis=1)
     check_same_floats({"q": q, "keys": keys})
     sizes = match_shape("pages", pages, "BJ", sizes)
     match_shape("ends", ends, "BM", sizes)
@@ -75,4 +74,5 @@ def _check_inputs(q, keys, pages, ends, first) -> LseInputs:
         check_dtype(name, array, ("int32",))
     if first < 0:
         raise ValueError(f"first is {first}; it must be at least 0.")
-    return LseInputs(q, keys, pages, first, jnp.clip(ends, min(first, sizes["J"]), sizes["J"]))
+    first = min(first, sizes["J"])
+    return LseInputs(q, keys, pages, first, jnp.clip(ends, first, sizes["J"]))

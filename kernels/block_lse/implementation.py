@@ -13,7 +13,7 @@ class LseInputs(NamedTuple):
       q: [B,M,N,R].
       keys: [P,K,S,R].
       pages: [B,J] int32.
-      first: blocks before which none is asked for.
+      first: blocks before which none is asked for, at most J.
       ends: [B,M] int32, from `first` to J: the block at which those asked for end.
     """
 

@@ -279,10 +279,14 @@ class Engine:
         forgets = self.config.sparse.forgets
         return self._pages(request, [d != SPARSE or not forgets for d in self.decisions])
 
+    def _is_routed(self, request: Request) -> bool:
+        """Whether routers may be asked: what is shorter, sparse attention would see all of."""
+        return len(request.tokens) > self.config.sparse.reach
+
     def _expected_pages(self, seq: _Sequence) -> int:
         """What a request may hold, by those read lately: no more than all that it could."""
         most = self._most_pages(seq.request)
-        if seq.in_vain or not self._whole or len(seq.request.tokens) <= self.config.sparse.reach:
+        if seq.in_vain or not self._whole or not self._is_routed(seq.request):
             return most
         whole = np.arange(len(self.decisions)) < max(self._whole)
         return min(most, self._pages(seq.request, whole.tolist()))
@@ -340,9 +344,7 @@ class Engine:
             progress(layers, layers)
         pages = [self._pages(request, kept) for request, kept in zip(requests, whole.T)]
         self._whole.extend(
-            int(kept.sum())
-            for request, kept in zip(requests, whole.T)
-            if len(request.tokens) > self.config.sparse.reach
+            int(kept.sum()) for request, kept in zip(requests, whole.T) if self._is_routed(request)
         )
         if sum(pages) > self._free:
             self._turn_away(wave, rows)

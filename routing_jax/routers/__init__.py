@@ -25,7 +25,6 @@ from routing_jax.routers.block_scores import (
     pattern_scores,
 )
 from routing_jax.routers.block_search import (
-    log_shares,
     search_keys,
     search_scores,
     searchable_blocks,
@@ -110,7 +109,6 @@ __all__ = [
     "init_multipliers",
     "largest",
     "layer_table",
-    "log_shares",
     "means_of_sums",
     "pattern_scores",
     "pool_queries",

@@ -76,23 +76,22 @@ def _end(config: SparseModeConfig, places: jax.Array) -> jax.Array:
     return places // config.block_kv + 1 - config.window_blocks
 
 
-def log_shares(logits: jax.Array, competes: jax.Array) -> jax.Array:
+def log_shares(logits: jax.Array) -> jax.Array:
     """Log of each block's share of a softmax, mean over heads.
 
     Args:
-      logits: [...,G,J] float32, of each head.
-      competes: bool, broadcast against [...,J], of as many axes.
+      logits: [...,G,J] float32, of each head; −inf of blocks that do not compete.
 
     Returns:
       [...,J] float32; of blocks that do not compete, less than of any other.
 
-    >>> logits = jnp.log(jnp.array([[3.0, 1.0, 9.0], [1.0, 3.0, 9.0]]))
-    >>> jnp.exp(log_shares(logits, jnp.array([True, True, False]))).round(3).tolist()
+    >>> logits = jnp.log(jnp.array([[3.0, 1.0, 0.0], [1.0, 3.0, 0.0]]))
+    >>> jnp.exp(log_shares(logits)).round(3).tolist()
     [0.5, 0.5, 0.0]
     """
-    shares = jax.nn.log_softmax(jnp.where(competes[..., None, :], logits, _NEVER), axis=-1)
+    shares = jax.nn.log_softmax(jnp.maximum(logits, _NEVER), axis=-1)
     found = jax.nn.logsumexp(shares, axis=-2) - jnp.log(logits.shape[-2])
-    return jnp.where(competes, found, _NEVER)
+    return jnp.where(logits[..., 0, :] > -jnp.inf, found, _NEVER)
 
 
 def search_scores(
@@ -126,8 +125,6 @@ def search_scores(
     K, J = keys.shape[1], pages.shape[1]
     queries, keys = jax.lax.stop_gradient((slow_channels(queries, keys.shape[-1]), keys))
     ends = jnp.broadcast_to(_end(config, places), (B, M))
-    first = min(config.sink_blocks, J)
+    first = config.sink_blocks
     logits = block_logsumexp(queries, keys, pages, ends, first=first, scale=H**-0.5)
-    competes = searchable_blocks(config, places, J)
-    scores = log_shares(logits.reshape(B, M, K, N // K, J), competes[:, :, None])
-    return scores.swapaxes(1, 2)
+    return log_shares(logits.reshape(B, M, K, N // K, J)).swapaxes(1, 2)

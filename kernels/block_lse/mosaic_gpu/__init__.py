@@ -1,6 +1,7 @@
 """The log-sum-exp of blocks on NVIDIA Hopper, through Mosaic GPU; `kernel` says how."""
 
 import jax
+import jax.numpy as jnp
 
 from routing_jax.kernels.block_lse.implementation import LseImplementation, LseInputs
 from routing_jax.kernels.hopper import hopper_refusal, mesh_refusal
@@ -17,14 +18,13 @@ def shape_refusal(inputs: LseInputs) -> str | None:
     Args:
       inputs: the call.
 
-    >>> import jax.numpy as jnp
     >>> q, keys, one = jnp.ones((1, 1, 1, 16)), jnp.ones((1, 1, 64, 16)), jnp.ones((1, 1), int)
     >>> shape_refusal(LseInputs(q, keys, one, 0, one))
     'it computes in float16 and bfloat16, and q has dtype float32'
     """
     S, R = inputs.keys.shape[2:]
-    if inputs.q.dtype.itemsize == 4:
-        return f"it computes in float16 and bfloat16, and q has dtype {inputs.q.dtype.name}"
+    if inputs.q.dtype == jnp.float32:
+        return "it computes in float16 and bfloat16, and q has dtype float32"
     if S not in _PAGE_SIZES:
         return f"its page sizes are {_PAGE_SIZES}, and the pool's is {S}"
     if R not in _CHANNELS:
