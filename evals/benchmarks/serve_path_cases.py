@@ -135,10 +135,14 @@ def filled_memory(config: ServePathConfig, size: Size, who: Who) -> PagedMemory:
     searches = jnp.broadcast_to(model.sparse.searched_after(dense)[:, None], wholes.shape)
     key = jax.random.key(config.seed)
     page = jax.random.normal(key, memory.keys.shape[1:], memory.keys.dtype)
+    # In place: there may be no room for a pool twice.
     fill = jax.jit(lambda held: held + page[None], donate_argnums=0)
+    scatter = jax.jit(
+        lambda held: held + jax.random.normal(key, held.shape, held.dtype), donate_argnums=0
+    )
     narrow = memory.narrow
     if narrow is not None:  # of their own, so that pages all over the pool are found
-        narrow = _normal(key, jnp.ones(()), narrow.shape, narrow.dtype)
+        narrow = scatter(narrow)
     return PagedMemory(
         fill(memory.keys),
         fill(memory.values),
