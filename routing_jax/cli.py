@@ -153,6 +153,8 @@ class GenerateArgs:
       top_p: the sum of probabilities from which on less likely tokens cannot be drawn.
       seed: of the draws.
       dtype: of the weights and the computation.
+      pages: the most pages (of 128 tokens in one layer) that keys and values may take; as many as
+        the text takes with every layer dense when not given. With a router, fewer may do.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -165,6 +167,7 @@ class GenerateArgs:
     top_p: float = 1.0
     seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    pages: int | None = None
 
     def __post_init__(self):
         if (self.prompt is None) == (self.prompt_file is None):
@@ -180,7 +183,7 @@ def generate_command(args: Sequence[str]) -> int:
             text = Path(parsed.prompt_file).read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
             raise ValueError(f"{parsed.prompt_file} is not UTF-8 text: {e}.") from e
-    model = TextModel(parsed.model, parsed.router, parsed.dtype)
+    model = TextModel(parsed.model, parsed.router, parsed.dtype, parsed.pages)
     with PrefillBar() as bar:
         pieces = model.stream(
             text,

@@ -2,7 +2,7 @@
 
 from routing_jax.generate.config import ServingConfig
 from routing_jax.generate.contiguous import decode_step, generate, prefill
-from routing_jax.generate.engine import Engine, Made, Request
+from routing_jax.generate.engine import Engine, Made, Request, TooFewPagesError
 from routing_jax.generate.paged_prefill import DENSE, ROUTED, SPARSE
 from routing_jax.generate.text import TextModel
 
@@ -15,6 +15,7 @@ __all__ = [
     "Request",
     "ServingConfig",
     "TextModel",
+    "TooFewPagesError",
     "decode_step",
     "generate",
     "prefill",

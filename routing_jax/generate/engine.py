@@ -2,9 +2,9 @@
 
 A sequence is let in when it would fit the free pages with as many layers dense as in any of those
 read lately; the first with every layer dense. What its layers then decide is known, and the pages
-they do not need let others in. One whose layers want more pages than there are has been read in
-vain: it waits again, until it would fit with every layer dense. A sequence holds pages for all
-tokens that it may make, so that no step can run out of them.
+they do not need let others in. One whose layers want more pages than are free has been read in
+vain: it waits again, for as many as it wanted. A sequence holds pages for all tokens that it may
+make, so that no step can run out of them.
 """
 
 from collections import deque
@@ -95,6 +95,18 @@ def check_context(config: DecoderConfig, request: Request) -> None:
         )
 
 
+class TooFewPagesError(ValueError):
+    """A prompt's layers want more pages than there are, which only reading it could tell.
+
+    Attributes:
+      request: the number that `Engine.add` gave; it is dropped.
+    """
+
+    def __init__(self, request: int, said: str):
+        super().__init__(said)
+        self.request = request
+
+
 class Made(NamedTuple):
     """A token that was made.
 
@@ -117,7 +129,7 @@ class _Sequence:
     request: Request
     unmade: int
     unread: int
-    in_vain: bool = False  # whether it has been read, and did not fit
+    wants: int = 0  # pages, if it has been read and did not fit
 
 
 _LATELY = 32  # sequences whose layers tell how many pages the next one may want
@@ -208,7 +220,7 @@ class Engine:
 
         Raises:
           ValueError: a token that the model does not have; it is longer than the model's context or
-            than `serving.length`, or does not fit the pool even when that is empty.
+            than `serving.length`, or would not fit an empty pool however its layers are decided.
         """
         check_context(self.config, request)
         length, pages, vocabulary = self.serving.length, self.serving.pages, self.config.vocab_size
@@ -219,10 +231,10 @@ class Engine:
             )
         if request.length > length:
             raise ValueError(f"{request.size} are more than serving.length = {length}.")
-        if self._most_pages(request) > pages:
+        if self._least_pages(request) > pages:
             raise ValueError(
-                f"{request.size} may need {self._most_pages(request)} pages; serving.pages is "
-                f"{pages}."
+                f"{request.size} take at least {self._least_pages(request)} pages; serving.pages "
+                f"is {pages}."
             )
         self._waiting.append(
             _Sequence(self._count, request, request.max_new_tokens, request.max_new_tokens)
@@ -237,7 +249,12 @@ class Engine:
 
         Args:
           progress: see `Progress`.
+
+        Raises:
+          TooFewPagesError: a request wants more pages than the pool has. It is dropped, and the
+            next step goes on with the others.
         """
+        self._drop_too_large()
         before, self._unread = self._unread, []
         while self._admit(progress):
             pass
@@ -264,6 +281,9 @@ class Engine:
 
         Args:
           progress: see `Progress`.
+
+        Raises:
+          TooFewPagesError: see `step`; to be run again for the others.
         """
         while self._waiting or self._unread or self.running:
             yield from self.step(progress)
@@ -279,14 +299,21 @@ class Engine:
         forgets = self.config.sparse.forgets
         return self._pages(request, [d != SPARSE or not forgets for d in self.decisions])
 
+    def _least_pages(self, request: Request) -> int:
+        if not (self.config.sparse.forgets and self._is_routed(request)):
+            return self._most_pages(request)
+        return self._pages(request, [d == DENSE for d in self.decisions])
+
     def _is_routed(self, request: Request) -> bool:
         """Whether routers may be asked: what is shorter, sparse attention would see all of."""
         return len(request.tokens) > self.config.sparse.reach
 
     def _expected_pages(self, seq: _Sequence) -> int:
         """What a request may hold, by those read lately: no more than all that it could."""
-        most = self._most_pages(seq.request)
-        if seq.in_vain or not self._whole or not self._is_routed(seq.request):
+        if seq.wants:
+            return seq.wants
+        most = min(self._most_pages(seq.request), self.serving.pages)
+        if not self._whole or not self._is_routed(seq.request):
             return most
         whole = np.arange(len(self.decisions)) < max(self._whole)
         return min(most, self._pages(seq.request, whole.tolist()))
@@ -347,7 +374,7 @@ class Engine:
             int(kept.sum()) for request, kept in zip(requests, whole.T) if self._is_routed(request)
         )
         if sum(pages) > self._free:
-            self._turn_away(wave, rows)
+            self._turn_away(wave, rows, pages)
             return True
         self._unread.append((first, list(wave)))
         for seq, row, held in zip(wave, rows, pages):
@@ -357,14 +384,24 @@ class Engine:
         self._let_go()  # who wanted one token has it
         return True
 
-    def _turn_away(self, wave: Sequence[_Sequence], rows: np.ndarray) -> None:
+    def _turn_away(self, wave: Sequence[_Sequence], rows: np.ndarray, pages: Sequence[int]) -> None:
         """Frees the pages of prompts that found too few, and lets them wait in front."""
         leaving = np.isin(np.arange(len(self._rows)), rows)
         self.memory = forget(self.memory, jnp.asarray(leaving))
-        for seq in wave:
-            seq.in_vain = True
+        for seq, wanted in zip(wave, pages):
+            seq.wants = wanted
         self._waiting.extendleft(reversed(wave))
         self._in_vain += len(wave)
+
+    def _drop_too_large(self) -> None:
+        """Refuses the first who waits if there will never be as many pages as it wants."""
+        if self._waiting and self._waiting[0].wants > self.serving.pages:
+            seq = self._waiting.popleft()
+            raise TooFewPagesError(
+                seq.number,
+                f"{seq.request.size} take {seq.wants} pages, as the layers were decided for it; "
+                f"serving.pages is {self.serving.pages}.",
+            )
 
     def _read(self, tokens: jax.Array, owners: Sequence[_Sequence | None]) -> Iterator[Made]:
         for seq, token in zip(owners, np.asarray(tokens).tolist()):

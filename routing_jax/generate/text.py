@@ -29,6 +29,7 @@ class TextModel:
         path: str | os.PathLike[str],
         router: str | os.PathLike[str] | None = None,
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        pages: int | None = None,
     ):
         """Looks whether the model is whole and reads its tokenizer; weights are read when needed.
 
@@ -36,13 +37,17 @@ class TextModel:
           path: a Hugging Face folder or a GGUF file.
           router: a file of routers trained for it; None for dense layers.
           dtype: of the weights and the computation.
+          pages: the most that keys and values of all layers may take; None for as many as a text
+            takes with every layer dense. With routers, fewer may do.
 
         Raises:
-          ValueError: the model is damaged or not supported.
+          ValueError: the model is damaged or not supported, or there is not even one page.
         """
+        if pages is not None and pages < 1:
+            raise ValueError(f"pages is {pages}; it must be at least 1.")
         self._published = open_checkpoint(path).config
         self._stop, self.tokenizer = stop_tokens(path), load_tokenizer(path)
-        self._path, self._router, self._dtype = path, router, dtype
+        self._path, self._router, self._dtype, self._pages = path, router, dtype, pages
 
     @functools.cached_property
     def model(self) -> Pretrained:
@@ -85,7 +90,7 @@ class TextModel:
 
         Raises:
           ValueError: a prompt of no token, or longer than the model's context, a number outside
-            its range, or what `model` refuses.
+            its range, what `model` refuses, or fewer pages than the text takes.
         """
         request = Request(
             self.tokenizer.encode(prompt).ids,
@@ -99,8 +104,9 @@ class TextModel:
         check_context(self._published, request)
         config, params = self.model
         page_size = config.sparse.block_kv
+        most = len(config.mixers) * -(-request.length // page_size)
         serving = ServingConfig(
-            pages=len(config.mixers) * -(-request.length // page_size),
+            pages=most if self._pages is None else min(most, self._pages),
             sequences=1,
             length=request.length,
             page_size=page_size,

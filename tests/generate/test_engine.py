@@ -16,6 +16,7 @@ from routing_jax.generate import (
     Engine,
     Request,
     ServingConfig,
+    TooFewPagesError,
     generate,
 )
 from routing_jax.generate.layer import layer_params
@@ -378,13 +379,44 @@ def test_a_request_that_cannot_be_served_is_refused(request_, said):
     ("model", "serving", "said"),
     [
         (MODEL.replace(context=10), SERVING, "are more than this model's context of 10 tokens"),
-        (MODEL, dataclasses.replace(SERVING, pages=9), "may need 12 pages; serving.pages is 9"),
+        (MODEL, dataclasses.replace(SERVING, pages=9), "take at least 12 pages; serving.pages is"),
     ],
 )
 def test_a_prompt_that_will_never_fit_is_refused(model, serving, said):
     engine = Engine(model, make_params(MODEL), serving)
     with pytest.raises(ValueError, match=said):
         engine.add(Request(prompt(8), 5))
+
+
+def test_a_pool_too_small_for_every_layer_dense_serves_whom_routers_make_fit():
+    """With every layer dense each takes 30 pages, with two layers 23, with one 16."""
+    requests = [Request(prompt(30, seed), 10) for seed in (0, 2, 1, 3)]
+    expected = [plain(request, [ROUTED] * LAYERS) for request in requests]
+    assert [sum(decided) for _, decided in expected] == [1, 2, 1, 1]
+    engine = Engine(MODEL, make_params(MODEL), dataclasses.replace(SERVING, pages=20))
+    for request in requests:
+        engine.add(request)
+    made, dropped = {number: [] for number in range(4)}, []
+    for _ in range(2):
+        try:
+            for one in engine.run():
+                made[one.request].append(one.token)
+        except TooFewPagesError as error:
+            dropped.append((error.request, str(error)))
+    ((number, said),) = dropped
+    assert number == 1
+    assert "30 tokens and 10 new ones take 23 pages" in said
+    assert "serving.pages is 20" in said
+    assert list(made.values()) == [[] if n == 1 else expected[n][0] for n in range(4)]
+    assert engine.free_pages == 20
+    assert engine.running == 0
+    assert engine.read_in_vain == 1
+
+
+def test_even_with_every_layer_sparse_a_prompt_takes_some_pages():
+    engine = Engine(MODEL, make_params(MODEL), dataclasses.replace(SERVING, pages=8))
+    with pytest.raises(ValueError, match="30 tokens and 10 new ones take at least 9 pages"):
+        engine.add(Request(prompt(30), 10))
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,23 @@ def test_routers_of_a_file_decide_the_layers(folder, tmp_path):
     assert made[1.0] == dense != made[-1.0]
 
 
+def test_a_pool_of_few_pages_is_enough_where_routers_leave_layers_sparse(folder, tmp_path, capsys):
+    """55 tokens: 14 pages of a dense layer, two of a sparse one."""
+    said = {}
+    for logit in (-1.0, 1.0):
+        router = str(tmp_path / f"router{logit}")
+        save(router, logit, folder)
+        asked = [str(folder), "--prompt", PROMPT, "--max-new-tokens", "12", "--router", router]
+        said[logit] = run(capsys, *asked), run(capsys, *asked, "--pages", "4")
+        assert run(capsys, *asked, "--pages", "3")[0] == 2
+    assert said[-1.0][0] == said[-1.0][1]
+    assert said[-1.0][0][0] == 0
+    code, out, error = said[1.0][1]
+    assert (code, out) == (2, "")
+    assert error.count("\n") == 1
+    assert "take 28 pages, as the layers were decided for it; serving.pages is 4." in error
+
+
 def test_the_command_prints_what_the_model_says(folder, tmp_path, capsys):
     text = tmp_path / "prompt.txt"
     text.write_text(PROMPT)
@@ -99,6 +116,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(folder, tmp_path, capsys):
         (str(folder),): "give either --prompt or --prompt-file",
         (str(folder), "--prompt-file", str(tmp_path / "none")): "none can't be used: No such file",
         (str(folder), "--prompt-file", str(tmp_path / "binary")): "binary is not UTF-8 text",
+        (str(folder), "--prompt", "a", "--pages", "0"): "pages is 0; it must be at least 1",
         (str(folder), "--prompt", "a", "--top-p", "2"): "top_p is 2.0; it must lie above 0",
     }
     for args, sentence in said.items():
